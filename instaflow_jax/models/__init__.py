@@ -1,0 +1,1 @@
+"""The networks: Flax ports named like their PyTorch references, and how their weights come and go."""

@@ -1,0 +1,47 @@
+"""Blocks that the UNet and the autoencoder share: residual block, down- and upsampler."""
+import jax
+from flax import nnx
+
+from instaflow_jax.models.layers import Make, resize_nearest
+
+
+class ResnetBlock2D(nnx.Module):
+    """norm, SiLU, conv, (+ time), norm, SiLU, conv, plus a shortcut: [B, H, W, inputs] → [B, H, W, outputs]."""
+
+    def __init__(self, inputs: int, outputs: int, groups: int, eps: float, make: Make, time_features: int = 0):
+        self.norm1 = make.group_norm(inputs, groups, eps)
+        self.conv1 = make.conv(inputs, outputs, 3, padding=1)
+        if time_features:
+            self.time_emb_proj = make.linear(time_features, outputs)
+        self.norm2 = make.group_norm(outputs, groups, eps)
+        self.conv2 = make.conv(outputs, outputs, 3, padding=1)
+        if inputs != outputs:
+            self.conv_shortcut = make.conv(inputs, outputs, 1)
+        self.timed, self.shortcut = bool(time_features), inputs != outputs
+
+    def __call__(self, x, time=None):
+        h = self.conv1(jax.nn.silu(self.norm1(x)))
+        if self.timed:
+            h = h + self.time_emb_proj(jax.nn.silu(time))[:, None, None, :]
+        h = self.conv2(jax.nn.silu(self.norm2(h)))
+        return h + (self.conv_shortcut(x) if self.shortcut else x)
+
+
+class Downsample2D(nnx.Module):
+    """A convolution of stride 2. `padding` is torch's: 1 all around in the UNet, ((0, 1), (0, 1)) in the VAE."""
+
+    def __init__(self, channels: int, padding, make: Make):
+        self.conv = make.conv(channels, channels, 3, stride=2, padding=padding)
+
+    def __call__(self, x):
+        return self.conv(x)
+
+
+class Upsample2D(nnx.Module):
+    """Nearest-neighbour enlargement, twofold or to `size`, then a convolution."""
+
+    def __init__(self, channels: int, make: Make):
+        self.conv = make.conv(channels, channels, 3, padding=1)
+
+    def __call__(self, x, size: tuple[int, int] | None = None):
+        return self.conv(resize_nearest(x, size or (2 * x.shape[1], 2 * x.shape[2])))

@@ -1,0 +1,84 @@
+"""The transformer inside the UNet: self-attention, attention to the text, gated feed-forward."""
+import jax
+from flax import nnx
+
+from instaflow_jax.models.layers import Identity, Make, attend
+
+
+class Attention(nnx.Module):
+    """Multi-head attention: x [B, L, C] looks at context [B, M, D]; `to_q`, `to_k` and `to_v` have no bias."""
+
+    def __init__(self, channels: int, context_features: int, heads: int, make: Make):
+        self.to_q = make.linear(channels, channels, bias=False)
+        self.to_k = make.linear(context_features, channels, bias=False)
+        self.to_v = make.linear(context_features, channels, bias=False)
+        self.to_out = nnx.List([make.linear(channels, channels)])
+        self.heads, self.implementation = heads, make.attention
+
+    def __call__(self, x, context):
+        out = attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads, self.implementation)
+        return self.to_out[0](out)
+
+
+class GEGLU(nnx.Module):
+    """A linear layer whose second half gates its first: h · gelu(g), with the exact (erf) GELU."""
+
+    def __init__(self, inputs: int, outputs: int, make: Make):
+        self.proj = make.linear(inputs, 2 * outputs)
+
+    def __call__(self, x):
+        h, gate = jax.numpy.split(self.proj(x), 2, axis=-1)
+        return h * jax.nn.gelu(gate, approximate=False)
+
+
+class FeedForward(nnx.Module):
+    def __init__(self, channels: int, make: Make):
+        self.net = nnx.List([GEGLU(channels, 4 * channels, make), Identity(), make.linear(4 * channels, channels)])
+
+    def __call__(self, x):
+        for layer in self.net:
+            x = layer(x)
+        return x
+
+
+class BasicTransformerBlock(nnx.Module):
+    """x += self-attention; x += attention to the text; x += feed-forward, each after a LayerNorm."""
+
+    def __init__(self, channels: int, context_features: int, heads: int, make: Make):
+        self.norm1 = make.layer_norm(channels, 1e-5)
+        self.attn1 = Attention(channels, channels, heads, make)
+        self.norm2 = make.layer_norm(channels, 1e-5)
+        self.attn2 = Attention(channels, context_features, heads, make)
+        self.norm3 = make.layer_norm(channels, 1e-5)
+        self.ff = FeedForward(channels, make)
+
+    def __call__(self, x, context):
+        h = self.norm1(x)
+        x = x + self.attn1(h, h)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2DModel(nnx.Module):
+    """Pixels as tokens: [B, H, W, C] with text [B, L, D] → [B, H, W, C].
+
+    The projections are 1×1 convolutions in SD 1.x files and linear layers in SD 2.x files; they compute the same.
+    """
+
+    def __init__(self, channels: int, context_features: int, heads: int, depth: int, groups: int, linear: bool,
+                 make: Make):
+        def projection():
+            return make.linear(channels, channels) if linear else make.conv(channels, channels, 1)
+
+        self.norm = make.group_norm(channels, groups, 1e-6)
+        self.proj_in = projection()
+        self.transformer_blocks = nnx.List(
+            [BasicTransformerBlock(channels, context_features, heads, make) for _ in range(depth)])
+        self.proj_out = projection()
+
+    def __call__(self, x, context):
+        h = self.proj_in(self.norm(x))
+        h = h.reshape(h.shape[0], -1, h.shape[-1])
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        return x + self.proj_out(h.reshape(x.shape))

@@ -1,0 +1,202 @@
+"""Stable Diffusion's UNet (1.x, 2.x and the InstaFlow checkpoints), with diffusers' class and attribute names."""
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from instaflow_jax.models import net, port
+from instaflow_jax.models.blocks import Downsample2D, ResnetBlock2D, Upsample2D
+from instaflow_jax.models.layers import Make
+from instaflow_jax.models.transformer import Transformer2DModel
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig(net.Config):
+    """The keys of the UNet's `config.json` that shape it; see diffusers' `UNet2DConditionModel`.
+
+    `attention_head_dim` is, by an old mistake that every file keeps, the NUMBER of heads: one int for all blocks
+    (SD 1.x: 8) or one for each (SD 2.x: [5, 10, 20, 20]).
+    """
+
+    sample_size: int | None = None
+    in_channels: int = 4
+    out_channels: int = 4
+    flip_sin_to_cos: bool = True
+    freq_shift: float = 0
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    downsample_padding: int = 1
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int = 1280
+    transformer_layers_per_block: int = 1
+    attention_head_dim: int | tuple[int, ...] = 8
+    num_attention_heads: int | tuple[int, ...] | None = None
+    use_linear_projection: bool = False
+
+    fixed: ClassVar[dict[str, Any]] = {
+        "act_fn": "silu", "center_input_sample": False, "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "mid_block_scale_factor": 1, "only_cross_attention": False, "dual_cross_attention": False,
+        "class_embed_type": None, "num_class_embeds": None, "addition_embed_type": None, "encoder_hid_dim": None,
+        "encoder_hid_dim_type": None, "time_embedding_type": "positional", "timestep_post_act": None,
+        "time_embedding_dim": None, "time_embedding_act_fn": None, "time_cond_proj_dim": None, "conv_in_kernel": 3,
+        "conv_out_kernel": 3, "resnet_time_scale_shift": "default", "resnet_skip_time_act": False,
+        "resnet_out_scale_factor": 1.0, "cross_attention_norm": None, "attention_type": "default",
+        "reverse_transformer_layers_per_block": None, "mid_block_only_cross_attention": None, "dropout": 0.0,
+    }
+
+    def __post_init__(self):
+        for field, allowed in (("down_block_types", ("CrossAttnDownBlock2D", "DownBlock2D")),
+                               ("up_block_types", ("CrossAttnUpBlock2D", "UpBlock2D"))):
+            kinds = getattr(self, field)
+            if len(kinds) != len(self.block_out_channels) or not set(kinds) <= set(allowed):
+                raise ValueError(f"config.json: {field}={list(kinds)} must name, for each of block_out_channels="
+                                 f"{list(self.block_out_channels)}, one of {allowed}")
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Attention heads of each block, outermost first."""
+        heads = self.num_attention_heads or self.attention_head_dim
+        return (heads,) * len(self.block_out_channels) if isinstance(heads, int) else heads
+
+
+def timestep_embedding(tau, features: int, flip_sin_to_cos: bool, shift: float):
+    """Sinusoids of the clock `tau` [B] (real-valued) at `features`/2 frequencies: [B, features], float32."""
+    half = features // 2
+    frequency = jnp.exp(-math.log(10000) * jnp.arange(half, dtype=jnp.float32) / (half - shift))
+    angle = tau.astype(jnp.float32)[:, None] * frequency
+    pair = (jnp.cos(angle), jnp.sin(angle)) if flip_sin_to_cos else (jnp.sin(angle), jnp.cos(angle))
+    return jnp.concatenate(pair, axis=-1)
+
+
+class TimestepEmbedding(nnx.Module):
+    """Two linear layers with SiLU between, on the sinusoids."""
+
+    def __init__(self, inputs: int, outputs: int, make: Make):
+        self.linear_1 = make.linear(inputs, outputs)
+        self.linear_2 = make.linear(outputs, outputs)
+
+    def __call__(self, x):
+        return self.linear_2(jax.nn.silu(self.linear_1(x)))
+
+
+def _resnet(config: UNetConfig, inputs: int, outputs: int, make: Make) -> ResnetBlock2D:
+    time_features = 4 * config.block_out_channels[0]
+    return ResnetBlock2D(inputs, outputs, config.norm_num_groups, config.norm_eps, make, time_features)
+
+
+def _transformer(config: UNetConfig, channels: int, heads: int, make: Make) -> Transformer2DModel:
+    return Transformer2DModel(channels, config.cross_attention_dim, heads, config.transformer_layers_per_block,
+                              config.norm_num_groups, config.use_linear_projection, make)
+
+
+class DownBlock2D(nnx.Module):
+    """Residual blocks, each followed by a transformer where the config wants one, then halving."""
+
+    def __init__(self, config: UNetConfig, i: int, make: Make):
+        channels = config.block_out_channels
+        widths = [channels[max(i - 1, 0)]] + [channels[i]] * config.layers_per_block
+        self.resnets = nnx.List([_resnet(config, a, b, make) for a, b in zip(widths, widths[1:], strict=False)])
+        if config.down_block_types[i].startswith("CrossAttn"):
+            self.attentions = nnx.List([_transformer(config, channels[i], config.heads[i], make) for _ in self.resnets])
+        if i + 1 < len(channels):
+            self.downsamplers = nnx.List([Downsample2D(channels[i], config.downsample_padding, make)])
+
+    def __call__(self, x, time, context):
+        """Returns the result and every intermediate the way up will want."""
+        skips = []
+        for j, resnet in enumerate(self.resnets):
+            x = resnet(x, time)
+            if hasattr(self, "attentions"):
+                x = self.attentions[j](x, context)
+            skips.append(x)
+        if hasattr(self, "downsamplers"):
+            x = self.downsamplers[0](x)
+            skips.append(x)
+        return x, skips
+
+
+class UNetMidBlock2DCrossAttn(nnx.Module):
+    def __init__(self, config: UNetConfig, make: Make):
+        channels = config.block_out_channels[-1]
+        self.resnets = nnx.List([_resnet(config, channels, channels, make) for _ in range(2)])
+        self.attentions = nnx.List([_transformer(config, channels, config.heads[-1], make)])
+
+    def __call__(self, x, time, context):
+        x = self.attentions[0](self.resnets[0](x, time), context)
+        return self.resnets[1](x, time)
+
+
+class UpBlock2D(nnx.Module):
+    """Residual blocks on the features joined with the way down's, transformers where wanted, then doubling."""
+
+    def __init__(self, config: UNetConfig, i: int, make: Make):
+        channels, heads = config.block_out_channels[::-1], config.heads[::-1]
+        layers = config.layers_per_block + 1
+        inputs = [channels[max(i - 1, 0)]] + [channels[i]] * (layers - 1)
+        skips = [channels[i]] * (layers - 1) + [channels[min(i + 1, len(channels) - 1)]]
+        self.resnets = nnx.List(
+            [_resnet(config, a + b, channels[i], make) for a, b in zip(inputs, skips, strict=True)])
+        if config.up_block_types[i].startswith("CrossAttn"):
+            self.attentions = nnx.List([_transformer(config, channels[i], heads[i], make) for _ in range(layers)])
+        if i + 1 < len(channels):
+            self.upsamplers = nnx.List([Upsample2D(channels[i], make)])
+
+    def __call__(self, x, skips: list, time, context):
+        """Takes what it needs from the end of `skips`; sizes follow the skips, so odd latents work."""
+        for j, resnet in enumerate(self.resnets):
+            x = resnet(jnp.concatenate([x, skips.pop()], axis=-1), time)
+            if hasattr(self, "attentions"):
+                x = self.attentions[j](x, context)
+        if hasattr(self, "upsamplers"):
+            x = self.upsamplers[0](x, skips[-1].shape[1:3])
+        return x
+
+
+class UNet2DConditionModel(net.Model):
+    """The network of Stable Diffusion: latents, clock and text → noise, velocity or data, as it was trained."""
+
+    Config: ClassVar = UNetConfig
+    layout: ClassVar = port.Layout()
+
+    def __init__(self, config: UNetConfig, make: Make):
+        channels = config.block_out_channels
+        self.config, self.dtype = config, make.dtype
+        self.conv_in = make.conv(config.in_channels, channels[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(channels[0], 4 * channels[0], make)
+        self.down_blocks = nnx.List([DownBlock2D(config, i, make) for i in range(len(channels))])
+        self.mid_block = UNetMidBlock2DCrossAttn(config, make)
+        self.up_blocks = nnx.List([UpBlock2D(config, i, make) for i in range(len(channels))])
+        self.conv_norm_out = make.group_norm(channels[0], config.norm_num_groups, config.norm_eps)
+        self.conv_out = make.conv(channels[0], config.out_channels, 3, padding=1)
+
+    def __call__(self, sample, timestep, encoder_hidden_states):
+        """The network's output.
+
+        Args:
+          sample: latents [B, H, W, in_channels].
+          timestep: the clock, [B] or a scalar, integer or real (a flow asks 1000·(1−t)).
+          encoder_hidden_states: text [B, L, cross_attention_dim].
+
+        Returns:
+          [B, H, W, out_channels], float32 whatever the compute type.
+        """
+        config = self.config
+        tau = jnp.broadcast_to(jnp.asarray(timestep), sample.shape[:1])
+        sinusoids = timestep_embedding(tau, config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift)
+        time = self.time_embedding(sinusoids.astype(self.dtype))
+        text = encoder_hidden_states.astype(self.dtype)
+        x = self.conv_in(sample.astype(self.dtype))
+        skips = [x]
+        for block in self.down_blocks:
+            x, more = block(x, time, text)
+            skips += more
+        x = self.mid_block(x, time, text)
+        for block in self.up_blocks:
+            x = block(x, skips, time, text)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x))).astype(jnp.float32)

@@ -1,0 +1,191 @@
+"""Stable Diffusion's autoencoder between pixels and latents, with diffusers' class and attribute names."""
+import dataclasses
+import re
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from instaflow_jax.models import net, port
+from instaflow_jax.models.blocks import Downsample2D, ResnetBlock2D, Upsample2D
+from instaflow_jax.models.layers import Make, attend
+
+_EPS = 1e-6  # of every GroupNorm in the autoencoder
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig(net.Config):
+    """The keys of the autoencoder's `config.json` that shape it; see diffusers' `AutoencoderKL`.
+
+    `scaling_factor` makes latents of unit variance: the flow lives in `scaling_factor · z`.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    sample_size: int = 32
+    scaling_factor: float = 0.18215
+
+    fixed: ClassVar[dict[str, Any]] = {
+        "act_fn": "silu", "shift_factor": None, "latents_mean": None, "latents_std": None, "use_quant_conv": True,
+        "use_post_quant_conv": True, "mid_block_add_attention": True,
+    }
+
+    def __post_init__(self):
+        for field, allowed in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+            kinds = getattr(self, field)
+            if kinds != (allowed,) * len(self.block_out_channels):
+                raise ValueError(f"config.json: {field}={list(kinds)} must name {allowed!r} once for each of "
+                                 f"block_out_channels={list(self.block_out_channels)}")
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent covers in each direction (8 in Stable Diffusion)."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+class VAEAttention(nnx.Module):
+    """Single-headed self-attention over all positions of [B, H, W, C], added to its input."""
+
+    def __init__(self, channels: int, groups: int, make: Make):
+        self.group_norm = make.group_norm(channels, groups, _EPS)
+        self.to_q, self.to_k, self.to_v = (make.linear(channels, channels) for _ in range(3))
+        self.to_out = nnx.List([make.linear(channels, channels)])
+        self.implementation = make.attention
+
+    def __call__(self, x):
+        h = self.group_norm(x).reshape(x.shape[0], -1, x.shape[-1])
+        h = attend(self.to_q(h), self.to_k(h), self.to_v(h), 1, self.implementation)
+        return x + self.to_out[0](h).reshape(x.shape)
+
+
+class MidBlock(nnx.Module):
+    def __init__(self, channels: int, groups: int, make: Make):
+        self.resnets = nnx.List([ResnetBlock2D(channels, channels, groups, _EPS, make) for _ in range(2)])
+        self.attentions = nnx.List([VAEAttention(channels, groups, make)])
+
+    def __call__(self, x):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+def _resnets(inputs: int, outputs: int, count: int, groups: int, make: Make) -> nnx.List:
+    return nnx.List([ResnetBlock2D(outputs if j else inputs, outputs, groups, _EPS, make) for j in range(count)])
+
+
+class DownEncoderBlock2D(nnx.Module):
+    """Residual blocks, then halving (all blocks but the last). Pads right and bottom only, as the original does."""
+
+    def __init__(self, inputs: int, outputs: int, count: int, groups: int, last: bool, make: Make):
+        self.resnets = _resnets(inputs, outputs, count, groups, make)
+        if not last:
+            self.downsamplers = nnx.List([Downsample2D(outputs, ((0, 1), (0, 1)), make)])
+
+    def __call__(self, x):
+        for resnet in self.resnets:
+            x = resnet(x)
+        return self.downsamplers[0](x) if hasattr(self, "downsamplers") else x
+
+
+class UpDecoderBlock2D(nnx.Module):
+    """Residual blocks, then doubling (all blocks but the last)."""
+
+    def __init__(self, inputs: int, outputs: int, count: int, groups: int, last: bool, make: Make):
+        self.resnets = _resnets(inputs, outputs, count, groups, make)
+        if not last:
+            self.upsamplers = nnx.List([Upsample2D(outputs, make)])
+
+    def __call__(self, x):
+        for resnet in self.resnets:
+            x = resnet(x)
+        return self.upsamplers[0](x) if hasattr(self, "upsamplers") else x
+
+
+class Encoder(nnx.Module):
+    def __init__(self, config: VAEConfig, make: Make):
+        c, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = make.conv(config.in_channels, c[0], 3, padding=1)
+        self.down_blocks = nnx.List([
+            DownEncoderBlock2D(c[max(i - 1, 0)], c[i], config.layers_per_block, groups, i + 1 == len(c), make)
+            for i in range(len(c))])
+        self.mid_block = MidBlock(c[-1], groups, make)
+        self.conv_norm_out = make.group_norm(c[-1], groups, _EPS)
+        self.conv_out = make.conv(c[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def __call__(self, x):
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nnx.Module):
+    def __init__(self, config: VAEConfig, make: Make):
+        c, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.conv_in = make.conv(config.latent_channels, c[0], 3, padding=1)
+        self.mid_block = MidBlock(c[0], groups, make)
+        self.up_blocks = nnx.List([
+            UpDecoderBlock2D(c[max(i - 1, 0)], c[i], config.layers_per_block + 1, groups, i + 1 == len(c), make)
+            for i in range(len(c))])
+        self.conv_norm_out = make.group_norm(c[-1], groups, _EPS)
+        self.conv_out = make.conv(c[-1], config.out_channels, 3, padding=1)
+
+    def __call__(self, z):
+        x = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+
+
+_OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def _today(key: str) -> str:
+    """Old files, and the old Flax class, name the attention's layers query, key, value and proj_attn."""
+    return re.sub(r"\.(query|key|value|proj_attn)(?=\.\w+$)", lambda found: "." + _OLD[found[1]], key)
+
+
+def _old(name: str) -> str:
+    new = {new: old for old, new in _OLD.items()}
+    return re.sub(r"\.(to_q|to_k|to_v|to_out\.0)(?=\.\w+$)", lambda found: "." + new[found[1]], name)
+
+
+class AutoencoderKL(net.Model):
+    """Pixels [B, H, W, 3] in [−1, 1] ⇄ latents [B, H/f, W/f, latent_channels] of unit variance."""
+
+    Config: ClassVar = VAEConfig
+    layout: ClassVar = port.Layout(respell=_today, flax_spell=_old)
+
+    def __init__(self, config: VAEConfig, make: Make):
+        n = config.latent_channels
+        self.config, self.dtype = config, make.dtype
+        self.encoder = Encoder(config, make)
+        self.decoder = Decoder(config, make)
+        self.quant_conv = make.conv(2 * n, 2 * n, 1)
+        self.post_quant_conv = make.conv(n, n, 1)
+
+    def moments(self, pixels):
+        """Mean and log-variance of the latents' Gaussian, before scaling; each [B, h, w, latent_channels]."""
+        moments = self.quant_conv(self.encoder(pixels.astype(self.dtype))).astype(jnp.float32)
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        return mean, jnp.clip(logvar, -30.0, 20.0)
+
+    def encode(self, pixels, key: jax.Array | None = None):
+        """Pixels → scaled latents: the Gaussian's mean, or a draw from it when a `key` is given."""
+        z, logvar = self.moments(pixels)
+        if key is not None:
+            z = z + jnp.exp(0.5 * logvar) * jax.random.normal(key, z.shape)
+        return z * self.config.scaling_factor
+
+    def decode(self, latents):
+        """Scaled latents → pixels, not clipped."""
+        z = (latents / self.config.scaling_factor).astype(self.dtype)
+        return self.decoder(self.post_quant_conv(z)).astype(jnp.float32)
+
+    def __call__(self, pixels):
+        return self.decode(self.encode(pixels))

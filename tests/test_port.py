@@ -1,0 +1,270 @@
+"""Weights in and out: every file form bit-equal, foreign readers content, every kind of broken file named."""
+import json
+import pickle
+
+import numpy as np
+import pytest
+from conftest import randomize, references
+
+from instaflow_jax.models import port, torch_file
+from instaflow_jax.models.unet import UNet2DConditionModel
+from instaflow_jax.models.vae import AutoencoderKL
+
+UNET = {
+    "block_out_channels": (32, 64), "layers_per_block": 1, "cross_attention_dim": 8, "attention_head_dim": 4,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "norm_num_groups": 32, "sample_size": 8,
+}
+VAE = {
+    "block_out_channels": (32, 32), "down_block_types": ("DownEncoderBlock2D",) * 2, "norm_num_groups": 32,
+    "up_block_types": ("UpDecoderBlock2D",) * 2, "layers_per_block": 1, "sample_size": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def unet():
+    references()
+    from diffusers import UNet2DConditionModel as Reference
+    return randomize(Reference(**UNET))
+
+
+@pytest.fixture(scope="module")
+def vae():
+    references()
+    from diffusers import AutoencoderKL as Reference
+    return randomize(Reference(**VAE))
+
+
+def expected(reference, net, dtype="float32"):
+    """The reference's weights under our names, without going through a file."""
+    state = {key: lambda t=t: t.numpy() for key, t in reference.state_dict().items()}
+    params = port.fill(state, net.shapes, net.module.layout, source="memory")
+    return {name: p.astype(dtype).astype("float32") for name, p in params.items()}
+
+
+def assert_bit_equal(params, want):
+    assert params.keys() == want.keys()
+    for name, p in params.items():
+        assert p.dtype == np.float32
+        np.testing.assert_array_equal(p, want[name], err_msg=name)
+
+
+@pytest.mark.parametrize("form", [
+    {}, {"max_shard_size": "100KB"}, {"safe_serialization": False},
+    {"safe_serialization": False, "max_shard_size": "100KB"}, {"variant": "fp16"},
+    {"variant": "fp16", "max_shard_size": "100KB"}, {"variant": "fp16", "safe_serialization": False},
+], ids=lambda form: "-".join(map(str, form.values())) or "safetensors")
+def test_every_form_that_diffusers_writes_is_read(form, unet, tmp_path):
+    half = "variant" in form
+    (unet.half() if half else unet.float()).save_pretrained(tmp_path, **form)
+    unet.float()
+    net, params = UNet2DConditionModel.from_pretrained(tmp_path, variant=form.get("variant"))
+    if "max_shard_size" in form:
+        assert len(list(tmp_path.glob("*-of-*"))) > 1
+    assert_bit_equal(params, expected(unet, net, "float16" if half else "float32"))
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "stream"])
+def test_both_containers_of_torch_save_are_read(legacy, torch, tmp_path):
+    base = torch.arange(24, dtype=torch.float32).reshape(4, 6)
+    tensors = {"whole": base, "part": base[1:3, ::2], "turned": base.T, "half": base.half(), "brain": base.bfloat16(),
+               "scalar": torch.tensor(3.5), "empty": torch.zeros(0, 2), "ids": torch.arange(5),
+               "parameter": torch.nn.Parameter(base[0])}
+    torch.save(tensors, tmp_path / "x.bin", _use_new_zipfile_serialization=not legacy)
+    read = torch_file.read(tmp_path / "x.bin")
+    assert read.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        np.testing.assert_array_equal(read[key].astype("float64"), tensor.detach().double().numpy(), err_msg=key)
+        assert read[key].dtype.name == str(tensor.dtype).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"dtype": np.float16, "variant": "fp16"}, {"shard_bytes": 100_000}, {"form": "flax"},
+    {"shard_bytes": 100_000, "dtype": np.float16, "variant": "fp16"},
+], ids=["safetensors", "fp16", "sharded", "flax", "fp16-sharded"])
+def test_what_we_write_we_read_and_so_does_diffusers(options, unet, vae, torch, tmp_path):
+    from diffusers import AutoencoderKL as TorchVAE
+    from diffusers import UNet2DConditionModel as TorchUNet
+    for reference, theirs, ours in ((unet, TorchUNet, UNet2DConditionModel), (vae, TorchVAE, AutoencoderKL)):
+        folder, variant = tmp_path / ours.__name__, options.get("variant")
+        net = ours.from_config(dict(reference.config))
+        want = expected(reference, net, "float16" if variant else "float32")
+        net.save_pretrained(want, folder, **options)
+        assert_bit_equal(ours.from_pretrained(folder, variant=variant)[1], want)
+        assert not list(folder.glob("*.tmp"))
+        if "form" not in options:
+            read = theirs.from_pretrained(folder, variant=variant, low_cpu_mem_usage=False)
+            assert_bit_equal(expected(read, net), want)
+
+
+def test_the_old_flax_classes_read_our_file_and_we_read_theirs(unet, vae, tmp_path):
+    """That the numbers lie where the classes want them is seen in test_unet_vae, which runs them."""
+    from diffusers import FlaxAutoencoderKL, FlaxUNet2DConditionModel
+    for reference, flax, ours in ((unet, FlaxUNet2DConditionModel, UNet2DConditionModel),
+                                  (vae, FlaxAutoencoderKL, AutoencoderKL)):
+        net, folder = ours.from_config(dict(reference.config)), tmp_path / ours.__name__
+        want = expected(reference, net)
+        net.save_pretrained(want, folder / "ours", form="flax")
+        model, params = flax.from_pretrained(str(folder / "ours"))
+        model.save_pretrained(str(folder / "theirs"), params=params)
+        assert [p.name for p in (folder / "theirs").glob("*.msgpack")] == ["diffusion_flax_model.msgpack"]
+        assert_bit_equal(ours.from_pretrained(folder / "theirs")[1], want)
+
+
+def test_old_spellings_of_the_autoencoder_are_read(vae, torch, tmp_path):
+    state = {}
+    for key, tensor in vae.state_dict().items():
+        for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            key = key.replace(f".{new}.", f".{old}.")
+        state[key] = tensor
+    assert any("proj_attn" in key for key in state)
+    vae.save_config(tmp_path)
+    torch.save(state, tmp_path / "diffusion_pytorch_model.bin")
+    net, params = AutoencoderKL.from_pretrained(tmp_path)
+    assert_bit_equal(params, expected(vae, net))
+
+
+# ---------------------------------------------------------------- a hub id
+
+
+def test_a_cached_hub_id_is_read_offline(unet, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+    snapshot = tmp_path / "models--someone--tiny-sd" / "snapshots" / "abc"
+    (snapshot.parent.parent / "refs").mkdir(parents=True)
+    (snapshot.parent.parent / "refs" / "main").write_text("abc")
+    unet.save_pretrained(snapshot / "unet")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub._snapshot_download.HF_HUB_CACHE", str(tmp_path), raising=False)
+    net, params = UNet2DConditionModel.from_pretrained("someone/tiny-sd", "unet")
+    assert_bit_equal(params, expected(unet, net))
+    with pytest.raises(FileNotFoundError, match="someone/other"):
+        UNet2DConditionModel.from_pretrained("someone/other", "unet")
+
+
+def test_what_is_neither_folder_nor_hub_id_is_said_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="neither a directory nor a hub id"):
+        UNet2DConditionModel.from_pretrained(tmp_path / "nowhere", "unet")
+    with pytest.raises(FileNotFoundError, match="has no folder 'unet'"):
+        UNet2DConditionModel.from_pretrained(tmp_path, "unet")
+
+
+# ---------------------------------------------------------------- broken files
+
+
+@pytest.fixture
+def folder(unet, tmp_path):
+    unet.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def change(folder, edit):
+    """Rewrites the weights of a folder after `edit` changed their dict."""
+    from safetensors.numpy import load_file, save_file
+    path = folder / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+
+
+def test_missing_extra_and_misshapen_weights_are_all_named_at_once(folder):
+    def edit(tensors):
+        del tensors["conv_in.weight"]
+        tensors["conv_in.wait"] = np.zeros(3, "float32")
+        tensors["conv_out.bias"] = np.zeros(5, "float32")
+        tensors["mid_block.resnets.0.conv1.weight"] = np.zeros((64, 64, 1, 1), "float32")
+    change(folder, edit)
+    with pytest.raises(ValueError) as error:
+        UNet2DConditionModel.from_pretrained(folder)
+    message = str(error.value)
+    assert str(folder) in message
+    for words in ("1 missing: conv_in.weight", "1 extra: conv_in.wait", "2 misshapen",
+                  "conv_out.bias has shape (5,), the config asks for (4,)",
+                  "mid_block.resnets.0.conv1.weight has shape (64, 64, 1, 1), the config asks for (64, 64, 3, 3)"):
+        assert words in message
+
+
+@pytest.mark.parametrize("name,options", [
+    ("diffusion_pytorch_model.safetensors", {}), ("diffusion_pytorch_model.bin", {"safe_serialization": False}),
+])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_a_truncated_file_is_named(name, options, share, unet, tmp_path):
+    unet.save_pretrained(tmp_path, **options)
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(data[:int(share * len(data))])
+    with pytest.raises(ValueError, match=f"{name}.*truncated"):
+        UNet2DConditionModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_a_truncated_flax_file_or_stream_is_named(share, unet, torch, tmp_path):
+    net = UNet2DConditionModel.from_config(dict(unet.config))
+    net.save_pretrained(expected(unet, net), tmp_path, form="flax")
+    stream = tmp_path / "diffusion_pytorch_model.bin"
+    for path in (tmp_path / "diffusion_flax_model.msgpack", stream):
+        if path == stream:
+            torch.save(unet.state_dict(), stream, _use_new_zipfile_serialization=False)
+        data = path.read_bytes()
+        path.write_bytes(data[:int(share * len(data))])
+        with pytest.raises(ValueError, match=f"{path.name}.*truncated"):
+            UNet2DConditionModel.from_pretrained(tmp_path)
+
+
+class _Evil:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('the pickle ran')",))
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "stream"])
+def test_a_pickle_that_wants_code_is_refused(legacy, folder, torch):
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    path = folder / "diffusion_pytorch_model.bin"
+    torch.save({"conv_in.weight": torch.zeros(2), "x": _Evil()}, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ValueError, match=r"asks to run (builtins|__builtin__)\.exec"):
+        UNet2DConditionModel.from_pretrained(folder)
+    path.write_bytes(pickle.dumps(_Evil()))
+    with pytest.raises(ValueError, match=r"asks to run (builtins|__builtin__)\.exec"):
+        UNet2DConditionModel.from_pretrained(folder)
+
+
+def test_missing_files_are_named_with_the_way_out(folder):
+    with pytest.raises(FileNotFoundError, match="no variant 'bf16' of weights.*diffusion_pytorch_model.safetensors"):
+        UNet2DConditionModel.from_pretrained(folder, variant="bf16")
+    path = folder / "diffusion_pytorch_model.safetensors"
+    path.rename(folder / "diffusion_pytorch_model.fp16.safetensors")
+    with pytest.raises(FileNotFoundError, match="variant='fp16'"):
+        UNet2DConditionModel.from_pretrained(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="config.json is missing"):
+        UNet2DConditionModel.from_pretrained(folder, variant="fp16")
+
+
+def test_a_missing_shard_is_named(unet, tmp_path):
+    unet.save_pretrained(tmp_path, max_shard_size="100KB")
+    shard = sorted(tmp_path.glob("*-of-*"))[1]
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=f"shards that are not there: {shard.name}"):
+        UNet2DConditionModel.from_pretrained(tmp_path)
+
+
+def test_another_class_or_broken_config_is_refused(folder):
+    with pytest.raises(ValueError, match="describes UNet2DConditionModel, not AutoencoderKL"):
+        AutoencoderKL.from_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel"})[:-4])
+    with pytest.raises(ValueError, match="config.json: not valid JSON"):
+        UNet2DConditionModel.from_pretrained(folder)
+
+
+def test_a_failed_write_leaves_the_old_file(folder, unet, monkeypatch):
+    net, params = UNet2DConditionModel.from_pretrained(folder)
+    import safetensors.numpy
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        net.save_pretrained({name: 0 * p for name, p in params.items()}, folder)
+    assert_bit_equal(UNet2DConditionModel.from_pretrained(folder)[1], params)
+    assert not list(folder.glob("*.tmp"))
