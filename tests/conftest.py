@@ -3,10 +3,7 @@
 JAX is set to the CPU before anything imports it. Torch costs seconds, so only tests that ask for it pay: take the
 `torch` fixture, or call `references()` before importing diffusers, transformers, lpips or pytorch_fid at module level.
 """
-import functools
-import importlib.util
 import os
-from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,65 +14,12 @@ import jax  # noqa: E402 (after the environment it reads)
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-
-@functools.cache
-def references():
-    """Torch with two threads, and a torchvision that imports beside it; returns the torch module.
-
-    A torchvision built for another torch (PyPI's is a CUDA build) cannot load its operators, yet registers
-    properties of two of them on import. Declaring these two is all that the networks we compare with need.
-    """
-    import torch
-    torch.set_num_threads(2)
-    folder = Path(importlib.util.find_spec("torchvision").origin).parent
-    try:
-        for library in sorted(folder.glob("_C*.so")):
-            torch.ops.load_library(str(library))
-    except OSError:
-        torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        torch.library.define("torchvision::qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import torchvision  # noqa: F401 (here, so that whoever imports it next finds it done)
-    return torch
+from benchmarks.references import randomize, references, relative  # noqa: E402, F401 (tests take them from here)
 
 
 @pytest.fixture(scope="session")
 def torch():
     return references()
-
-
-def relative(ours, reference) -> float:
-    """Relative L2 difference ‖ours − reference‖ / ‖reference‖ of two arrays or tensors of equal shape."""
-    ours, reference = (np.asarray(x.detach() if hasattr(x, "detach") else x, np.float64) for x in (ours, reference))
-    assert ours.shape == reference.shape, f"shapes differ: {ours.shape} and {reference.shape}"
-    assert np.isfinite(reference).all() and np.linalg.norm(reference) > 0
-    return float(np.linalg.norm(ours - reference) / np.linalg.norm(reference))
-
-
-def randomize(module, seed: int = 0, gain: float = 1.0):
-    """Gives a torch module random weights and statistics whose activations are of order one; returns it in eval mode.
-
-    Matrices and kernels have variance gain² / fan-in, so that a wrong eps, bias or scale shows in the output instead of
-    drowning: norms get scales around one and biases around zero, batch statistics are not zero and one.
-    """
-    torch = references()
-    draw = torch.Generator().manual_seed(seed)
-    state = dict(module.named_parameters()) | {n: b for n, b in module.named_buffers() if "running_" in n}
-    embeddings = {f"{n}.weight" for n, m in module.named_modules() if isinstance(m, torch.nn.Embedding)}
-    with torch.no_grad():
-        for name, tensor in state.items():
-            if tensor.ndim == 0:
-                continue
-            noise = torch.randn(tensor.shape, generator=draw)
-            if name.endswith("running_var"):
-                noise = 1 + 0.3 * torch.tanh(noise)
-            elif name in embeddings:
-                noise = 0.5 * noise
-            elif tensor.ndim > 1:
-                noise = noise * gain / tensor[0].numel() ** 0.5
-            else:
-                noise = 0.1 * noise + (1.0 if name.endswith("weight") else 0.0)
-            tensor.copy_(noise)
-    return module.eval()
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""Measurements against peers; see each module's first lines for its command."""

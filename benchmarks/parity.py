@@ -1,0 +1,141 @@
+"""Full-size SD 1.5 UNet, autoencoder and CLIP-L against PyTorch, in float32 on the CPU, with random weights.
+
+    python -m benchmarks.parity [--flax] [--latent=64] [unet vae clip]
+
+Prints a Markdown row for each network: the relative L2 difference of ours, and with --flax that of diffusers' and
+transformers' last Flax classes on the same weights. Fails if ours exceeds 1e-5. Weights go through the disk, in
+diffusers layout, and need about 12 GB of memory; a few minutes on two cores (more with --flax).
+"""
+import argparse
+import gc
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from benchmarks.references import CLIP_L_TEXT, SD15_UNET, SD15_VAE, randomize, references, relative
+from instaflow_jax.models.clip import CLIPTextModel
+from instaflow_jax.models.net import count
+from instaflow_jax.models.unet import UNet2DConditionModel
+from instaflow_jax.models.vae import AutoencoderKL
+
+LIMIT = 1e-5
+NCHW, NHWC = (0, 3, 1, 2), (0, 2, 3, 1)
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype("float32")
+
+
+def compare(name: str, reference, run, ours, method: str, inputs, flax) -> dict:
+    """Errors of ours and of the Flax class against `run(reference)`, on weights that went through the disk.
+
+    Args:
+      run: reference module → numpy output, NHWC.
+      inputs: our inputs; `flax` takes (directory) and gives the Flax class's output, or is None.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        reference.save_pretrained(folder)
+        with references().no_grad():
+            want = run(reference)
+        del reference
+        net, params = ours.from_pretrained(folder)
+        got = jax.block_until_ready(jax.jit(lambda p, *x: net.apply(p, *x, method=method))(params, *inputs))
+        got = got.last_hidden_state if hasattr(got, "last_hidden_state") else got
+        row = {"network": name, "parameters": count(params), "scale": float(np.std(want)), "ours": relative(got, want)}
+        if flax:
+            net.save_pretrained(params, Path(folder) / "flax", form="flax")
+            del params
+            gc.collect()
+            row["flax"] = relative(flax(str(Path(folder) / "flax")), want)
+    return row
+
+
+def unet(latent: int, with_flax: bool) -> dict:
+    torch = references()
+    from diffusers import FlaxUNet2DConditionModel
+    from diffusers import UNet2DConditionModel as Reference
+    x, text, tau = normal(0, 1, latent, latent, 4), normal(1, 1, 77, 768), np.array([1000.0], "float32")
+
+    def run(reference):
+        return reference(torch.tensor(x.transpose(NCHW)), torch.tensor(tau), torch.tensor(text)).sample.numpy().transpose(
+            NHWC)
+
+    def flax(folder):
+        model, params = FlaxUNet2DConditionModel.from_pretrained(folder)
+        call = jax.jit(lambda p, *a: model.apply({"params": p}, *a).sample)
+        return np.asarray(call(params, x.transpose(NCHW), tau, text)).transpose(NHWC)
+
+    return compare("UNet", randomize(Reference(**SD15_UNET)), run, UNet2DConditionModel, "__call__", (x, tau, text),
+                   flax if with_flax else None)
+
+
+def vae(latent: int, with_flax: bool) -> dict:
+    torch = references()
+    from diffusers import AutoencoderKL as Reference
+    from diffusers import FlaxAutoencoderKL
+    z = normal(0, 1, latent, latent, 4)
+
+    def run(reference):
+        return reference.decode(torch.tensor(z.transpose(NCHW)) / 0.18215).sample.numpy().transpose(NHWC)
+
+    def flax(folder):
+        model, params = FlaxAutoencoderKL.from_pretrained(folder)
+        call = jax.jit(lambda p, z: model.apply({"params": p}, z, method=model.decode).sample)
+        return np.asarray(call(params, z.transpose(NCHW) / 0.18215)).transpose(NHWC)
+
+    return compare("VAE decoder", randomize(Reference(**SD15_VAE)), run, AutoencoderKL, "decode", (z,),
+                   flax if with_flax else None)
+
+
+def encoder(latent: int, with_flax: bool) -> dict:
+    torch = references()
+    from diffusers import AutoencoderKL as Reference
+    pixels = normal(0, 1, 8 * latent, 8 * latent, 3)
+
+    def run(reference):
+        return 0.18215 * reference.encode(torch.tensor(pixels.transpose(NCHW))).latent_dist.mean.numpy().transpose(NHWC)
+
+    return compare("VAE encoder", randomize(Reference(**SD15_VAE)), run, AutoencoderKL, "encode", (pixels,), None)
+
+
+def clip(latent: int, with_flax: bool) -> dict:
+    torch = references()
+    from transformers import CLIPTextConfig, FlaxCLIPTextModel
+    from transformers import CLIPTextModel as Reference
+    ids = np.random.default_rng(0).integers(0, 49406, (2, 77)).astype("int32")
+    ids[:, 40:] = 49407
+
+    def flax(folder):
+        return FlaxCLIPTextModel.from_pretrained(folder)(ids).last_hidden_state
+
+    return compare("CLIP-L text", randomize(Reference(CLIPTextConfig(**CLIP_L_TEXT))),
+                   lambda reference: reference(torch.tensor(ids, dtype=torch.long)).last_hidden_state.numpy(),
+                   CLIPTextModel, "__call__", (ids,), flax if with_flax else None)
+
+
+NETWORKS = {"unet": unet, "vae": vae, "encoder": encoder, "clip": clip}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("networks", nargs="*", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--latent", type=int, default=64, help="latents a side; 64 makes 512 pixels")
+    parser.add_argument("--flax", action="store_true", help="also run the old Flax classes on the same weights")
+    options = parser.parse_args()
+    print("| network | parameters | deviation of the output | ours | old Flax classes |\n|---|---|---|---|---|", flush=True)
+    worst = 0.0
+    for name in options.networks:
+        row = NETWORKS[name](options.latent, options.flax)
+        worst = max(worst, row["ours"])
+        flax = f"{row['flax']:.1e}" if "flax" in row else "–"
+        print(f"| {row['network']} | {row['parameters']:,} | {row['scale']:.2f} | {row['ours']:.1e} | {flax} |", flush=True)
+        gc.collect()
+    if worst > LIMIT:
+        sys.exit(f"error: a difference of {worst:.1e} exceeds {LIMIT:.0e}")
+
+
+if __name__ == "__main__":
+    main()

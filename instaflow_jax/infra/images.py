@@ -1,0 +1,91 @@
+"""Pictures: to bytes, into grids, onto disk."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+GAP = 2  # pixels between the pictures of a grid
+WHITE = 255
+LINE = 16  # pixels that a line of labels takes
+
+
+def to_uint8(images: Float[np.ndarray, "*B H W 3"]) -> UInt8[np.ndarray, "*B H W 3"]:
+    """Pixels of [-1, 1], clipped, to the nearest of 0..255."""
+    return np.rint(np.clip(np.asarray(images, np.float32) * 127.5 + 127.5, 0, 255)).astype(np.uint8)
+
+
+def grid(
+    images: UInt8[np.ndarray, "N H W 3"],
+    *,
+    columns: int,
+    row_labels: Sequence[str],
+    column_labels: Sequence[str],
+    scale: int,
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Lays pictures out row by row on white, with labels at the left and above.
+
+    Args:
+      columns: pictures in a row; the last row may be short.
+      row_labels: one for each row, or () for none; long ones widen the margin.
+      column_labels: one for each column, or () for none; cut off where wider than a picture.
+      scale: whole-number enlargement of every pixel, 1 for none, so that small pictures can be seen.
+
+    Raises:
+      ValueError: no pictures, or a number of labels that does not fit.
+    """
+    if not len(images):
+        raise ValueError("a grid needs at least one picture")
+    rows = -(-len(images) // columns)
+    for name, labels, count in (("row_labels", row_labels, rows), ("column_labels", column_labels, columns)):
+        if len(labels) not in (0, count):
+            raise ValueError(f"{name} has {len(labels)} labels for a grid of {count}: give one for each, or none")
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    _, height, width, _ = images.shape
+    left, top = _margin(row_labels), LINE if column_labels else 0
+    canvas = np.full((top + rows * (height + GAP) - GAP, left + columns * (width + GAP) - GAP, 3), WHITE, np.uint8)
+    for number, image in enumerate(images):
+        row, column = divmod(number, columns)
+        y, x = top + row * (height + GAP), left + column * (width + GAP)
+        canvas[y : y + height, x : x + width] = image
+    for row, label in enumerate(row_labels):
+        _write(canvas, label, y=top + row * (height + GAP), x=0, height=height, width=left)
+    for column, label in enumerate(column_labels):
+        _write(canvas, label, y=0, x=left + column * (width + GAP), height=top, width=width)
+    return canvas
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=12)
+
+
+def _margin(labels: Sequence[str]) -> int:
+    return max((int(_font().getlength(label)) + 8 for label in labels), default=0)
+
+
+def _write(canvas: UInt8[np.ndarray, "h w 3"], label: str, *, y: int, x: int, height: int, width: int) -> None:
+    """Draws a label in the middle of a box's left edge; whatever leaves the box is cut off."""
+    box = Image.new("RGB", (width, height), (WHITE,) * 3)
+    ImageDraw.Draw(box).text((2, height // 2), label, fill=0, font=_font(), anchor="lm")
+    canvas[y : y + height, x : x + width] = np.asarray(box)
+
+
+def save_png(path: str | Path, image: UInt8[np.ndarray, "H W 3"], text: Mapping[str, str]) -> None:
+    """Writes a PNG with text (prompt, seed, ...) in its metadata; the file appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    notes = PngImagePlugin.PngInfo()
+    for name, value in text.items():
+        notes.add_itxt(name, value)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    Image.fromarray(image).save(temporary, format="PNG", pnginfo=notes)
+    os.replace(temporary, path)
+
+
+def load_png(path: str | Path) -> tuple[UInt8[np.ndarray, "H W 3"], dict[str, str]]:
+    """The pixels and the text of a PNG. Raises FileNotFoundError if there is none."""
+    with Image.open(path) as file:
+        return np.asarray(file.convert("RGB")), {name: str(value) for name, value in file.text.items()}

@@ -1,0 +1,135 @@
+"""One training step: gradient, clip, AdamW, running mean. The same for every loss.
+
+A loss is a sentence `(params, frozen, batch, key) -> (scalar, metrics)`; the step is its grammar. Everything
+here is pure and is compiled once, in `loop.py`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, PyTree
+
+from instaflow_jax.arrays import Batch, Key, Params, Scalar
+from instaflow_jax.train import optim
+from instaflow_jax.train.state import TrainState, ema_decay_at, update_ema
+
+Metrics = dict[str, Scalar]
+Loss = Callable[[Params, PyTree, Batch, Key], tuple[Scalar, Metrics]]
+Gradient = Callable[[Params, PyTree, Batch, Key], tuple[Scalar, Metrics, Params]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """The step, and how many micro-batches it cuts a batch into (the loop checks shapes and cost by it)."""
+
+    update: Callable[[TrainState, PyTree, Batch, Key], tuple[TrainState, Metrics]]
+    accumulate: int
+
+    def __call__(self, state: TrainState, frozen: PyTree, batch: Batch, key: Key) -> tuple[TrainState, Metrics]:
+        """Takes one step.
+
+        Args:
+          state: training state; donated when the loop compiles this.
+          frozen: what the loss reads and nobody trains, an argument so that it is not baked into the program.
+          batch: arrays whose first axis is the global batch.
+          key: the run's key, the same at every step; `state.step` is folded in here.
+
+        Returns:
+          The next state, and scalars: the loss's own metrics and loss, grad_norm, update_norm, param_norm,
+          learning_rate, skipped (1 where the gradient was not finite and the update was left out).
+        """
+        return self.update(state, frozen, batch, key)
+
+
+def make_train_step(
+    loss: Loss, optimizer: optax.GradientTransformation, *, ema_decay: float, accumulate: int
+) -> TrainStep:
+    """Builds the step for one loss.
+
+    Args:
+      loss: a mean over the examples of the batch.
+      optimizer: from `optim.make_optimizer`.
+      ema_decay: decay of the running mean once its ramp is over.
+      accumulate: number of micro-batches whose gradients are averaged; 1 for none.
+    """
+    if accumulate < 1:
+        raise ValueError(f"accumulate={accumulate} must be 1 or more: 1 takes the batch whole")
+    gradient = make_gradient(loss) if accumulate == 1 else make_accumulated_gradient(loss, accumulate)
+
+    def update(state: TrainState, frozen: PyTree, batch: Batch, key: Key) -> tuple[TrainState, Metrics]:
+        value, metrics, grads = gradient(state.params, frozen, batch, jax.random.fold_in(key, state.step))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = update_ema(state.ema, params, ema_decay_at(state.step, ema_decay))
+
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+        kept = choose(finite, (params, ema, opt_state), (state.params, state.ema, state.opt_state))
+        return TrainState(state.step + 1, *kept), metrics | {
+            "loss": value,
+            "grad_norm": grad_norm,
+            "update_norm": optax.tree.norm(updates),
+            "param_norm": optax.tree.norm(kept[0]),
+            "learning_rate": optim.learning_rate(opt_state),
+            "skipped": 1 - finite.astype(jnp.float32),
+        }
+
+    return TrainStep(update, accumulate)
+
+
+def choose(condition: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
+    """`new` where the condition holds, else `old`; a select, which fuses into the update that made `new`."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+def make_gradient(loss: Loss) -> Gradient:
+    """The loss, its metrics and its gradient by the first argument, on the whole batch."""
+
+    def gradient(params, frozen, batch, key):
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, frozen, batch, key)
+        return value, metrics, grads
+
+    return gradient
+
+
+def make_accumulated_gradient(loss: Loss, count: int) -> Gradient:
+    """Like `make_gradient`, one micro-batch after another: the memory of one, the mean over all."""
+    gradient = make_gradient(loss)
+
+    def accumulated(params, frozen, batch, key):
+        def add(total, part):
+            micro, micro_key = part
+            return jax.tree.map(jnp.add, total, gradient(params, frozen, micro, micro_key)), None
+
+        parts = split_batch(batch, count), jax.random.split(key, count)
+        first = jax.eval_shape(lambda parts: gradient(params, frozen, *jax.tree.map(lambda a: a[0], parts)), parts)
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), first)
+        total, _ = jax.lax.scan(add, zeros, parts)
+        return jax.tree.map(lambda a: a / count, total)
+
+    return accumulated
+
+
+def split_batch(batch: Batch, count: int) -> Batch:
+    """[B, ...] to [count, B / count, ...], micro-batch i taking rows i, i + count, ...
+
+    Taking every count-th row keeps each device's rows on that device; contiguous micro-batches would be
+    moved between devices, since the batch is sharded in contiguous pieces.
+
+    Raises:
+      ValueError: count does not divide B.
+    """
+
+    def split(name: str, array: Array) -> Array:
+        size = array.shape[0]
+        if size % count:
+            raise ValueError(
+                f"batch field {name!r} has {size} rows, which accumulate={count} does not divide: "
+                "change batch_size or accumulate"
+            )
+        return jnp.swapaxes(array.reshape(size // count, count, *array.shape[1:]), 0, 1)
+
+    return {name: split(name, array) for name, array in batch.items()}

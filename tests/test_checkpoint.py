@@ -1,0 +1,159 @@
+import dataclasses
+import resource
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy_training as toy
+
+from instaflow_jax.infra import checkpoint, parallel
+from instaflow_jax.infra.checkpoint import Checkpoints
+from instaflow_jax.train import state
+
+CONFIG = {"optim": {"peak": 1e-3}, "name": "toy"}
+
+
+@pytest.fixture
+def mesh():
+    return parallel.make_mesh(fsdp=1)
+
+
+def some_state(seed=0):
+    """A state whose every array is random, so that it neither compresses nor hides a mix-up."""
+    made = state.create(toy.params(jax.random.key(seed)), toy.optimizer())
+    leaves, structure = jax.tree.flatten(made)
+    random = np.random.default_rng(seed)
+    return jax.tree.unflatten(structure, [jnp.asarray(random.uniform(0, 99, a.shape), a.dtype) for a in leaves])
+
+
+def save(directory, steps, *, keep_last=2, keep_every=0, item=None):
+    checkpoints = Checkpoints(directory, keep_last=keep_last, keep_every=keep_every)
+    for step in steps:
+        checkpoints.save(step, some_state(step) if item is None else item, {"step": step}, CONFIG)
+    checkpoints.close()
+
+
+def restore(directory, like):
+    checkpoints = Checkpoints(directory, keep_last=2, keep_every=0)
+    try:
+        return checkpoints.restore(like)
+    finally:
+        checkpoints.close()
+
+
+def assert_equal(a, b):
+    a, b = toy.leaves(a), toy.leaves(b)
+    assert a.keys() == b.keys()
+    for name, values in a.items():
+        assert values.dtype == b[name].dtype
+        np.testing.assert_array_equal(values, b[name], err_msg=name)
+
+
+def test_everything_comes_back(tmp_path, mesh):
+    save(tmp_path, [3, 7])
+    found, position = restore(tmp_path, parallel.abstract(some_state(), mesh))
+    assert_equal(found, some_state(7))
+    assert position == {"step": 7}
+    assert checkpoint.load_config(tmp_path, step=3) == CONFIG
+
+
+def test_names_and_bfloat16_come_back(tmp_path, mesh):
+    """Dotted names that are beginnings of one another, and a dtype that numpy does not have."""
+    params = {"a": jnp.ones(3), "a.b": jnp.ones(2, jnp.bfloat16), "a.b.c": jnp.float32(4), "0.a/b": jnp.ones(1)}
+    made = state.create(params, toy.optimizer())
+    save(tmp_path, [1], item=made)
+    assert_equal(restore(tmp_path, parallel.abstract(made, mesh))[0], made)
+
+
+def test_ema_is_read_alone(tmp_path, mesh):
+    save(tmp_path, [3, 7])
+    for item in ("params", "optimizer"):
+        for path in sorted((tmp_path / "7" / item).rglob("*")):
+            if path.is_file():
+                path.unlink()
+    assert_equal(checkpoint.load_ema(tmp_path, mesh, step=None, like=None), some_state(7).ema)
+    assert_equal(checkpoint.load_ema(tmp_path, mesh, step=3, like=some_state().ema), some_state(3).ema)
+
+
+def test_the_newest_and_every_nth_are_kept(tmp_path):
+    save(tmp_path, range(1, 8), keep_last=2, keep_every=3)
+    assert checkpoint.whole_steps(tmp_path) == [3, 6, 7]
+    with pytest.raises(ValueError, match="keep_last=0"):
+        Checkpoints(tmp_path, keep_last=0, keep_every=0)
+
+
+def test_a_checkpoint_broken_off_is_not_seen_and_is_cleared_away(tmp_path, mesh):
+    save(tmp_path, [3])
+    (tmp_path / "9.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
+    assert checkpoint.whole_steps(tmp_path) == [3]
+    assert_equal(restore(tmp_path, parallel.abstract(some_state(), mesh))[0], some_state(3))
+    save(tmp_path, [9])
+    assert checkpoint.whole_steps(tmp_path) == [3, 9]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "9"]
+
+
+def test_what_is_not_there_is_named(tmp_path, mesh):
+    with pytest.raises(FileNotFoundError, match="no checkpoint yet"):
+        restore(tmp_path, parallel.abstract(some_state(), mesh))
+    save(tmp_path, [3])
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 4, only of \[3\]"):
+        checkpoint.load_ema(tmp_path, mesh, step=4, like=None)
+
+
+def test_arrays_that_do_not_match_are_all_named(tmp_path, mesh):
+    save(tmp_path, [3])
+    params = some_state().params
+    bias = params["up.bias"]
+    wanted = {"up.kernel": params["up.kernel"].T, "up.bias": bias.astype(jnp.bfloat16), "new": bias}
+    with pytest.raises(ValueError, match="not those asked for") as refused:
+        checkpoint.load_ema(tmp_path, mesh, step=None, like=wanted)
+    for offender in (
+        "missing: new",
+        "not wanted: down.kernel",
+        "up.kernel: saved (128, 256) float32, wanted (256, 128) float32",
+        "up.bias: saved (256,) float32, wanted (256,) bfloat16",
+    ):
+        assert offender in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 5
+
+
+def test_another_optimizer_is_refused(tmp_path, mesh):
+    save(tmp_path, [3])
+    like = dataclasses.replace(some_state(), opt_state={"momentum": jnp.zeros(3)})
+    with pytest.raises(ValueError, match=r"missing: opt_state\.momentum"):
+        restore(tmp_path, parallel.abstract(like, mesh))
+
+
+def test_the_state_may_be_donated_while_it_is_being_written(tmp_path, mesh):
+    advance = jax.jit(lambda state: jax.tree.map(lambda a: a + 1, state), donate_argnums=0)
+    checkpoints = Checkpoints(tmp_path, keep_last=1, keep_every=0)
+    current = some_state(5)
+    for step in range(1, 6):
+        saved = {name: values.copy() for name, values in toy.leaves(current).items()}
+        checkpoints.save(step, current, {}, {})
+        for _ in range(20):
+            current = advance(current)
+    checkpoints.close()
+    found, _ = restore(tmp_path, parallel.abstract(current, mesh))
+    for name, values in toy.leaves(found).items():
+        np.testing.assert_array_equal(values, saved[name], err_msg=name)
+
+
+@pytest.fixture
+def full_disk():
+    """No file may grow beyond 20 kB from here on, which the system reports as it does a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_one_error_and_older_checkpoints_stay_good(tmp_path, mesh, full_disk):
+    save(tmp_path, [3, 6])
+    checkpoints = Checkpoints(tmp_path, keep_last=1, keep_every=0)
+    full_disk()
+    with pytest.raises(OSError, match=r"could not be written.*steps \[3, 6\] are whole"):
+        checkpoints.save(9, some_state(), {}, {})
+        checkpoints.wait()
+    assert checkpoint.whole_steps(tmp_path) == [3, 6]
+    assert_equal(restore(tmp_path, parallel.abstract(some_state(), mesh))[0], some_state(6))

@@ -1,0 +1,89 @@
+import socket
+
+import jax
+import numpy as np
+import pytest
+import toy_training as toy
+
+from instaflow_jax.infra import metrics, parallel
+
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("one")
+    return toy.leaves(toy.run(workdir, STEPS)), metrics.read_json_lines(workdir / "metrics.jsonl")
+
+
+def assert_equal_to_rounding(workdir, one_device):
+    """The final state and every step's metrics; returns how much of the state one device held."""
+    state, rows = one_device
+    result = dict(np.load(workdir / "result.npz"))
+    elements = result.pop("elements_per_device")
+    assert result.keys() == state.keys()
+    for name, values in state.items():
+        np.testing.assert_allclose(result[name], values, rtol=1e-4, atol=2e-6, err_msg=name)
+    found = metrics.read_json_lines(workdir / "metrics.jsonl")
+    assert [row["step"] for row in found] == list(range(1, STEPS + 1))
+    for ours, theirs in zip(found, rows, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    return elements
+
+
+def test_eight_devices_equal_one(tmp_path, one_device):
+    scripts = [toy.start(tmp_path / str(fsdp), STEPS, fsdp=fsdp, devices=8) for fsdp in (1, 4)]
+    toy.finish(tmp_path, *scripts)
+    replicated = assert_equal_to_rounding(tmp_path / "1", one_device)
+    sharded = assert_equal_to_rounding(tmp_path / "4", one_device)
+    assert sharded < 0.3 * replicated
+
+
+def test_two_processes_of_four_devices_equal_one(tmp_path, one_device):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    group = {"fsdp": 4, "devices": 4, "coordinator": address, "processes": 2}
+    toy.finish(tmp_path, *[toy.start(tmp_path, STEPS, process=process, **group) for process in range(2)])
+    assert_equal_to_rounding(tmp_path, one_device)
+
+
+@pytest.fixture
+def wide():
+    """The mesh of a larger machine, for rules that only read its shape."""
+    return jax.sharding.AbstractMesh((2, 4), parallel.AXES)
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [
+        ((3, 3, 64, 128), (None, None, None, "fsdp")),
+        ((3, 3, 128, 64), (None, None, "fsdp", None)),
+        ((1022, 64), (None, "fsdp")),  # the largest axis does not divide by 4
+        ((1021, 33), ()),
+        ((4096,), ()),  # too small to be worth gathering
+        ((), ()),
+    ],
+)
+def test_shape_rule(wide, shape, spec):
+    assert tuple(parallel.array_sharding(shape, wide).spec) == spec
+
+
+def test_a_batch_that_devices_cannot_share_is_refused(wide):
+    parallel.check_batch_size("batch_size", 48, wide, 2)
+    with pytest.raises(ValueError, match=r"batch_size=40 must be a multiple of 16 .*try batch_size=32"):
+        parallel.check_batch_size("batch_size", 40, wide, 2)
+
+
+def test_a_mesh_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="fsdp=3 must divide the 1 devices"):
+        parallel.make_mesh(fsdp=3)
+
+
+def test_host_arrays_go_to_devices_unchanged():
+    mesh = parallel.make_mesh(fsdp=1)
+    tree = {"a": np.arange(6.0, dtype=np.float32).reshape(2, 3)}
+    for put in (parallel.shard, parallel.replicate, parallel.global_batch):
+        np.testing.assert_array_equal(put(tree, mesh)["a"], tree["a"])
+    key = jax.random.key(5)
+    assert jax.random.uniform(parallel.replicate_key(key, mesh)) == jax.random.uniform(key)
