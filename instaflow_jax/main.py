@@ -1,0 +1,45 @@
+"""`python -m instaflow_jax.main --config=configs/STAGE.py[:variant] [--config.field=value …] [--workdir=DIR]`
+
+Reads the config, joins the other hosts if there are any, and runs the stage that the config names. A mistake in the
+config or in a file ends in one line on stderr and exit code 1; a bug shows its traceback.
+"""
+import importlib
+import sys
+
+import ml_collections
+from absl import app, flags
+from ml_collections import config_flags
+
+STAGES = ("pretrain", "sample")
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "configs/STAGE.py, or configs/STAGE.py:variant")
+_WORKDIR = flags.DEFINE_string("workdir", "runs", "where the stage writes")
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> None:
+    """Runs the stage `config.stage` with all it makes under `workdir`.
+
+    Raises:
+      ValueError: there is no such stage, or a field of the config is wrong.
+      FileNotFoundError: an input is missing.
+    """
+    if config.stage not in STAGES:
+        raise ValueError(f"config.stage={config.stage!r} is not one of {', '.join(STAGES)}")
+    importlib.import_module(f"instaflow_jax.stages.{config.stage}").run(config, workdir)
+
+
+def main(argv: list[str]) -> None:
+    """Entry point for absl."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; options are written --config.field=value")
+    try:
+        run(_CONFIG.value, _WORKDIR.value)
+    except (ValueError, OSError) as error:
+        if flags.FLAGS["v"].value > 0:  # absl's --verbosity=1 shows where it was raised
+            raise
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)

@@ -1,0 +1,253 @@
+"""CLIP (Radford et al., 2021), named like transformers' classes: the text encoder that conditions Stable Diffusion,
+and text and image towers together for the CLIP score.
+"""
+import dataclasses
+from typing import Any, ClassVar, NamedTuple, Self
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from instaflow_jax.models import port
+from instaflow_jax.models.layers import Make, activation, attend
+from instaflow_jax.models.net import Config, Model, Net
+
+_LEGACY_EOS = 2  # what older files state instead of the true end-of-text id
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextConfig(Config):
+    """The text tower's `config.json`; absent keys mean these values, as in transformers."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    projection_dim: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 49407
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPVisionConfig(Config):
+    """The image tower's part of `config.json`; absent keys mean these values, as in transformers."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPConfig(Config):
+    """Both towers and the space they share."""
+
+    text_config: CLIPTextConfig = CLIPTextConfig()
+    vision_config: CLIPVisionConfig = CLIPVisionConfig()
+    projection_dim: int = 512
+    logit_scale_init_value: float = 2.6592
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Self:
+        """Older files hold `text_config_dict` and `vision_config_dict` too; where these are, they count (transformers)."""
+        towers = {}
+        for key, tower in (("text_config", CLIPTextConfig), ("vision_config", CLIPVisionConfig)):
+            stated = [raw[k] for k in (f"{key}_dict", key) if raw.get(k) is not None]
+            towers[key] = tower.from_dict(stated[0] if stated else {})
+        return super().from_dict(raw | towers)
+
+
+class TextOutput(NamedTuple):
+    """What the text tower gives: every token's state [B, L, C] after the last norm, and the end-of-text token's [B, C]."""
+
+    last_hidden_state: Array
+    pooler_output: Array
+
+
+class CLIPOutput(NamedTuple):
+    """Similarities [images, texts] and [texts, images] times exp(logit_scale), and the unit embeddings behind them."""
+
+    logits_per_image: Array
+    logits_per_text: Array
+    text_embeds: Array
+    image_embeds: Array
+
+
+class Attention(nnx.Module):
+    def __init__(self, config, make: Make):
+        width, heads = config.hidden_size, config.num_attention_heads
+        if width % heads:
+            raise ValueError(f"config.json: hidden_size={width} is not divisible by num_attention_heads={heads}")
+        self.heads, self.attention = heads, make.attention
+        self.k_proj = make.linear(width, width)
+        self.v_proj = make.linear(width, width)
+        self.q_proj = make.linear(width, width)
+        self.out_proj = make.linear(width, width)
+
+    def __call__(self, x, causal: bool):
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return self.out_proj(attend(q, k, v, self.heads, self.attention, causal))
+
+
+class MLP(nnx.Module):
+    def __init__(self, config, make: Make):
+        self.act = activation(config.hidden_act)
+        self.fc1 = make.linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = make.linear(config.intermediate_size, config.hidden_size)
+
+    def __call__(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class EncoderLayer(nnx.Module):
+    def __init__(self, config, make: Make):
+        self.self_attn = Attention(config, make)
+        self.layer_norm1 = make.layer_norm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = MLP(config, make)
+        self.layer_norm2 = make.layer_norm(config.hidden_size, config.layer_norm_eps)
+
+    def __call__(self, x, causal: bool):
+        x = x + self.self_attn(self.layer_norm1(x), causal)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Encoder(nnx.Module):
+    def __init__(self, config, make: Make):
+        self.layers = nnx.List([EncoderLayer(config, make) for _ in range(config.num_hidden_layers)])
+
+    def __call__(self, x, causal: bool):
+        for layer in self.layers:
+            x = layer(x, causal)
+        return x
+
+
+class TextEmbeddings(nnx.Module):
+    def __init__(self, config: CLIPTextConfig, make: Make):
+        self.token_embedding = make.embed(config.vocab_size, config.hidden_size)
+        self.position_embedding = make.embed(config.max_position_embeddings, config.hidden_size)
+
+    def __call__(self, ids):
+        length, limit = ids.shape[1], self.position_embedding.num_embeddings
+        if length > limit:
+            raise ValueError(f"prompts of {length} tokens exceed the text encoder's {limit} positions; "
+                             "tokenize with the tokenizer that belongs to it")
+        return self.token_embedding(ids) + self.position_embedding(jnp.arange(length))
+
+
+class TextTransformer(nnx.Module):
+    def __init__(self, config: CLIPTextConfig, make: Make):
+        self.eos_token_id = config.eos_token_id
+        self.embeddings = TextEmbeddings(config, make)
+        self.encoder = Encoder(config, make)
+        self.final_layer_norm = make.layer_norm(config.hidden_size, config.layer_norm_eps)
+
+    def __call__(self, ids) -> TextOutput:
+        x = self.final_layer_norm(self.encoder(self.embeddings(ids), causal=True))
+        # Files from before the id was corrected rely on end-of-text being the highest id of the vocabulary.
+        mark = ids if self.eos_token_id == _LEGACY_EOS else ids == self.eos_token_id
+        return TextOutput(x, x[jnp.arange(len(ids)), jnp.argmax(mark, axis=-1)])
+
+
+class VisionEmbeddings(nnx.Module):
+    def __init__(self, config: CLIPVisionConfig, make: Make):
+        self.image_size, width = config.image_size, config.hidden_size
+        patches = (config.image_size // config.patch_size) ** 2
+        self.class_embedding = nnx.Param(0.02 * make.rngs.params.normal((width,)))
+        self.patch_embedding = make.conv(config.num_channels, width, config.patch_size, config.patch_size, bias=False)
+        self.position_embedding = make.embed(patches + 1, width)
+
+    def __call__(self, pixels):
+        if pixels.shape[1:3] != (self.image_size,) * 2:
+            raise ValueError(f"images of {pixels.shape[1]}x{pixels.shape[2]} pixels; this CLIP takes "
+                             f"{self.image_size}x{self.image_size}, resize them first")
+        patches = self.patch_embedding(pixels)
+        patches = patches.reshape(len(pixels), -1, patches.shape[-1])
+        first = jnp.broadcast_to(self.class_embedding[...], (len(pixels), 1, patches.shape[-1]))
+        tokens = jnp.concatenate([first.astype(patches.dtype), patches], axis=1)
+        return tokens + self.position_embedding(jnp.arange(tokens.shape[1]))
+
+
+class VisionTransformer(nnx.Module):
+    def __init__(self, config: CLIPVisionConfig, make: Make):
+        self.embeddings = VisionEmbeddings(config, make)
+        self.pre_layrnorm = make.layer_norm(config.hidden_size, config.layer_norm_eps)  # the reference's own spelling
+        self.encoder = Encoder(config, make)
+        self.post_layernorm = make.layer_norm(config.hidden_size, config.layer_norm_eps)
+
+    def __call__(self, pixels):
+        x = self.encoder(self.pre_layrnorm(self.embeddings(pixels)), causal=False)
+        return self.post_layernorm(x[:, 0])
+
+
+def _with_prefix(key: str) -> str:
+    """Some text encoders were saved from the inner module: `encoder.layers…` for `text_model.encoder.layers…`."""
+    bare = key.startswith(("embeddings.", "encoder.", "final_layer_norm."))
+    return f"text_model.{key}" if bare else key
+
+
+class _Transformers(Model):
+    """Adds to a config what transformers tells its classes apart by, so that it opens what `save_pretrained` writes."""
+
+    model_type: ClassVar[str]
+
+    @classmethod
+    def from_config(cls, raw: dict[str, Any], **options) -> Net:
+        return super().from_config({"architectures": [cls.__name__], "model_type": cls.model_type} | raw, **options)
+
+
+class CLIPTextModel(_Transformers):
+    """The text encoder: token ids → `TextOutput`; Stable Diffusion is conditioned on `last_hidden_state`.
+
+    No padding mask: Stable Diffusion lets every position be seen, padding too.
+    """
+
+    Config = CLIPTextConfig
+    layout = port.Layout("model", "pytorch_model", "flax_model.msgpack", respell=_with_prefix)
+    model_type = "clip_text_model"
+
+    def __init__(self, config: CLIPTextConfig, make: Make):
+        self.text_model = TextTransformer(config, make)
+
+    def __call__(self, ids: Int[Array, "B L"]) -> TextOutput:
+        return self.text_model(ids)
+
+
+class CLIPModel(_Transformers):
+    """Text and image towers with their projections into one space."""
+
+    Config = CLIPConfig
+    layout = port.Layout("model", "pytorch_model", "flax_model.msgpack")
+    model_type = "clip"
+
+    def __init__(self, config: CLIPConfig, make: Make):
+        self.text_model = TextTransformer(config.text_config, make)
+        self.vision_model = VisionTransformer(config.vision_config, make)
+        self.visual_projection = make.linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
+        self.text_projection = make.linear(config.text_config.hidden_size, config.projection_dim, bias=False)
+        self.logit_scale = nnx.Param(jnp.asarray(config.logit_scale_init_value, jnp.float32))
+
+    def get_text_features(self, ids: Int[Array, "B L"]) -> Float[Array, "B D"]:
+        """Projected end-of-text states, not normalised."""
+        return self.text_projection(self.text_model(ids).pooler_output)
+
+    def get_image_features(self, pixels: Float[Array, "B H W C"]) -> Float[Array, "B D"]:
+        """Projected class tokens, not normalised; `pixels` normalised as `preprocessor_config.json` says."""
+        return self.visual_projection(self.vision_model(pixels))
+
+    def __call__(self, ids: Int[Array, "T L"], pixels: Float[Array, "I H W C"]) -> CLIPOutput:
+        text, image = _unit(self.get_text_features(ids)), _unit(self.get_image_features(pixels))
+        logits = jnp.exp(self.logit_scale[...]) * image @ text.T
+        return CLIPOutput(logits, logits.T, text, image)
+
+
+def _unit(x):
+    x = x.astype(jnp.float32)
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

@@ -1,0 +1,165 @@
+"""LPIPS (Zhang et al., 2018), version 0.1 of the `lpips` package: how far apart two images look, by a classifier's eyes.
+
+The trunk is torchvision's `vgg16` or `alexnet` under its own names (`features.N`), at the published widths or smaller
+ones: a small trunk trained here as a `VGGClassifier` is the same network with another `config.json`.
+"""
+import dataclasses
+from pathlib import Path
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from instaflow_jax.models import port
+from instaflow_jax.models.layers import Identity, Make
+from instaflow_jax.models.net import Config, Model, Net, Params
+
+PUBLISHED = {
+    "vgg": {"net": "vgg", "widths": (64, 128, 256, 512, 512), "depths": (2, 2, 3, 3, 3)},
+    "alex": {"net": "alex", "widths": (64, 192, 384, 256, 256), "depths": (1, 1, 1, 1, 1)},
+}
+_SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # ImageNet's mean and deviation in [-1, 1]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrunkConfig(Config):
+    """A stack of stages, each `depths[i]` convolutions of `widths[i]` channels.
+
+    Attributes:
+      net: "vgg" (3x3 kernels, halving between all stages) or "alex" (AlexNet's kernels, strides and two poolings).
+    """
+
+    net: str = "vgg"
+    widths: tuple[int, ...] = PUBLISHED["vgg"]["widths"]
+    depths: tuple[int, ...] = PUBLISHED["vgg"]["depths"]
+
+    def __post_init__(self):
+        if self.net not in PUBLISHED:
+            raise ValueError(f"config.json: net={self.net!r} is not one of {sorted(PUBLISHED)}")
+        if len(self.widths) != len(self.depths):
+            raise ValueError(f"config.json: widths {self.widths} and depths {self.depths} differ in length")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierConfig(TrunkConfig):
+    """A trunk and the number of classes its linear head tells apart."""
+
+    num_classes: int = 1000
+
+
+class Relu(nnx.Module):
+    def __call__(self, x):
+        return nnx.relu(x)
+
+
+class MaxPool(nnx.Module):
+    def __init__(self, size: int):
+        self.size = size
+
+    def __call__(self, x):
+        return nnx.max_pool(x, (self.size, self.size), (2, 2))
+
+
+def _stage(net: str, i: int) -> tuple[dict, int | None]:
+    """How stage i convolves first, and the size of the pooling before it."""
+    if net == "vgg":
+        return {"kernel": 3, "padding": 1}, 2 if i else None
+    first = ({"kernel": 11, "stride": 4, "padding": 2}, {"kernel": 5, "padding": 2})
+    return first[i] if i < 2 else {"kernel": 3, "padding": 1}, 3 if i in (1, 2) else None
+
+
+def _trunk(config: TrunkConfig, make: Make) -> tuple[nnx.List, tuple[int, ...]]:
+    """torchvision's `features`, and the places in it whose outputs LPIPS compares (the end of each stage)."""
+    layers, taps, inputs = [], [], 3
+    for i, (width, depth) in enumerate(zip(config.widths, config.depths, strict=True)):
+        shape, pool = _stage(config.net, i)
+        layers += [MaxPool(pool)] if pool else []
+        for _ in range(depth):
+            layers += [make.conv(inputs, width, **shape), Relu()]
+            inputs, shape = width, {"kernel": 3, "padding": 1}
+        taps.append(len(layers) - 1)
+    return nnx.List(layers), tuple(taps)
+
+
+def _run(features: nnx.List, taps: tuple[int, ...], images) -> list[Array]:
+    """The tapped outputs for `images` in [-1, 1]."""
+    x, outputs = (images - jnp.asarray(_SHIFT)) / jnp.asarray(_SCALE), []
+    for i, layer in enumerate(features):
+        x = layer(x)
+        if 0 in x.shape:
+            raise ValueError(f"images of {images.shape[1]}x{images.shape[2]} pixels are too small for a trunk of "
+                             f"{len(taps)} stages; enlarge them")
+        if i in taps:
+            outputs.append(x)
+    return outputs
+
+
+class NetLinLayer(nnx.Module):
+    """Weighs the channels of one stage; starts with all ones, which is the package's `lpips=False`."""
+
+    def __init__(self, width: int, make: Make):
+        ones = nnx.initializers.ones
+        self.model = nnx.List([Identity(), nnx.Conv(width, 1, (1, 1), use_bias=False, kernel_init=ones, rngs=make.rngs)])
+
+    def __call__(self, x):
+        return self.model[1](x)
+
+
+class LPIPS(Model):
+    """Perceptual distance of image pairs."""
+
+    Config = TrunkConfig
+    layout = port.Layout("model", ignore=(r"^classifier\.",))  # torchvision's files are whole classifiers
+
+    def __init__(self, config: TrunkConfig, make: Make):
+        self.features, self.taps = _trunk(config, make)
+        for i, width in enumerate(config.widths):
+            setattr(self, f"lin{i}", NetLinLayer(width, make))
+
+    @classmethod
+    def from_files(cls, trunk: str | Path, heads: str | Path, *, net: str, dtype=jnp.float32) -> tuple[Net, Params]:
+        """Reads torchvision's state dict for the trunk and the `lpips` package's `weights/v0.1/{net}.pth`.
+
+        Raises:
+          FileNotFoundError, ValueError: a file is missing or its weights do not fit, each of them named.
+        """
+        if net not in PUBLISHED:
+            raise ValueError(f"net={net!r} is not one of {sorted(PUBLISHED)}")
+        network = cls.from_config(PUBLISHED[net], dtype=dtype)
+        stored = {**port.open_weights(Path(trunk)), **port.open_weights(Path(heads))}
+        return network, port.fill(stored, network.shapes, cls.layout, source=f"{trunk} with {heads}")
+
+    def __call__(self, a: Float[Array, "B H W 3"], b: Float[Array, "B H W 3"]) -> Float[Array, "B"]:
+        """Distance of each image in `a` to its partner in `b`, values in [-1, 1]."""
+        count, distance = len(a), 0.0
+        for i, x in enumerate(_run(self.features, self.taps, jnp.concatenate([a, b]))):
+            x = _unit(x.astype(jnp.float32))
+            head = getattr(self, f"lin{i}")
+            distance += head((x[:count] - x[count:]) ** 2).mean((1, 2, 3))
+        return distance
+
+
+def _unit(x):
+    """Unit length along channels. Where all are zero the gradient is zero too; PyTorch's is not a number there."""
+    square = jnp.sum(x**2, axis=-1, keepdims=True)
+    dead = square == 0
+    return x / (jnp.where(dead, 0.0, jnp.sqrt(jnp.where(dead, 1.0, square))) + 1e-10)
+
+
+class VGGClassifier(Model):
+    """A trunk with pooling and a linear head: what a trunk is pretrained as. Its `features.*` are LPIPS's own."""
+
+    Config = ClassifierConfig
+    layout = port.Layout("model")
+
+    def __init__(self, config: ClassifierConfig, make: Make):
+        self.features, self.taps = _trunk(config, make)
+        self.classifier = make.linear(config.widths[-1], config.num_classes)
+
+    def pooled(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B C"]:
+        """Mean over space of the last stage, for `images` in [-1, 1]."""
+        return _run(self.features, self.taps, images)[-1].mean((1, 2))
+
+    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B K"]:
+        """Logits of `images` with values in [-1, 1]."""
+        return self.classifier(self.pooled(images))
