@@ -1,10 +1,11 @@
 """Full-size SD 1.5 UNet, autoencoder and CLIP-L against PyTorch, in float32 on the CPU, with random weights.
 
-    python -m benchmarks.parity [--flax] [--latent=64] [unet vae clip]
+    python -m benchmarks.parity [--flax] [--latent=64] [unet vae encoder clip]
 
-Prints a Markdown row for each network: the relative L2 difference of ours, and with --flax that of diffusers' and
-transformers' last Flax classes on the same weights. Fails if ours exceeds 1e-5. Weights go through the disk, in
-diffusers layout, and need about 12 GB of memory; a few minutes on two cores (more with --flax).
+Prints a Markdown row for each network: relative L2 differences of ours from PyTorch in float32, of both from the same
+PyTorch module in float64 (which tells whose rounding a difference is), and with --flax those of diffusers' and
+transformers' last Flax classes. Fails if ours is further than 1e-5 from the float64 result. Weights go through the
+disk, in diffusers layout, and need about 14 GB of memory; some ten minutes on two cores.
 """
 import argparse
 import gc
@@ -30,26 +31,29 @@ def normal(seed: int, *shape: int) -> np.ndarray:
 
 
 def compare(name: str, reference, run, ours, method: str, inputs, flax) -> dict:
-    """Errors of ours and of the Flax class against `run(reference)`, on weights that went through the disk.
+    """Differences of ours, of PyTorch and of the old Flax class, on weights that went through the disk.
 
     Args:
-      run: reference module → numpy output, NHWC.
-      inputs: our inputs; `flax` takes (directory) and gives the Flax class's output, or is None.
+      run: (reference module, float type) → numpy output, NHWC.
+      inputs: our inputs; `flax` takes a directory and gives the Flax class's output, or is None.
     """
     with tempfile.TemporaryDirectory() as folder:
         reference.save_pretrained(folder)
         with references().no_grad():
-            want = run(reference)
+            single = run(reference, references().float32)
+            double = run(reference.double(), references().float64)
         del reference
+        gc.collect()
         net, params = ours.from_pretrained(folder)
         got = jax.block_until_ready(jax.jit(lambda p, *x: net.apply(p, *x, method=method))(params, *inputs))
         got = got.last_hidden_state if hasattr(got, "last_hidden_state") else got
-        row = {"network": name, "parameters": count(params), "scale": float(np.std(want)), "ours": relative(got, want)}
+        row = {"network": name, "parameters": count(params), "scale": float(np.std(double)),
+               "ours": relative(got, single), "ours64": relative(got, double), "torch64": relative(single, double)}
         if flax:
             net.save_pretrained(params, Path(folder) / "flax", form="flax")
             del params
             gc.collect()
-            row["flax"] = relative(flax(str(Path(folder) / "flax")), want)
+            row["flax64"] = relative(flax(str(Path(folder) / "flax")), double)
     return row
 
 
@@ -59,9 +63,9 @@ def unet(latent: int, with_flax: bool) -> dict:
     from diffusers import UNet2DConditionModel as Reference
     x, text, tau = normal(0, 1, latent, latent, 4), normal(1, 1, 77, 768), np.array([1000.0], "float32")
 
-    def run(reference):
-        return reference(torch.tensor(x.transpose(NCHW)), torch.tensor(tau), torch.tensor(text)).sample.numpy().transpose(
-            NHWC)
+    def run(reference, dtype):
+        inputs = (torch.tensor(a, dtype=dtype) for a in (x.transpose(NCHW), tau, text))
+        return reference(*inputs).sample.numpy().transpose(NHWC)
 
     def flax(folder):
         model, params = FlaxUNet2DConditionModel.from_pretrained(folder)
@@ -78,8 +82,8 @@ def vae(latent: int, with_flax: bool) -> dict:
     from diffusers import FlaxAutoencoderKL
     z = normal(0, 1, latent, latent, 4)
 
-    def run(reference):
-        return reference.decode(torch.tensor(z.transpose(NCHW)) / 0.18215).sample.numpy().transpose(NHWC)
+    def run(reference, dtype):
+        return reference.decode(torch.tensor(z.transpose(NCHW) / 0.18215, dtype=dtype)).sample.numpy().transpose(NHWC)
 
     def flax(folder):
         model, params = FlaxAutoencoderKL.from_pretrained(folder)
@@ -95,8 +99,9 @@ def encoder(latent: int, with_flax: bool) -> dict:
     from diffusers import AutoencoderKL as Reference
     pixels = normal(0, 1, 8 * latent, 8 * latent, 3)
 
-    def run(reference):
-        return 0.18215 * reference.encode(torch.tensor(pixels.transpose(NCHW))).latent_dist.mean.numpy().transpose(NHWC)
+    def run(reference, dtype):
+        mean = reference.encode(torch.tensor(pixels.transpose(NCHW), dtype=dtype)).latent_dist.mean
+        return 0.18215 * mean.numpy().transpose(NHWC)
 
     return compare("VAE encoder", randomize(Reference(**SD15_VAE)), run, AutoencoderKL, "encode", (pixels,), None)
 
@@ -112,7 +117,7 @@ def clip(latent: int, with_flax: bool) -> dict:
         return FlaxCLIPTextModel.from_pretrained(folder)(ids).last_hidden_state
 
     return compare("CLIP-L text", randomize(Reference(CLIPTextConfig(**CLIP_L_TEXT))),
-                   lambda reference: reference(torch.tensor(ids, dtype=torch.long)).last_hidden_state.numpy(),
+                   lambda reference, dtype: reference(torch.tensor(ids, dtype=torch.long)).last_hidden_state.numpy(),
                    CLIPTextModel, "__call__", (ids,), flax if with_flax else None)
 
 
@@ -125,13 +130,14 @@ def main() -> None:
     parser.add_argument("--latent", type=int, default=64, help="latents a side; 64 makes 512 pixels")
     parser.add_argument("--flax", action="store_true", help="also run the old Flax classes on the same weights")
     options = parser.parse_args()
-    print("| network | parameters | deviation of the output | ours | old Flax classes |\n|---|---|---|---|---|", flush=True)
+    print("| network | parameters | deviation of the output | ours − PyTorch fp32 | ours − fp64 | PyTorch fp32 − fp64 "
+          "| old Flax − fp64 |\n|---|---|---|---|---|---|---|", flush=True)
     worst = 0.0
     for name in options.networks:
         row = NETWORKS[name](options.latent, options.flax)
-        worst = max(worst, row["ours"])
-        flax = f"{row['flax']:.1e}" if "flax" in row else "–"
-        print(f"| {row['network']} | {row['parameters']:,} | {row['scale']:.2f} | {row['ours']:.1e} | {flax} |", flush=True)
+        worst = max(worst, row["ours64"])
+        errors = [f"{row[key]:.1e}" if key in row else "–" for key in ("ours", "ours64", "torch64", "flax64")]
+        print(f"| {row['network']} | {row['parameters']:,} | {row['scale']:.2f} | {' | '.join(errors)} |", flush=True)
         gc.collect()
     if worst > LIMIT:
         sys.exit(f"error: a difference of {worst:.1e} exceeds {LIMIT:.0e}")

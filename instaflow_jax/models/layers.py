@@ -18,7 +18,8 @@ ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
 ATTENTION = ("xla", "cudnn")
-_LATER = nnx.initializers.zeros  # `Net.init` draws kernels and embeddings all at once
+DRAWN = "drawn"  # marks the kernels and embeddings that `Net.init` draws all at once; they start as zeros
+_LATER = {"kernel_init": nnx.initializers.zeros, "kernel_metadata": {DRAWN: True}}
 
 
 def activation(name: str):
@@ -50,13 +51,14 @@ class Make:
         """A square convolution with torch's explicit padding: an int, or ((top, bottom), (left, right))."""
         pads = ((padding, padding),) * 2 if isinstance(padding, int) else padding
         return nnx.Conv(inputs, outputs, (kernel, kernel), stride, padding=pads, use_bias=bias, dtype=self.dtype,
-                        kernel_init=_LATER, rngs=self.rngs)
+                        **_LATER, rngs=self.rngs)
 
     def linear(self, inputs: int, outputs: int, bias: bool = True) -> nnx.Linear:
-        return nnx.Linear(inputs, outputs, use_bias=bias, dtype=self.dtype, kernel_init=_LATER, rngs=self.rngs)
+        return nnx.Linear(inputs, outputs, use_bias=bias, dtype=self.dtype, **_LATER, rngs=self.rngs)
 
     def embed(self, count: int, features: int) -> nnx.Embed:
-        return nnx.Embed(count, features, dtype=self.dtype, embedding_init=_LATER, rngs=self.rngs)
+        return nnx.Embed(count, features, dtype=self.dtype, embedding_init=nnx.initializers.zeros,
+                         embedding_metadata={DRAWN: True}, rngs=self.rngs)
 
     def group_norm(self, channels: int, groups: int, eps: float) -> nnx.GroupNorm:
         return nnx.GroupNorm(channels, groups, epsilon=eps, dtype=self.dtype, rngs=self.rngs)

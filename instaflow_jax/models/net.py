@@ -18,7 +18,7 @@ from flax import nnx
 
 from instaflow_jax.arrays import Params
 from instaflow_jax.models import port
-from instaflow_jax.models.layers import Make
+from instaflow_jax.models.layers import DRAWN, Make
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Net:
         key, draw = jax.random.split(key)
         state = nnx.state(self.module(self.config, Make(nnx.Rngs(key))))
         params = _named(state, lambda path, variable: variable[...])
-        drawn = {name: p.shape for name, p in params.items() if name.endswith(("kernel", "embedding.embedding"))}
+        drawn = {name: v.shape for name, (_, v) in self.abstract.items() if v.get_metadata(DRAWN, False)}
         cuts = np.cumsum([math.prod(shape) for shape in drawn.values()])
         pieces = jnp.split(jax.random.normal(draw, (cuts[-1],)), cuts[:-1])
         for (name, shape), piece in zip(drawn.items(), pieces, strict=True):

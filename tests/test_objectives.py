@@ -1,0 +1,196 @@
+"""The losses of reflow and distillation: what they are zero for, what they mean, and that crops stand for the whole."""
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import normal, relative
+
+from instaflow_jax import flow
+from instaflow_jax.models.lpips import LPIPS
+from instaflow_jax.models.vae import AutoencoderKL
+from instaflow_jax.train import objectives
+
+TEXT = types.SimpleNamespace(apply=lambda params, ids: types.SimpleNamespace(
+    last_hidden_state=params[ids]))  # an embedding table
+FROZEN = {"text_encoder": normal(9, 16, 3), "null_ids": np.array([[0, 0]])}
+BATCH = {"X0": normal(0, 64, 4, 4, 2), "X1": normal(1, 64, 4, 4, 2),
+         "ids": np.arange(128).reshape(64, 2) % 15 + 1}
+
+
+def net(function):
+    """A network whose parameters are what `function(params, Z, tau, text)` makes of them."""
+    return types.SimpleNamespace(apply=function)
+
+
+def oracle(params, Z, tau, text):
+    """The velocity that Eq. 5 asks for, given away by the batch itself."""
+    return BATCH["X1"] - BATCH["X0"] + params
+
+
+def reflow(unet, **changes):
+    options = {"time": "uniform", "penalty": "squared", "drop": 0.0, "steps": 1000} | changes
+    return objectives.make_reflow_loss(unet, TEXT, **options)
+
+
+@pytest.mark.parametrize("time", objectives.TIMES)
+@pytest.mark.parametrize("penalty", objectives.PENALTIES)
+def test_reflow_is_zero_for_the_true_velocity_only(time, penalty):
+    loss = reflow(net(oracle), time=time, penalty=penalty)
+    assert loss(0.0, FROZEN, BATCH, jax.random.key(0))[0] == 0
+    assert loss(0.5, FROZEN, BATCH, jax.random.key(0))[0] > 0.1
+    assert jax.grad(lambda p: loss(p, FROZEN, BATCH, jax.random.key(0))[0])(0.5) > 0
+
+
+def test_reflow_asks_the_network_on_the_straight_road_by_the_flow_clock():
+    seen = {}
+
+    def record(params, Z, tau, text):
+        seen.update(Z=Z, tau=tau, text=text)
+        return Z
+
+    reflow(net(record))(0.0, FROZEN, BATCH, jax.random.key(3))
+    t = 1 - seen["tau"] / 1000
+    assert 0 <= t.min() and t.max() < 1 and t.std() > 0.2
+    np.testing.assert_allclose(seen["Z"], flow.interpolate(BATCH["X0"], BATCH["X1"], t), atol=1e-5)
+    np.testing.assert_array_equal(seen["text"], FROZEN["text_encoder"][BATCH["ids"]])
+
+
+def test_prompts_are_dropped_for_the_null_branch_at_their_rate():
+    seen = {}
+
+    def record(params, Z, tau, text):
+        seen["text"] = text
+        return Z
+
+    big = {name: np.concatenate([rows] * 64) for name, rows in BATCH.items()}
+    reflow(net(record), drop=0.25)(0.0, FROZEN, big, jax.random.key(0))
+    empty = np.all(seen["text"] == FROZEN["text_encoder"][0], axis=(1, 2))
+    assert abs(empty.mean() - 0.25) < 0.03
+
+
+def test_u_shaped_time_has_the_density_it_states():
+    t = np.asarray(objectives.u_shaped(jax.random.key(0), 200_000))
+    assert 0 <= t.min() and t.max() <= 1
+    seen, edges = np.histogram(t, bins=20, range=(0, 1), density=True)
+    u = 2 * (edges[:-1] + edges[1:]) / 2 - 1
+    want = np.cosh(4 * u)
+    np.testing.assert_allclose(seen, want / want.mean(), rtol=0.06)
+
+
+def test_pseudo_huber_is_quadratic_for_small_errors_and_linear_for_large_ones():
+    d = 32
+    error = np.ones((1, 4, 4, 2), np.float32)
+    c = 0.00054 * d
+    small, large = c * 1e-2 / d**0.5, 1e3
+    values = [float(objectives.pseudo_huber(s * error)[0]) for s in (small, 2 * small, large, 2 * large)]
+    assert values[1] / values[0] == pytest.approx(4, rel=1e-2)
+    assert values[3] / values[2] == pytest.approx(2, rel=1e-3)
+
+
+def test_bucket_errors_average_to_the_error():
+    t = jnp.array([0.1, 0.2, 0.3, 0.6, 0.9, 1.0 - 1e-7])
+    error = jnp.array([1.0, 3.0, 5.0, 7.0, 9.0, 11.0])
+    assert objectives.buckets(t, error) == {"error_t0": 2.0, "error_t1": 5.0, "error_t2": 7.0, "error_t3": 10.0}
+
+
+def test_distillation_by_l2_is_eq_6():
+    loss = objectives.make_distill_loss(net(lambda p, Z, tau, text: p * Z), TEXT, objectives.latent_distance,
+                                        match=0.0, drop=0.0, steps=1000)
+    value, metrics = loss(0.3, FROZEN, BATCH, jax.random.key(0))
+    np.testing.assert_allclose(value, np.mean((1.3 * BATCH["X0"] - BATCH["X1"]) ** 2), rtol=1e-6)
+    assert metrics == {"l2": value}
+
+
+def test_distillation_holds_t_at_zero_but_for_the_share_that_matches():
+    seen = {}
+
+    def record(params, Z, tau, text):
+        seen["tau"] = tau
+        return Z
+
+    loss = objectives.make_distill_loss(net(record), TEXT, objectives.latent_distance, match=0.25, drop=0.0, steps=1000)
+    value, metrics = loss(0.0, FROZEN, BATCH, jax.random.key(0))
+    assert np.all(seen["tau"][16:] == 1000) and np.all(seen["tau"][:16] < 1000)
+    np.testing.assert_allclose(value, 0.75 * metrics["l2"] + 0.25 * metrics["matching"], rtol=1e-6)
+    loss = objectives.make_distill_loss(net(oracle), TEXT, objectives.latent_distance, match=0.25, drop=0.0, steps=1000)
+    assert float(loss(0.0, FROZEN, BATCH, jax.random.key(0))[0]) < 1e-12
+
+
+@pytest.mark.parametrize("make,words", [
+    (lambda: reflow(net(oracle), time="never"), "time='never' is not one of uniform, u_shaped"),
+    (lambda: reflow(net(oracle), penalty="hard"), "penalty='hard' is not one of squared, pseudo_huber"),
+    (lambda: objectives.make_distill_loss(net(oracle), TEXT, objectives.latent_distance, match=1.0, drop=0.0, steps=1000),
+     "match=1.0 must be a share in"),
+    (lambda: objectives.random_crop(jax.random.key(0), jnp.zeros((1, 8, 8, 4)), 9), "does not fit into 8×8"),
+])
+def test_bad_options_are_refused(make, words):
+    with pytest.raises(ValueError, match=words.replace("(", r"\(")):
+        make()
+
+
+# ---------------------------------------------------------------- LPIPS
+
+
+@pytest.fixture(scope="module")
+def eyes():
+    """A random decoder (factor 2) and a random LPIPS, with what `frozen` holds of them."""
+    vae = AutoencoderKL.from_config({
+        "block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2, "norm_num_groups": 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 2})
+    lpips = LPIPS.from_config({"widths": (8, 8), "depths": (1, 1)})
+    frozen = FROZEN | {"vae": vae.init(jax.random.key(0)), "lpips": lpips.init(jax.random.key(1))}
+    return vae, lpips, frozen
+
+
+def pair(count, side):
+    return {"X1": normal(1, count, side, side, 4)}, normal(1, count, side, side, 4) + 0.3 * normal(2, count, side, side, 4)
+
+
+def test_lpips_distance_decodes_both_and_adds_l2(eyes):
+    vae, lpips, frozen = eyes
+    batch, X1_hat = pair(4, 8)
+    distance = objectives.make_lpips_distance(vae, lpips, l2=0.5, crop=0, margin=0)
+    value, metrics = jax.jit(distance)(frozen, X1_hat, batch, jax.random.key(0))
+    images = [jax.jit(lambda p, z: vae.apply(p, z, method="decode"))(frozen["vae"], z) for z in (X1_hat, batch["X1"])]
+    want = jnp.mean(lpips.apply(frozen["lpips"], *images))
+    np.testing.assert_allclose(metrics["lpips"], want, rtol=1e-5)
+    np.testing.assert_allclose(value, want + 0.5 * np.mean((X1_hat - batch["X1"]) ** 2), rtol=1e-5)
+    assert objectives.make_lpips_distance(vae, lpips, l2=0, crop=0, margin=0)(
+        frozen, batch["X1"], batch, jax.random.key(0))[0] < 1e-12
+
+
+def test_a_cached_target_serves_as_well_as_one_decoded_on_the_fly(eyes):
+    vae, lpips, frozen = eyes
+    batch, X1_hat = pair(4, 8)
+    target = vae.apply(frozen["vae"], batch["X1"], method="decode")
+    span = float(np.abs(target).max())  # bytes cover [−1, 1]; a random decoder does not keep to it
+    frozen = frozen | {"vae": frozen["vae"] | {
+        f"decoder.conv_out.{word}": frozen["vae"][f"decoder.conv_out.{word}"] / span for word in ("kernel", "bias")}}
+    target = np.asarray(jnp.round((vae.apply(frozen["vae"], batch["X1"], method="decode") + 1) * 127.5), np.uint8)
+    distance = jax.jit(objectives.make_lpips_distance(vae, lpips, l2=0, crop=0, margin=0))
+    fly = distance(frozen, X1_hat, batch, jax.random.key(0))[0]
+    cached = distance(frozen, X1_hat, batch | {"target": target}, jax.random.key(0))[0]
+    np.testing.assert_allclose(cached, fly, rtol=0.02)
+
+
+def test_random_crops_stand_for_the_whole_picture(eyes):
+    """LPIPS on random latent crops with a margin estimates LPIPS on the whole: within 10 % here, where the decoder sees
+    16×16 latents and the crop is 8 with a margin of 2 (what remains is the decoder's norm and attention over less)."""
+    vae, lpips, frozen = eyes
+    batch, X1_hat = pair(96, 16)
+    whole = jax.jit(objectives.make_lpips_distance(vae, lpips, l2=0, crop=0, margin=0))
+    crops = jax.jit(objectives.make_lpips_distance(vae, lpips, l2=0, crop=8, margin=2))
+    want = float(whole(frozen, X1_hat, batch, jax.random.key(0))[0])
+    got = np.mean([float(crops(frozen, X1_hat, batch, jax.random.key(i))[0]) for i in range(4)])
+    assert relative(np.array([got]), np.array([want])) < 0.1
+    gradients = [jax.grad(lambda z, d=d: d(frozen, z, batch, jax.random.key(0))[0])(X1_hat) for d in (whole, crops)]
+    assert all(np.isfinite(g).all() and np.abs(g).max() > 0 for g in gradients)
+
+
+def test_random_crops_cut_pairs_alike_and_reach_every_corner():
+    z = jnp.broadcast_to(jnp.arange(16.0).reshape(1, 4, 4, 1), (256, 4, 4, 1))
+    pieces = objectives.random_crop(jax.random.key(0), jnp.concatenate([z, z], axis=-1), 3)
+    np.testing.assert_array_equal(pieces[..., 0], pieces[..., 1])
+    assert set(np.unique(pieces[:, 0, 0, 0])) == {0.0, 1.0, 4.0, 5.0}
