@@ -1,0 +1,89 @@
+"""The tokenizer against transformers' two, and its warnings and errors."""
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import references
+
+from instaflow_jax.models.pipeline import EMBEDDED
+from instaflow_jax.models.tokenizer import Tokenizer
+
+SOURCE = EMBEDDED / "openmoji" / "tokenizer"
+PLAIN = ["red apple", "Woman ASTRONAUT, dark skin tone", "", "  two   spaces\tand\nlines ", "it's we'll i'd", "a1b22 333",
+         "café naïve", "what?!... (really)", "a photo-realistic fox", "#hash @at $5", "<|endoftext|>"]
+FAST_ONLY = ["日本語", "👨‍👩‍👧 family", "ΟΔΟΣ"]  # where OpenAI's own and the slow class's stand-in for ftfy differ
+
+
+@pytest.fixture(params=["sd1", "sd2"])
+def folder(request, tmp_path):
+    """The embedded tokenizer as it is (SD 1.x pads with the end token) and padding with "!" (SD 2.x)."""
+    target = tmp_path / "tokenizer"
+    shutil.copytree(SOURCE, target)
+    if request.param == "sd2":
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            config = json.loads((target / name).read_text())
+            (target / name).write_text(json.dumps(config | {"pad_token": "!"}))
+    return target
+
+
+def test_equal_to_transformers(folder):
+    references()
+    from transformers import CLIPTokenizer, CLIPTokenizerFast
+    ours = Tokenizer.from_pretrained(folder.parent)
+    for cls, prompts in ((CLIPTokenizerFast, PLAIN + FAST_ONLY), (CLIPTokenizer, PLAIN)):
+        theirs = cls.from_pretrained(folder)(prompts, padding="max_length", truncation=True).input_ids
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            got = ours(prompts)
+        assert got.dtype == np.int32 and got.shape == (len(prompts), ours.model_max_length)
+        for prompt, a, b in zip(prompts, got, theirs, strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=f"{cls.__name__} {prompt!r}")
+
+
+def test_saved_files_are_read_by_transformers_and_by_us(folder, tmp_path):
+    references()
+    from transformers import CLIPTokenizer
+    ours = Tokenizer.from_pretrained(folder, subfolder="")
+    ours.save_pretrained(tmp_path / "again")
+    want = ours(PLAIN[:3])
+    np.testing.assert_array_equal(Tokenizer.from_pretrained(tmp_path / "again", subfolder="")(PLAIN[:3]), want)
+    theirs = CLIPTokenizer.from_pretrained(tmp_path / "again")
+    np.testing.assert_array_equal(theirs(PLAIN[:3], padding="max_length").input_ids, want)
+
+
+def test_a_long_prompt_is_cut_with_a_warning_naming_the_lost_words():
+    tokenizer = Tokenizer.from_pretrained(SOURCE, subfolder="")
+    prompt = "red apple " * 10 + "green pear"
+    with pytest.warns(UserWarning) as told:
+        ids = tokenizer([prompt])
+    (message,) = (str(w.message) for w in told)
+    assert message.endswith("green pear'") and "these words are lost" in message and prompt in message
+    assert ids[0, 0] == tokenizer.bos_id and ids[0, -1] == tokenizer.eos_id
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokenizer(["red apple"])
+
+
+def test_one_string_is_refused():
+    with pytest.raises(ValueError, match="expected a list of prompts, got the one string 'house'"):
+        Tokenizer.from_pretrained(SOURCE, subfolder="")("house")
+
+
+@pytest.mark.parametrize("spoil,error,words", [
+    (lambda d: (d / "vocab.json").unlink(), FileNotFoundError, "has no tokenizer: it needs vocab.json"),
+    (lambda d: (d / "tokenizer_config.json").unlink(), FileNotFoundError, "tokenizer_config.json is missing"),
+    (lambda d: (d / "vocab.json").write_text('{"a": 1'), ValueError, "vocab.json: not valid JSON"),
+    (lambda d: (d / "merges.txt").write_text("#version: 0.2\na b\nc"), ValueError, "'c' is not a merge of two tokens"),
+    (lambda d: (d / "merges.txt").write_text("qqq zzz\n"), ValueError, "must belong together"),
+    (lambda d: (d / "tokenizer_config.json").write_text("{}"), ValueError, "model_max_length=None"),
+    (lambda d: shutil.rmtree(d), FileNotFoundError, "has no folder 'tokenizer'"),
+])
+def test_broken_files_are_named(spoil, error, words, tmp_path):
+    folder = Path(shutil.copytree(SOURCE, tmp_path / "tokenizer"))
+    spoil(folder)
+    with pytest.raises(error) as raised:
+        Tokenizer.from_pretrained(tmp_path)
+    assert words in str(raised.value) and str(tmp_path) in str(raised.value)
