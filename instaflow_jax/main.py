@@ -10,7 +10,7 @@ import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
-STAGES = ("pretrain", "sample")
+STAGES = ("pretrain", "generate", "reflow", "distill", "sample")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/STAGE.py, or configs/STAGE.py:variant")
 _WORKDIR = flags.DEFINE_string("workdir", "runs", "where the stage writes")

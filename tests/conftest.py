@@ -10,11 +10,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("USE_TF", "0")  # transformers imports TensorFlow where it finds it
 
-import jax  # noqa: E402 (after the environment it reads)
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import numpy as np
+import pytest
 
-from benchmarks.references import randomize, references, relative  # noqa: E402, F401 (tests take them from here)
+from benchmarks.references import randomize, references, relative  # noqa: F401 (tests take them from here)
 
 
 @pytest.fixture(scope="session")

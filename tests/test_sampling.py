@@ -225,6 +225,7 @@ def test_folders_of_two_models_are_refused(copy):
 
 def test_the_command_line_reports_an_error_in_one_line_and_exits_with_1(tmp_path):
     done = subprocess.run([sys.executable, "-m", "instaflow_jax.main", "--config=configs/sample.py",
-                           f"--config.model={tmp_path / 'nowhere'}"], cwd=ROOT, capture_output=True, text=True)
+                           f"--config.model={tmp_path / 'nowhere'}"], cwd=ROOT,
+                          check=False, capture_output=True, text=True)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr and str(tmp_path / "nowhere") in done.stderr.strip().splitlines()[-1]

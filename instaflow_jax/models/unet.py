@@ -1,5 +1,6 @@
 """Stable Diffusion's UNet (1.x, 2.x and the InstaFlow checkpoints), with diffusers' class and attribute names."""
 import dataclasses
+import itertools
 import math
 from typing import Any, ClassVar
 
@@ -101,7 +102,7 @@ class DownBlock2D(nnx.Module):
     def __init__(self, config: UNetConfig, i: int, make: Make):
         channels = config.block_out_channels
         widths = [channels[max(i - 1, 0)]] + [channels[i]] * config.layers_per_block
-        self.resnets = nnx.List([_resnet(config, a, b, make) for a, b in zip(widths, widths[1:], strict=False)])
+        self.resnets = nnx.List([_resnet(config, a, b, make) for a, b in itertools.pairwise(widths)])
         if config.down_block_types[i].startswith("CrossAttn"):
             self.attentions = nnx.List([_transformer(config, channels[i], config.heads[i], make) for _ in self.resnets])
         if i + 1 < len(channels):

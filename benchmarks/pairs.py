@@ -1,0 +1,129 @@
+"""Does reading keep up? Shuffled pairs from disk against what the embedded reflow step eats on this machine.
+
+    python -m benchmarks.pairs [--count=4096] [--model=openmoji]
+
+Prints a Markdown table. The pairs are of the embedded world's shapes, written to a temporary directory; for the cold rows
+the system is asked to drop them from memory before every pass. The aim is a ratio of 10.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import tensorflow_datasets as tfds
+
+from configs import reflow
+from instaflow_jax.data import pairs_manifest, pairs_store
+from instaflow_jax.data.noise import NAME, noise
+from instaflow_jax.data.pairs import PairBatches, Pairs
+from instaflow_jax.models import pipeline
+from instaflow_jax.train import objectives, optim, state, step
+
+BATCH = 64
+SHARD = 512
+STEPS = 12
+
+
+def write(directory: Path, pipe: pipeline.Pipeline, count: int, store_noise: bool) -> Path:
+    """A directory like the one `generate` makes, with noise where the images would be."""
+    recipe = {"teacher": {"unet": "none"}, "latent_shape": list(pipe.latent_shape), "count": count, "shard_size": SHARD,
+              "tokens": pipe.tokenizer.model_max_length, "seed": 0, "noise": NAME, "store_noise": store_noise}  # fmt: skip
+    features, ids = pairs_store.make_features(recipe), pipe.tokenizer(["woman astronaut"])[0]
+    pairs_manifest.begin(directory, recipe, {})
+    for shard in range(pairs_manifest.shard_count(recipe)):
+        rows = (pairs_store.serialize(features, recipe, prompt="woman astronaut", ids=ids, seed=i, X1=noise(1, i, X0.shape),
+                                      X0=X0) for i, X0 in ((i, noise(0, i, tuple(recipe["latent_shape"])))
+                                                           for i in pairs_manifest.shard_range(recipe, shard)))  # fmt: skip
+        pairs_store.write_shard(directory, recipe, shard, rows)
+    pairs_store.finish(directory, recipe)
+    return directory
+
+
+def forget(directory: Path) -> None:
+    """Asks the system to drop the shards from its memory."""
+    for path in directory.glob("*array_record*"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def rate(rows: Callable[[], Iterator[int]], before: Callable[[], None]) -> float:
+    """Pairs/s of a pass, the middle of three."""
+    found = []
+    for _ in range(3):
+        before()
+        began = time.perf_counter()
+        count = sum(rows())
+        found.append(count / (time.perf_counter() - began))
+    return sorted(found)[1]
+
+
+def batches(directory: Path, count: int) -> Callable[[], Iterator[int]]:
+    """One pass by the reader that training uses."""
+    def rows():
+        source = PairBatches(Pairs(directory), batch_size=BATCH, seed=0)
+        for _ in range(count // BATCH):
+            yield len(next(source)["X0"])
+
+    return rows
+
+
+def tfds_rows(directory: Path, count: int) -> Callable[[], Iterator[int]]:
+    """One shuffled pass by TFDS' own reader, a row at a time."""
+    def rows():
+        source = tfds.builder_from_directory(directory).as_data_source("train")
+        for i in np.random.default_rng(0).permutation(count):
+            yield len(source[int(i)]["X0"]) > 0
+
+    return rows
+
+
+def step_rate(pipe: pipeline.Pipeline) -> float:
+    """Pairs/s that the reflow step of configs/reflow.py takes, from arrays in memory."""
+    config = reflow.get_config()
+    optimizer = optim.make_optimizer(optim.make_schedule(**config.schedule), **config.optim)
+    loss = objectives.make_reflow_loss(pipe.nets["unet"], pipe.nets["text_encoder"], drop=config.drop, steps=1000,
+                                       **config.loss)
+    update = jax.jit(step.make_train_step(loss, optimizer, ema_decay=config.ema_decay, accumulate=1).update,
+                     donate_argnums=0)
+    frozen = {"text_encoder": pipe.params["text_encoder"], "null_ids": pipe.tokenizer([""])}
+    X0 = np.stack([noise(0, i, pipe.latent_shape) for i in range(BATCH)]).astype(np.float32)
+    batch = {"X0": X0, "X1": X0[::-1].copy(), "ids": np.repeat(pipe.tokenizer(["woman astronaut"]), BATCH, 0)}
+    now, seconds = state.create(pipe.params["unet"], optimizer), []
+    for _ in range(STEPS):
+        began = time.perf_counter()
+        now, _ = jax.block_until_ready(update(now, frozen, batch, jax.random.key(0)))
+        seconds.append(time.perf_counter() - began)
+    return BATCH / float(np.median(seconds[1:]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=4096, help="pairs")
+    parser.add_argument("--model", default="openmoji", help="embedded name, or a directory in diffusers layout")
+    options = parser.parse_args()
+    pipe = pipeline.load(options.model, variant=None, attention="xla")
+    with tempfile.TemporaryDirectory() as scratch:
+        stored = write(Path(scratch) / "stored", pipe, options.count, True)
+        seeds = write(Path(scratch) / "seeds", pipe, options.count, False)
+        eaten = step_rate(pipe)
+        print(f"| {os.cpu_count()} CPU cores, {options.count} pairs, batches of {BATCH} | pairs/s | ratio to the step |\n"
+              "|---|---|---|")
+        print(f"| reflow step of the embedded UNet | {eaten:.0f} | 1 |", flush=True)
+        for name, directory, reader, cold in (
+            ("PairBatches, X0 stored, cold", stored, batches, True), ("PairBatches, X0 stored", stored, batches, False),
+            ("PairBatches, X0 drawn again, cold", seeds, batches, True),
+            ("PairBatches, X0 drawn again", seeds, batches, False),
+            ("tfds.as_data_source, X0 stored", stored, tfds_rows, False),
+        ):  # fmt: skip
+            found = rate(reader(directory, options.count), (lambda d=directory: forget(d)) if cold else lambda: None)
+            print(f"| {name} | {found:.0f} | {found / eaten:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

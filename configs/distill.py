@@ -1,0 +1,68 @@
+"""Distillation: make the straightened flow one step (paper, Eq. 6), by L2 first, then by LPIPS.
+
+    python -m instaflow_jax.main --config=configs/distill.py --workdir=DIR
+    python -m instaflow_jax.main --config=configs/distill.py:direct --workdir=DIR     # the paper's failing baseline
+    python -m instaflow_jax.main --config=configs/distill.py:sd15_l2 --workdir=DIR
+    python -m instaflow_jax.main --config=configs/distill.py:sd15_lpips --workdir=DIR --config.start=DIR/distill/export
+
+Needs nothing: the flow and its pairs are made first where absent. Writes DIR/distill/export, a one-step generator
+(DIR/direct and DIR/distill_lpips for those variants).
+Not yet measured.
+"""
+from configs import generate, reflow
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str = "openmoji") -> ConfigDict:
+    if variant not in VARIANTS:
+        raise ValueError(f"configs/distill.py has no variant {variant!r}; it has {', '.join(VARIANTS)}")
+    config = reflow.common()
+    config.stage = "distill"
+    config.model = ""  # the flow that makes the pairs; "" is DIR/reflow/export
+    config.start = ""  # whose weights it starts from; "" is config.model
+    config.pairs_in = "reflow"  # folder of the workdir that holds pairs/
+    config.into = "distill"  # folder of the workdir to train in
+    config.drop = 0.0  # a one-step model is not guided
+    config.distance = "l2"  # or lpips
+    config.lpips = {"model": "openmoji", "l2": 0.0, "crop": 0, "margin": 0}  # directory with lpips/; latents a side
+    config.match = 0.0  # share of each batch that keeps matching velocities at t > 0, for use at 2 and 4 steps
+    config.reflow = reflow.get_config("sd15" if variant.startswith("sd15") else "openmoji")
+    config.watch.steps = (1, 2, 4)
+    VARIANTS[variant](config)
+    return config.lock()
+
+
+def openmoji(config: ConfigDict) -> None:
+    config.pairs = generate.get_config("openmoji")
+    config.pairs.update({"kind": "flow", "alpha": 1.5})
+    config.ema_decay = 0.995
+    config.schedule = {"kind": "constant", "peak": 5e-4, "warmup_steps": 50}
+    config.loop.update({"steps": 500, "save_every": 250})
+    config.watch_every = 250
+
+
+def direct(config: ConfigDict) -> None:
+    """The teacher's own pairs, distilled without reflow."""
+    openmoji(config)
+    config.model = "openmoji"
+    config.pairs = config.reflow.pairs
+    config.pairs_in, config.into = "", "direct"
+
+
+def sd15_l2(config: ConfigDict) -> None:
+    """1024 × 21,500 from the 2-rectified flow, 25 Euler steps, alpha 1.5."""
+    config.pairs = generate.get_config("rf2")
+    config.dtype = "bfloat16"
+    config.batch_size = 1024
+    config.loop.update({"steps": 21_500, "save_every": 1000})
+
+
+def sd15_lpips(config: ConfigDict) -> None:
+    """1024 × 18,000 on the same pairs. LPIPS' trunk and resolution are not published: VGG16, on crops of 32 latents."""
+    sd15_l2(config)
+    config.distance, config.into = "lpips", "distill_lpips"
+    config.lpips.update({"model": "", "crop": 32, "margin": 2})
+    config.loop.steps = 18_000
+
+
+VARIANTS = {"openmoji": openmoji, "direct": direct, "sd15_l2": sd15_l2, "sd15_lpips": sd15_lpips}

@@ -1,0 +1,57 @@
+"""Pairs (X0, text, X1) by a teacher's ODE, the input of reflow and distillation.
+
+    python -m instaflow_jax.main --config=configs/generate.py --workdir=DIR
+    python -m instaflow_jax.main --config=configs/generate.py:sd15 --config.prompts.source='laion/*.parquet' \\
+        --config.prompts.column=TEXT --config.count=3200000 --config.plan=true
+
+Writes DIR/pairs, which TFDS opens (`tfds.builder_from_directory`) and training reads. It may be killed at any moment:
+started again with the same config it makes the shards that are missing. Several machines share the work with
+`--config.processes=4 --config.process=0` (to 3) and one directory.
+"""
+from ml_collections import ConfigDict
+
+# Stable Diffusion as in the paper; 2-rectified flow as the teacher of distillation
+_LARGE = {"batch": 16, "shard_size": 8192, "dtype": "bfloat16"}
+VARIANTS = {
+    "openmoji": {"model": "openmoji", "N": 25, "alpha": 4.0, "count": 4096},
+    "sd15": {"model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "N": 25, "alpha": 5.0, **_LARGE},
+    "rf2": {"model": "XCLiu/2_rectified_flow_from_sd_1_5", "kind": "flow", "N": 25, "alpha": 1.5, **_LARGE},
+}
+
+
+def get_config(variant: str = "openmoji") -> ConfigDict:
+    if variant not in VARIANTS:
+        raise ValueError(f"configs/generate.py has no variant {variant!r}; it has {', '.join(VARIANTS)}")
+    config = ConfigDict()
+    config.stage = "generate"
+    config.model = ""  # embedded name, directory or hub id, in diffusers layout
+    config.weights_variant = ""  # "fp16" reads model.fp16.safetensors and the like
+    config.kind = "auto"  # flow or teacher, where the directory does not say it right
+    config.solver = "auto"  # teacher: dpm_solver, ddim; flow: euler, heun; auto takes the first
+    config.N = 25  # steps
+    config.alpha = 1.0  # guidance; 1 is none
+    config.negative = ""  # negative prompt; needs alpha > 1
+    config.height = 0  # pixels; 0 is the size the model was made for
+    config.width = 0
+    config.dtype = "float32"  # or bfloat16, the type products are computed in
+    config.attention = "xla"  # or cudnn (NVIDIA, bfloat16)
+    config.count = 0  # pairs; 0 is one for each prompt, and more than there are prompts begins them again
+    config.seed = 0  # with a pair's number, all that its noise depends on
+    config.prompts = {
+        "source": "openmoji",  # or a .txt, .jsonl or .parquet file, a glob of them, or tfds:NAME
+        "column": "",  # where the text is in JSONL, Parquet or TFDS: "TEXT", "captions.text"
+        "split": "train",  # of a TFDS set
+        "data_dir": "",  # of TFDS; "" is its default
+        "cleaning": {"normalize": True, "min_chars": 1, "max_chars": 0, "unique": False},  # data/prompts.py explains
+    }
+    config.batch = 64  # pairs a device and call of the compiled program
+    config.shard_size = 512  # pairs a file; a multiple of batch × devices wastes nothing
+    config.store_noise = True  # False keeps a checksum of X0 in its place and draws it again when read
+    config.processes = 0  # that share the work; 0 takes what jax.distributed knows
+    config.process = 0  # this one
+    config.preview = 8  # pairs drawn in preview.png
+    config.inspect = False  # only check and show what is there
+    config.plan = False  # only say what it would cost,
+    config.plan_devices = 8  # ... on so many devices
+    config.update(VARIANTS[variant])
+    return config.lock()

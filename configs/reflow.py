@@ -1,0 +1,75 @@
+"""Reflow: fit a velocity to the straight lines of the teacher's pairs (paper, Eq. 5).
+
+    python -m instaflow_jax.main --config=configs/reflow.py --workdir=DIR
+    python -m instaflow_jax.main --config=configs/reflow.py:sd15 --workdir=DIR        # the paper's first stage
+    python -m instaflow_jax.main --config=configs/reflow.py:sd15_2 --workdir=DIR      # its second
+
+Needs nothing: pairs that are absent are generated first. Writes DIR/reflow/export, which `configs/sample.py` draws from.
+Not yet measured.
+"""
+from configs import generate
+from ml_collections import ConfigDict
+
+PROMPTS = ("woman astronaut", "red apple", "cat face", "house", "astronaut", "a face")
+
+
+def get_config(variant: str = "openmoji") -> ConfigDict:
+    if variant not in VARIANTS:
+        raise ValueError(f"configs/reflow.py has no variant {variant!r}; it has {', '.join(VARIANTS)}")
+    config = common()
+    config.stage = "reflow"
+    config.loss = {"time": "uniform", "penalty": "squared"}  # or u_shaped, pseudo_huber
+    VARIANTS[variant](config)
+    return config.lock()
+
+
+def common() -> ConfigDict:
+    """What reflow and distillation share."""
+    config = ConfigDict()
+    config.model = ""  # whose weights it starts from: embedded name, directory or hub id
+    config.weights_variant = ""  # "fp16" reads model.fp16.safetensors and the like
+    config.dtype = "float32"  # or bfloat16, the type products are computed in
+    config.attention = "xla"  # or cudnn (NVIDIA, bfloat16)
+    config.seed = 0
+    config.batch_size = 64  # of all devices together
+    config.accumulate = 1  # micro-batches a batch is cut into
+    config.fsdp = 1  # devices that hold one copy of the state between them
+    config.drop = 0.1  # share of prompts replaced by the empty one, which keeps guidance possible
+    config.ema_decay = 0.9999
+    config.optim = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip": 1.0}
+    config.schedule = {"kind": "constant", "peak": 1e-6, "warmup_steps": 1000}
+    config.loop = {"steps": 1, "log_every": 50, "save_every": 1000, "max_skipped": 10, "profile_steps": (0, 0)}
+    config.checkpoints = {"keep_last": 2, "keep_every": 0}
+    config.watch_every = 1000  # steps between grids
+    config.watch = {"prompts": PROMPTS, "seeds": 2, "steps": (1, 2, 4, 25), "alpha": 1.0}
+    config.tensorboard = True
+    return config
+
+
+def openmoji(config: ConfigDict) -> None:
+    config.model = "openmoji"
+    config.pairs = generate.get_config("openmoji")
+    config.ema_decay = 0.995
+    config.schedule = {"kind": "constant", "peak": 5e-4, "warmup_steps": 50}
+    config.loop.update({"steps": 500, "save_every": 250})
+    config.watch_every = 250
+
+
+def sd15(config: ConfigDict) -> None:
+    """SD 1.5, 64 × 70,000; on fewer devices than the batch needs, raise `accumulate`."""
+    config.model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    config.pairs = generate.get_config("sd15")
+    config.dtype = "bfloat16"
+    config.loop.update({"steps": 70_000, "save_every": 2500})
+    config.watch_every = 2500
+    config.watch.prompts = ("a hyper-realistic photo of a cute cat", "an astronaut riding a horse on mars")
+
+
+def sd15_2(config: ConfigDict) -> None:
+    """The second stage, 1024 × 25,000; `config.model` is the first one's DIR/reflow/export."""
+    sd15(config)
+    config.batch_size = 1024
+    config.loop.steps = 25_000
+
+
+VARIANTS = {"openmoji": openmoji, "sd15": sd15, "sd15_2": sd15_2}

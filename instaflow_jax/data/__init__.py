@@ -1,0 +1,1 @@
+"""Data sets and what feeds training: emoji with captions, prompts, pairs, real images for evaluation."""

@@ -1,0 +1,124 @@
+"""`manifest.json`: by what recipe a directory of pairs was made, so that no other recipe's are ever put beside them."""
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+Recipe = Mapping[str, Any]
+
+
+def sha256_of_params(params: Mapping[str, Any]) -> str:
+    """One hash of all weights by name, shape, dtype and value."""
+    digest = hashlib.sha256()
+    for name in sorted(params):
+        value = np.ascontiguousarray(params[name])
+        digest.update(f"{name} {value.shape} {value.dtype}\n".encode())
+        digest.update(value)
+    return digest.hexdigest()
+
+
+def sha256_of_json(value: Any) -> str:
+    """Of a recipe, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def shard_count(recipe: Recipe) -> int:
+    return -(-recipe["count"] // recipe["shard_size"])
+
+
+def shard_range(recipe: Recipe, shard: int) -> range:
+    """The numbers of the pairs that a shard holds."""
+    first = shard * recipe["shard_size"]
+    return range(first, min(first + recipe["shard_size"], recipe["count"]))
+
+
+
+def begin(directory: Path, recipe: Recipe, about: Mapping[str, Any]) -> None:
+    """Writes the manifest, or makes sure that the one there is of the same recipe.
+
+    Args:
+      about: what is good to know and does not decide the pairs: versions, config, where the teacher was read from.
+
+    Raises:
+      ValueError: the directory holds pairs of another recipe; names the fields that differ.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / MANIFEST
+    if path.is_file():
+        _check_same(path, read(directory)["recipe"], recipe)
+    else:
+        recipe = json.loads(json.dumps(recipe))
+        write_json(path, {"format": FORMAT, "recipe": recipe, "recipe_sha256": sha256_of_json(recipe), "about": about})
+
+
+def read(directory: Path) -> dict[str, Any]:
+    """The manifest, which must be one that this version reads and that nobody has edited.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is broken, newer, or not what it was when it was written.
+    """
+    path = Path(directory) / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: {directory} holds no pairs; make them with configs/generate.py")
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"{path}: format {manifest.get('format')!r} is not {FORMAT}, the one this version reads")
+    if sha256_of_json(manifest["recipe"]) != manifest["recipe_sha256"]:
+        raise ValueError(f"{path}: the recipe does not agree with its checksum, so it was changed after the pairs were "
+                         "made; put the original back")
+    return manifest
+
+
+def _check_same(path: Path, there: Recipe, wanted: Recipe) -> None:
+    here = json.loads(json.dumps(wanted))
+    differ = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
+    if differ:
+        listed = "; ".join(f"{name} is {_short(there.get(name))}, not {_short(here.get(name))}" for name in differ)
+        raise ValueError(f"{path} is of other pairs: {listed}. Take another directory, or delete this one to replace "
+                         "its pairs")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def temporary_name(path: Path) -> Path:
+    """What a file is called until it is whole: hidden, and of this process alone."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Whole or not at all, and on disk before it has its name.
+
+    Raises:
+      OSError: naming the file.
+    """
+    temporary = temporary_name(path)
+    try:
+        with temporary.open("w") as file:
+            file.write(json.dumps(content, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ValueError, naming the file, if it is not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); restore it, or delete it and generate again") from error

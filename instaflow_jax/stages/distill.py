@@ -1,0 +1,53 @@
+"""Stage `distill`: a straightened flow → a one-step generator (paper, Eq. 6), by L2, LPIPS, or one after the other."""
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from instaflow_jax.models import pipeline
+from instaflow_jax.models.lpips import LPIPS
+from instaflow_jax.stages import reflow, straighten
+from instaflow_jax.train import objectives
+
+DISTANCES = ("l2", "lpips")
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+    """Trains in `workdir`/`config.into` on the pairs in `workdir`/`config.pairs_in`, made by the flow `config.model`.
+
+    What is not there is made first: the flow (where `config.model` is "") by `reflow` with `config.reflow`, and the pairs.
+
+    Raises:
+      ValueError, FileNotFoundError: a field of the config, the flow or the pairs are wrong.
+      OSError, FloatingPointError: see `train.loop`.
+    """
+    straighten.check(config)
+    if config.distance not in DISTANCES:
+        raise ValueError(f"config.distance={config.distance!r} is not one of {', '.join(DISTANCES)}")
+    source = config.model or need_reflow(config, workdir)
+    with config.pairs.unlocked():
+        config.pairs.model = source
+    pairs = straighten.need_pairs(config.pairs, Path(workdir) / config.pairs_in)
+    pipe = straighten.load(config, config.start or source)
+    distance, frozen = make_distance(config, pipe)
+    loss = objectives.make_distill_loss(pipe.nets["unet"], pipe.nets["text_encoder"], distance, match=config.match,
+                                        drop=config.drop, steps=straighten.CLOCK)
+    straighten.fit(config, Path(workdir) / config.into, pipe, pairs, loss, frozen)
+
+
+def need_reflow(config: ConfigDict, workdir: str) -> str:
+    """The directory of the flow that `reflow` wrote into this workdir; it is trained first if it is not there."""
+    source = Path(workdir) / reflow.DIRECTORY / straighten.EXPORT
+    if not (source / "model_index.json").is_file():
+        print(f"{source} is not there\n→ reflow first", flush=True)
+        reflow.run(config.reflow, workdir)
+    return str(source)
+
+
+def make_distance(config: ConfigDict, pipe: pipeline.Pipeline):
+    """The distance of Eq. 6 and the frozen weights that it looks through."""
+    if config.distance == "l2":
+        return objectives.latent_distance, {}
+    lpips, params = LPIPS.from_pretrained(pipeline.locate(config.lpips.model), "lpips")
+    options = {name: config.lpips[name] for name in ("l2", "crop", "margin")}
+    return (objectives.make_lpips_distance(pipe.nets["vae"], lpips, **options),
+            {"vae": pipe.params["vae"], "lpips": params})

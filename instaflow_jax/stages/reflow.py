@@ -1,0 +1,24 @@
+"""Stage `reflow`: pairs → a flow whose paths are straight (paper, Eq. 5)."""
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from instaflow_jax.stages import straighten
+from instaflow_jax.train import objectives
+
+DIRECTORY = "reflow"
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+    """Trains in `workdir`/reflow on the pairs of `workdir`/pairs, which are made first if they are not there.
+
+    Raises:
+      ValueError, FileNotFoundError: a field of the config, the teacher or the pairs are wrong.
+      OSError, FloatingPointError: see `train.loop`.
+    """
+    straighten.check(config)
+    pairs = straighten.need_pairs(config.pairs, Path(workdir))
+    pipe = straighten.load(config, config.model)
+    loss = objectives.make_reflow_loss(pipe.nets["unet"], pipe.nets["text_encoder"], drop=config.drop,
+                                       steps=straighten.CLOCK, **config.loss)
+    straighten.fit(config, Path(workdir) / DIRECTORY, pipe, pairs, loss, {})

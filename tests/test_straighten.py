@@ -1,0 +1,159 @@
+"""Stages `reflow` and `distill` on a tiny random model: each makes what it lacks, resumes, and writes a flow that samples."""
+import itertools
+import json
+import runpy
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from instaflow_jax import main
+from instaflow_jax.models import pipeline
+from instaflow_jax.models.clip import CLIPTextModel
+from instaflow_jax.models.tokenizer import Tokenizer
+from instaflow_jax.models.unet import UNet2DConditionModel
+from instaflow_jax.models.vae import AutoencoderKL
+from instaflow_jax.stages import straighten
+
+ROOT = Path(__file__).parent.parent
+SMALL_LOOP = {"steps": 4, "log_every": 1, "save_every": 2}
+WATCH = {"prompts": ("red apple",), "seeds": 1, "steps": (1,)}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """One level each, 4×4 latents, weights drawn at random."""
+    tokenizer = Tokenizer.from_pretrained(pipeline.locate("openmoji"))
+    nets = {
+        "unet": UNet2DConditionModel.from_config({
+            "sample_size": 4, "block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "layers_per_block": 1,
+            "up_block_types": ("UpBlock2D",), "cross_attention_dim": 8, "attention_head_dim": 2, "norm_num_groups": 4}),
+        "vae": AutoencoderKL.from_config({
+            "block_out_channels": (8,), "down_block_types": ("DownEncoderBlock2D",), "norm_num_groups": 4,
+            "up_block_types": ("UpDecoderBlock2D",), "sample_size": 4}),
+        "text_encoder": CLIPTextModel.from_config({
+            "vocab_size": len(tokenizer.vocab), "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "max_position_embeddings": tokenizer.model_max_length,
+            "eos_token_id": tokenizer.eos_id}),
+    }
+    source = Path(pipeline.locate("openmoji"))
+    index, scheduler = (json.loads((source / name).read_text())
+                        for name in ("model_index.json", "scheduler/scheduler_config.json"))
+    params = {name: jax.device_get(net.init(jax.random.key(i))) for i, (name, net) in enumerate(nets.items())}
+    folder = tmp_path_factory.mktemp("teacher")
+    pipeline.save(pipeline.Pipeline(nets, params, tokenizer, scheduler, index), folder)
+    return folder
+
+
+def read(stage, variant="openmoji"):
+    return runpy.run_path(str(ROOT / "configs" / f"{stage}.py"))["get_config"](variant)
+
+
+def shrink(config, teacher):
+    """The shipped config with small numbers."""
+    config.update({"batch_size": 4, "watch_every": 4, "tensorboard": False})
+    config.loop.update(SMALL_LOOP)
+    config.watch.update(WATCH)
+    config.schedule.update({"warmup_steps": 1})
+    config.pairs.update({"count": 8, "shard_size": 8, "batch": 4, "N": 2, "preview": 1})
+    if config.pairs.model:
+        config.pairs.model = str(teacher)
+    return config
+
+
+def reflow_config(teacher):
+    config = shrink(read("reflow"), teacher)
+    config.model = str(teacher)
+    return config
+
+
+def distill_config(teacher, variant="openmoji"):
+    config = shrink(read("distill", variant), teacher)
+    with config.unlocked():
+        config.reflow = reflow_config(teacher)
+    if variant == "direct":
+        config.model = str(teacher)
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(teacher, tmp_path_factory):
+    """`distill` in an empty folder, which must run everything before it."""
+    workdir = tmp_path_factory.mktemp("run")
+    main.run(distill_config(teacher), str(workdir))
+    return workdir
+
+
+def unet(folder):
+    return UNet2DConditionModel.from_pretrained(folder / "export", "unet")[1]
+
+
+def test_distill_makes_pairs_and_reflow_first(run, teacher):
+    for folder in (run / "pairs", run / "reflow" / "pairs"):
+        assert json.loads((folder / "manifest.json").read_text())["recipe"]["count"] == 8
+    for folder in (run / "reflow", run / "distill"):
+        assert (folder / "grids" / "0000004.png").is_file()
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
+        assert any("straightness" in row for row in rows)
+    weights = [UNet2DConditionModel.from_pretrained(teacher, "unet")[1], unet(run / "reflow"), unet(run / "distill")]
+    for before, after in itertools.pairwise(weights):
+        assert any(np.any(before[name] != after[name]) for name in before)
+
+
+def test_what_they_write_is_sampled_as_a_flow(run, tmp_path):
+    config = read("sample")
+    config.update({"model": str(run / "distill" / "export"), "prompts": "house", "seeds": (0,), "N": 1, "alpha": 1.0})
+    main.run(config, str(tmp_path))
+    assert (tmp_path / "sample" / "000_house_seed0_N1_alpha1.png").is_file()
+
+
+def test_a_second_run_reuses_what_is_there(run, teacher, capsys):
+    before = unet(run / "distill")
+    main.run(distill_config(teacher), str(run))
+    said = capsys.readouterr().out
+    assert "reflow first" not in said and "generating pairs" not in said
+    after = unet(run / "distill")
+    assert all(np.array_equal(p, after[name]) for name, p in before.items())
+
+
+def test_two_and_two_steps_equal_four(run, teacher, tmp_path):
+    """Reflow broken off after two steps and started again, on pairs made anew: the same weights, bit for bit."""
+    for steps in (2, 4):
+        config = reflow_config(teacher)
+        config.loop.steps = steps
+        main.run(config, str(tmp_path))
+    once, twice = unet(run / "reflow"), unet(tmp_path / "reflow")
+    assert all(np.array_equal(p, twice[name]) for name, p in once.items())
+
+
+def test_direct_distillation_learns_from_the_teachers_pairs(run, teacher):
+    main.run(distill_config(teacher, "direct"), str(run))
+    assert (run / "direct" / "export" / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize("fields,words", [
+    ({"dtype": "int8"}, "config.dtype='int8' is not one of"),
+    ({"drop": 1.5}, "config.drop=1.5 must be a share"),
+    ({"watch_every": 0}, "config.watch_every=0"),
+    ({"distance": "taste"}, "config.distance='taste' is not one of l2, lpips"),
+    ({"match": 1.0}, "match=1.0 must be a share"),
+    ({"batch_size": 9}, "batch_size=9 must be 1 to the 8 pairs there are"),
+])
+def test_bad_settings_end_in_one_clear_message(fields, words, run, teacher):
+    config = distill_config(teacher)
+    config.update(fields)
+    with pytest.raises(ValueError) as error:
+        main.run(config, str(run))
+    assert words in str(error.value)
+
+
+def test_pairs_of_another_teacher_are_refused(run, teacher):
+    config = reflow_config(teacher)
+    config.model = "openmoji"
+    pipe = pipeline.load(str(teacher), variant=None, attention="xla")
+    other = UNet2DConditionModel.from_config(pipe.nets["unet"].raw_config | {"in_channels": 5})
+    pipe.nets["unet"] = other
+    with pytest.raises(ValueError, match="made by another teacher"):
+        straighten.fit(config, run / "x", pipe, straighten.need_pairs(config.pairs, run), None, {})
