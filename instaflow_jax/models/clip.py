@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from instaflow_jax.models import port
+from instaflow_jax.models import hub
 from instaflow_jax.models.layers import Make, activation, attend
 from instaflow_jax.models.net import Config, Model, Net
 
@@ -210,7 +210,7 @@ class CLIPTextModel(_Transformers):
     """
 
     Config = CLIPTextConfig
-    layout = port.Layout("model", "pytorch_model", "flax_model.msgpack", respell=_with_prefix)
+    layout = hub.Layout("model", "pytorch_model", "flax_model.msgpack", respell=_with_prefix)
     model_type = "clip_text_model"
 
     def __init__(self, config: CLIPTextConfig, make: Make):
@@ -224,7 +224,7 @@ class CLIPModel(_Transformers):
     """Text and image towers with their projections into one space."""
 
     Config = CLIPConfig
-    layout = port.Layout("model", "pytorch_model", "flax_model.msgpack")
+    layout = hub.Layout("model", "pytorch_model", "flax_model.msgpack")
     model_type = "clip"
 
     def __init__(self, config: CLIPConfig, make: Make):

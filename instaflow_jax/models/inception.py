@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from instaflow_jax.models import port
+from instaflow_jax.models import hub, port
 from instaflow_jax.models.layers import Make
 from instaflow_jax.models.net import Config, Model, Net, Params
 
@@ -170,7 +170,7 @@ class InceptionV3(Model):
     """Images → the 2048 features whose mean and covariance the FID compares."""
 
     Config = InceptionConfig
-    layout = port.Layout("model", ignore=(r"^fc\.",))  # the classifier; the FID stops before it
+    layout = hub.Layout("model", ignore=(r"^fc\.",))  # the classifier; the FID stops before it
 
     def __init__(self, config: InceptionConfig, make: Make):
         self.image_size = config.image_size

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from instaflow_jax.models import port
+from instaflow_jax.models import hub, port
 from instaflow_jax.models.layers import Identity, Make
 from instaflow_jax.models.net import Config, Model, Net, Params
 
@@ -109,7 +109,7 @@ class LPIPS(Model):
     """Perceptual distance of image pairs."""
 
     Config = TrunkConfig
-    layout = port.Layout("model", ignore=(r"^classifier\.",))  # torchvision's files are whole classifiers
+    layout = hub.Layout("model", ignore=(r"^classifier\.",))  # torchvision's files are whole classifiers
 
     def __init__(self, config: TrunkConfig, make: Make):
         self.features, self.taps = _trunk(config, make)
@@ -150,7 +150,7 @@ class VGGClassifier(Model):
     """A trunk with pooling and a linear head: what a trunk is pretrained as. Its `features.*` are LPIPS's own."""
 
     Config = ClassifierConfig
-    layout = port.Layout("model")
+    layout = hub.Layout("model")
 
     def __init__(self, config: ClassifierConfig, make: Make):
         self.features, self.taps = _trunk(config, make)

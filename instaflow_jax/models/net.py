@@ -17,7 +17,8 @@ import numpy as np
 from flax import nnx
 
 from instaflow_jax.arrays import Params
-from instaflow_jax.models import port
+from instaflow_jax.infra import files
+from instaflow_jax.models import hub, port
 from instaflow_jax.models.layers import DRAWN, Make
 
 
@@ -93,7 +94,7 @@ class Net:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         port.save(params, directory, self.module.layout, **options)
-        with port.whole(directory / "config.json") as temporary:
+        with files.whole(directory / "config.json") as temporary:
             temporary.write_text(json.dumps(self.raw_config, indent=2, sort_keys=True) + "\n")
 
 
@@ -101,7 +102,7 @@ class Model(nnx.Module):
     """Base of every network: how its class, config and files become a `Net` and its parameters."""
 
     Config: ClassVar[type[Config]]
-    layout: ClassVar[port.Layout]
+    layout: ClassVar[hub.Layout]
 
     @classmethod
     def from_config(cls, raw: dict[str, Any], *, dtype=jnp.float32, attention: str = "xla") -> Net:
@@ -130,8 +131,8 @@ class Model(nnx.Module):
         Raises:
           FileNotFoundError, ValueError: with the file and every offending weight named.
         """
-        directory = port.find(source, subfolder, cls.layout, variant)
-        net = cls.from_config(port.read_config(directory, cls.__name__), dtype=dtype, attention=attention)
+        directory = hub.find(source, subfolder, cls.layout, variant)
+        net = cls.from_config(hub.read_config(directory, cls.__name__), dtype=dtype, attention=attention)
         return net, port.load(directory, net.shapes, cls.layout, variant)
 
 

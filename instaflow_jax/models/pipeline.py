@@ -8,7 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from instaflow_jax.arrays import Params
-from instaflow_jax.models import port
+from instaflow_jax.infra import files
+from instaflow_jax.models import hub
 from instaflow_jax.models.clip import CLIPTextModel
 from instaflow_jax.models.net import Net
 from instaflow_jax.models.tokenizer import Tokenizer
@@ -82,8 +83,8 @@ def load(source: str, *, variant: str | None, dtype=jnp.float32, attention: str)
 def _read(source: str, subfolder: str, name: str) -> dict[str, Any]:
     folder = Path(source).expanduser()
     if not folder.is_dir():
-        folder = port.hub_snapshot(source, [f"{subfolder}/{name}" if subfolder else name])
-    return port.read_json(folder / subfolder / name)
+        folder = hub.snapshot(source, [f"{subfolder}/{name}" if subfolder else name])
+    return files.read_json(folder / subfolder / name)
 
 
 def check_index(index: Mapping[str, Any], source: str) -> None:
@@ -125,5 +126,5 @@ def save(pipeline: Pipeline, directory: str | Path, **options) -> None:
     pipeline.tokenizer.save_pretrained(directory / "tokenizer")
     (directory / "scheduler").mkdir(exist_ok=True)
     for path, content in (("scheduler/scheduler_config.json", pipeline.scheduler), ("model_index.json", pipeline.index)):
-        with port.whole(directory / path) as temporary:
+        with files.whole(directory / path) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n")

@@ -15,7 +15,8 @@ import tokenizers
 from jaxtyping import Int
 from tokenizers import models, normalizers, pre_tokenizers
 
-from instaflow_jax.models import port
+from instaflow_jax.infra import files
+from instaflow_jax.models import hub
 
 _FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _END = "</w>"  # closes every word, so that "cat" and the beginning of "catch" are two tokens
@@ -63,10 +64,10 @@ class Tokenizer:
         """
         folder = _folder(source, subfolder)
         vocab, merges = _vocabulary(folder)
-        config = port.read_json(folder / "tokenizer_config.json")
+        config = files.read_json(folder / "tokenizer_config.json")
         special = folder / "special_tokens_map.json"
         if special.is_file() and "added_tokens_decoder" not in config:  # newer configs say it all themselves
-            config = config | port.read_json(special)
+            config = config | files.read_json(special)
         try:
             return cls(vocab, merges, config)
         except ValueError as error:
@@ -84,7 +85,7 @@ class Tokenizer:
             "special_tokens_map.json": json.dumps(special, indent=2),
         }
         for name, text in texts.items():
-            with port.whole(directory / name) as temporary:
+            with files.whole(directory / name) as temporary:
                 temporary.write_text(text + "\n", encoding="utf-8")
 
     def __call__(self, prompts: list[str]) -> Int[np.ndarray, "B L"]:
@@ -117,7 +118,7 @@ def _folder(source: str | Path, subfolder: str) -> Path:
     root = Path(source).expanduser()
     if not root.is_dir():
         prefix = f"{subfolder}/" if subfolder else ""
-        root = port.hub_snapshot(str(source), [prefix + name for name in _FILES])
+        root = hub.snapshot(str(source), [prefix + name for name in _FILES])
     if not (root / subfolder).is_dir():
         raise FileNotFoundError(f"{root} has no folder {subfolder!r} to read a tokenizer from")
     return root / subfolder
@@ -126,10 +127,10 @@ def _folder(source: str | Path, subfolder: str) -> Path:
 def _vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     vocab, merges, both = (folder / name for name in _FILES[:3])
     if vocab.is_file() and merges.is_file():
-        return port.read_json(vocab), _read_merges(merges)
+        return files.read_json(vocab), _read_merges(merges)
     if not both.is_file():
         raise FileNotFoundError(f"{folder} has no tokenizer: it needs vocab.json and merges.txt, or tokenizer.json")
-    model = port.read_json(both).get("model", {})
+    model = files.read_json(both).get("model", {})
     if model.get("type") != "BPE" or model.get("end_of_word_suffix") != _END:
         raise ValueError(f"{both} is not CLIP's tokenizer: its model must be BPE with words ending in {_END!r}")
     return model["vocab"], [_pair(m, both) for m in model["merges"]]

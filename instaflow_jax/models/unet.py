@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from instaflow_jax.models import net, port
+from instaflow_jax.models import hub, net
 from instaflow_jax.models.blocks import Downsample2D, ResnetBlock2D, Upsample2D
 from instaflow_jax.models.layers import Make
 from instaflow_jax.models.transformer import Transformer2DModel
@@ -163,7 +163,7 @@ class UNet2DConditionModel(net.Model):
     """The network of Stable Diffusion: latents, clock and text → noise, velocity or data, as it was trained."""
 
     Config: ClassVar = UNetConfig
-    layout: ClassVar = port.Layout()
+    layout: ClassVar = hub.Layout()
 
     def __init__(self, config: UNetConfig, make: Make):
         channels = config.block_out_channels

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from instaflow_jax.models import net, port
+from instaflow_jax.models import hub, net
 from instaflow_jax.models.blocks import Downsample2D, ResnetBlock2D, Upsample2D
 from instaflow_jax.models.layers import Make, attend
 
@@ -159,7 +159,7 @@ class AutoencoderKL(net.Model):
     """Pixels [B, H, W, 3] in [−1, 1] ⇄ latents [B, H/f, W/f, latent_channels] of unit variance."""
 
     Config: ClassVar = VAEConfig
-    layout: ClassVar = port.Layout(respell=_today, flax_spell=_old)
+    layout: ClassVar = hub.Layout(respell=_today, flax_spell=_old)
 
     def __init__(self, config: VAEConfig, make: Make):
         n = config.latent_channels

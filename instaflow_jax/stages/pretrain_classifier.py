@@ -8,8 +8,7 @@ from ml_collections import ConfigDict
 
 from instaflow_jax.arrays import Params
 from instaflow_jax.data.emoji_groups import SUBGROUPS
-from instaflow_jax.infra import images
-from instaflow_jax.models import port
+from instaflow_jax.infra import files, images
 from instaflow_jax.models.lpips import LPIPS, VGGClassifier
 from instaflow_jax.stages.pretrain_recipe import Recipe, in_batches, load, make_augment, to_pixels
 from instaflow_jax.train import pretraining
@@ -35,7 +34,7 @@ def make(config: ConfigDict, workdir: str) -> Recipe:
         lpips = LPIPS.from_config(config.model.to_dict())
         lpips.save_pretrained(with_heads(params, lpips.shapes), directory / "lpips", dtype=np.float16)
         net.save_pretrained(params, directory / "classifier", dtype=np.float16)
-        with port.whole(directory / "classifier" / "classes.json") as temporary:
+        with files.whole(directory / "classifier" / "classes.json") as temporary:
             temporary.write_text(json.dumps(CLASSES, indent=1) + "\n")
 
     loss = pretraining.make_classifier_loss(net, make_augment(config), **config.loss)

@@ -8,8 +8,7 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from instaflow_jax.data.captions import LEVELS, Emoji, captions, level_probabilities
-from instaflow_jax.infra import images
-from instaflow_jax.models import port
+from instaflow_jax.infra import files, images
 from instaflow_jax.models.clip import CLIPModel
 from instaflow_jax.stages.pretrain_recipe import Recipe, caption_tokens, in_batches, load, make_augment, to_pixels
 from instaflow_jax.train import pretraining
@@ -41,7 +40,7 @@ def make(config: ConfigDict, workdir: str) -> Recipe:
 
     def export(params, directory: Path) -> None:
         net.save_pretrained(params, directory / "clip", dtype=np.float16)
-        with port.whole(directory / "clip" / "preprocessor_config.json") as temporary:
+        with files.whole(directory / "clip" / "preprocessor_config.json") as temporary:
             temporary.write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")
 
     loss = pretraining.make_clip_loss(net, make_augment(config), lambda pixels: pixels,
