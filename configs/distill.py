@@ -24,7 +24,12 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
     config.into = "distill"  # folder of the workdir to train in
     config.drop = 0.0  # a one-step model is not guided
     config.distance = "l2"  # or lpips
-    config.lpips = {"model": "openmoji", "l2": 0.0, "crop": 0, "margin": 0}  # directory with lpips/; latents a side
+    config.lpips = {
+        "model": "openmoji",  # embedded name, or a directory with lpips/
+        "trunk": "", "heads": "", "net": "vgg",  # or torchvision's vgg16 or alexnet .pth, and the lpips package's heads
+        "l2": 0.0,  # weight of the squared error added to it
+        "crop": 0, "margin": 0,  # latents a side of the random piece compared, and around it; 0 for the whole picture
+    }
     config.match = 0.0  # share of each batch that keeps matching velocities at t > 0, for use at 2 and 4 steps
     config.reflow = reflow.get_config("sd15" if variant.startswith("sd15") else "openmoji")
     config.watch.steps = (1, 2, 4)
@@ -58,10 +63,13 @@ def sd15_l2(config: ConfigDict) -> None:
 
 
 def sd15_lpips(config: ConfigDict) -> None:
-    """1024 × 18,000 on the same pairs. LPIPS' trunk and resolution are not published: VGG16, on crops of 32 latents."""
+    """1024 × 18,000 on the same pairs. LPIPS' trunk and resolution are not published: VGG16, on crops of 32 latents.
+
+    Needs torchvision's vgg16 state dict and the lpips package's weights/v0.1/vgg.pth: `--config.lpips.trunk`, `.heads`.
+    """
     sd15_l2(config)
     config.distance, config.into = "lpips", "distill_lpips"
-    config.lpips.update({"model": "", "crop": 32, "margin": 2})
+    config.lpips.update({"trunk": "vgg16.pth", "heads": "vgg.pth", "crop": 32, "margin": 2})
     config.loop.steps = 18_000
 
 

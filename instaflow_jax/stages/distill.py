@@ -47,7 +47,10 @@ def make_distance(config: ConfigDict, pipe: pipeline.Pipeline):
     """The distance of Eq. 6 and the frozen weights that it looks through."""
     if config.distance == "l2":
         return objectives.latent_distance, {}
-    lpips, params = LPIPS.from_pretrained(pipeline.locate(config.lpips.model), "lpips")
+    if config.lpips.trunk:
+        lpips, params = LPIPS.from_files(config.lpips.trunk, config.lpips.heads, net=config.lpips.net)
+    else:
+        lpips, params = LPIPS.from_pretrained(pipeline.locate(config.lpips.model), "lpips")
     options = {name: config.lpips[name] for name in ("l2", "crop", "margin")}
     return (objectives.make_lpips_distance(pipe.nets["vae"], lpips, **options),
             {"vae": pipe.params["vae"], "lpips": params})

@@ -5,13 +5,14 @@ import time
 import jax
 import jax.numpy as jnp
 
-from instaflow_jax.data import pairs_store
+from instaflow_jax.data import pairs_manifest, pairs_store
 from instaflow_jax.infra.speed import peak_flops, step_flops
 from instaflow_jax.stages.generate_job import Job, tokens
 from instaflow_jax.stages.generate_program import Sampler, draw_noise
 
 _CALLS = 3
-_FRAME = 66  # bytes that ArrayRecord puts around a record
+# ArrayRecord's: bytes around a record, and the blocks that a file is made of, the last for the index.
+_FRAME, _BLOCK = 66, 2**16
 
 
 def run(job: Job) -> None:
@@ -25,7 +26,7 @@ def run(job: Job) -> None:
           f"{rate:.4g} pairs/s, {rate * flops / 1e12:.4g} TFLOP/s{utilisation(rate * flops, devices)}")
     for number in sorted({len(devices), job.config.plan_devices}):
         hours = count / (rate / len(devices) * number) / 3600
-        print(f"{count:,} pairs on {number} such devices: {hours:.4g} hours, {count * size / 1e9:.4g} GB")
+        print(f"{count:,} pairs on {number} such devices: {hours:.4g} hours, {bytes_on_disk(job, size) / 1e9:.4g} GB")
 
 
 def utilisation(flops: float, devices: list[jax.Device]) -> str:
@@ -47,8 +48,14 @@ def flops_per_pair(job: Job) -> float:
     return (text + recipe["N"] * (whole - text)) / batch
 
 
+def bytes_on_disk(job: Job, size: int) -> int:
+    """All shards, each filled up to whole blocks."""
+    shards = (pairs_manifest.shard_range(job.recipe, s) for s in range(pairs_manifest.shard_count(job.recipe)))
+    return sum((-(-len(shard) * size // _BLOCK) + 1) * _BLOCK for shard in shards)
+
+
 def bytes_per_pair(job: Job) -> int:
-    """What the first pair takes on disk."""
+    """What the first pair takes in a shard."""
     X0 = draw_noise(job, [0])[0]
     record = pairs_store.serialize(pairs_store.make_features(job.recipe), job.recipe, prompt=job.texts[0],
                                    ids=tokens(job, [0])[0], seed=0, X0=X0, X1=X0)
