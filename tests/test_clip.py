@@ -1,4 +1,6 @@
 """CLIP against transformers: both towers, both activations, both end-of-text rules, every file form."""
+import copy
+import dataclasses
 import json
 
 import jax
@@ -106,7 +108,49 @@ def test_every_form_that_transformers_writes_is_read(form, tmp_path):
     want, got = weights(reference), weights(again)
     assert got.keys() == want.keys()
     for key, array in want.items():
+        assert got[key].shape == array.shape, key  # assert_array_equal would take (1,) for ()
         np.testing.assert_array_equal(got[key], array, err_msg=key)
+    ours = CLIPModel.from_pretrained(tmp_path / "ours", variant=form.get("variant"))[1]
+    assert {k: (p.shape, p.tobytes()) for k, p in ours.items()} == {k: (p.shape, p.tobytes()) for k, p in params.items()}
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "stream"])
+def test_both_containers_of_torch_save_give_the_same_weights(legacy, torch, tmp_path):
+    reference = clip_model("gelu")
+    reference.save_pretrained(tmp_path / "whole")
+    reference.config.save_pretrained(tmp_path / "pickled")
+    torch.save(reference.state_dict(), tmp_path / "pickled" / "pytorch_model.bin",
+               _use_new_zipfile_serialization=not legacy)
+    want, got = (CLIPModel.from_pretrained(tmp_path / name)[1] for name in ("whole", "pickled"))
+    assert {k: (p.shape, p.tobytes()) for k, p in got.items()} == {k: (p.shape, p.tobytes()) for k, p in want.items()}
+
+
+def test_configs_mean_what_transformers_takes_them_for():
+    """Absent keys, and the older `*_config_dict`, which overrule `*_config` even where they are silent."""
+    references()
+    from transformers import CLIPConfig
+    for raw in ({}, {"text_config": TEXT, "vision_config": VISION}, {"text_config": TEXT, "text_config_dict": None},
+                {"text_config": TEXT, "text_config_dict": {"hidden_size": 64}, "vision_config_dict": {}}):
+        ours, theirs = CLIPModel.Config.from_dict(raw), CLIPConfig(**copy.deepcopy(raw))
+        for tower in ("text_config", "vision_config"):
+            want = getattr(theirs, tower).to_dict()
+            got = dataclasses.asdict(getattr(ours, tower))
+            assert got == {key: want[key] for key in got}
+        assert (ours.projection_dim, ours.logit_scale_init_value) == (
+            theirs.projection_dim, theirs.logit_scale_init_value)
+
+
+def test_a_network_made_here_opens_in_transformers(torch, tmp_path):
+    references()
+    from transformers import AutoModel
+    net = CLIPTextModel.from_config(TEXT)
+    params = net.init(jax.random.key(0))
+    net.save_pretrained(params, tmp_path)
+    theirs = AutoModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        want = theirs(torch.tensor(IDS)).last_hidden_state
+    assert type(theirs).__name__ == "CLIPTextModel"
+    assert relative(jax.jit(net.apply)(params, IDS).last_hidden_state, want) < 1e-5
 
 
 def test_flax_files_go_both_ways(tmp_path):

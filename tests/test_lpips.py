@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from conftest import normal, randomize, references, relative
 
-from instaflow_jax.models.lpips import LPIPS, VGGClassifier
+from instaflow_jax.models import port
+from instaflow_jax.models.lpips import LPIPS, PUBLISHED, VGGClassifier
 
 HEADS = Path(importlib.util.find_spec("lpips").origin).parent / "weights" / "v0.1"
 
@@ -19,16 +20,14 @@ def pair(request, tmp_path_factory):
     import lpips
     import torchvision
     name = request.param
-    trunk = randomize({"vgg": torchvision.models.vgg16, "alex": torchvision.models.alexnet}[name](), gain=1.4)
-    path = tmp_path_factory.mktemp("trunk") / "trunk.pth"
-    torch.save({k: t for k, t in trunk.state_dict().items() if "classifier.0" not in k and "classifier.3" not in k}
-               | {"classifier.6.bias": torch.zeros(3)}, path)  # without most of the 0.5 GB that LPIPS ignores
     reference = lpips.LPIPS(net=name, pnet_rand=True, verbose=False).eval()
-    slices = [getattr(reference.net, f"slice{i + 1}") for i in range(5)]
-    for block in slices:
-        for index, layer in block.named_children():
-            if hasattr(layer, "weight"):
-                layer.load_state_dict(trunk.features[int(index)].state_dict())
+    randomize(reference.net, gain=1.4)  # ReLU halves the variance
+    state = {f"features.{key.split('.', 1)[1]}": tensor for key, tensor in reference.net.state_dict().items()}
+    with torch.device("meta"):  # names and shapes without the half gigabyte of the classifier, which LPIPS ignores
+        whole = {"vgg": torchvision.models.vgg16, "alex": torchvision.models.alexnet}[name]().state_dict()
+    assert {k: t.shape for k, t in state.items()} == {k: t.shape for k, t in whole.items() if k.startswith("features.")}
+    path = tmp_path_factory.mktemp("trunk") / "trunk.pth"
+    torch.save(state | {key: torch.zeros(1) for key in whole.keys() - state.keys()}, path)
     return torch, reference, *LPIPS.from_files(path, HEADS / f"{name}.pth", net=name)
 
 
@@ -68,17 +67,35 @@ def test_small_trunks_go_through_the_disk_and_share_their_classifier(tmp_path):
     net.save_pretrained(params, tmp_path)
     again, read = LPIPS.from_pretrained(tmp_path)
     a, b = normal(0, 3, 16, 16, 3), normal(1, 3, 16, 16, 3)
-    distance = again.apply(read, a, b)
-    np.testing.assert_array_equal(distance, net.apply(params, a, b))
-    assert distance.shape == (3,) and float(distance.min()) > 0
-    np.testing.assert_array_equal(again.apply(read, a, a), np.zeros(3))
-    assert classifier.apply(trained, a).shape == (3, 5)
+    distance = jax.jit(again.apply)
+    assert read.keys() == params.keys()
+    np.testing.assert_array_equal(distance(read, a, b), distance(params, a, b))
+    assert distance(read, a, b).shape == (3,) and float(distance(read, a, b).min()) > 0
+    assert float(abs(distance(read, a, a)).max()) < 1e-12
+    assert jax.jit(classifier.apply)(trained, a).shape == (3, 5)
+
+
+def test_fresh_heads_are_the_package_without_heads(torch):
+    """The distance of unit features, summed over channels: what `lpips=False` computes."""
+    import lpips
+    reference = lpips.LPIPS(net="alex", pnet_rand=True, lpips=False, verbose=False)
+    randomize(reference.net, gain=1.4)
+    net = LPIPS.from_config(PUBLISHED["alex"])
+    trunk = {f"features.{key.split('.', 1)[1]}": t.numpy() for key, t in reference.net.state_dict().items()}
+    params = {name: port.from_torch(name, trunk[port.torch_key(name)]) if name.startswith("features.") else
+              np.ones(shape.shape, np.float32) for name, shape in net.shapes.items()}
+    a, b = (np.tanh(normal(i, 2, 64, 64, 3)) for i in (0, 1))
+    with torch.no_grad():
+        want = reference(*(torch.tensor(x.transpose(0, 3, 1, 2)) for x in (a, b))).flatten()
+    assert relative(jax.jit(net.apply)(params, a, b), want) < 1e-5
+    small = LPIPS.from_config({"widths": [4], "depths": [1]}).init(jax.random.key(0))
+    np.testing.assert_array_equal(small["lin0.model.1.kernel"], np.ones((1, 1, 4, 1)))
 
 
 def test_gradient_is_finite_where_no_channel_responds():
     net = LPIPS.from_config({"widths": [4], "depths": [1]})
     params = net.init(jax.random.key(0)) | {"features.0.bias": -100 * np.ones(4, np.float32)}
-    gradient = jax.grad(lambda x: net.apply(params, x, x + 0.1).sum())(normal(0, 1, 8, 8, 3))
+    gradient = jax.jit(jax.grad(lambda x: net.apply(params, x, x + 0.1).sum()))(normal(0, 1, 8, 8, 3))
     assert np.isfinite(gradient).all()
 
 

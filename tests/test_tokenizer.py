@@ -43,6 +43,24 @@ def test_equal_to_transformers(folder):
             np.testing.assert_array_equal(a, b, err_msg=f"{cls.__name__} {prompt!r}")
 
 
+def test_newer_files_with_learned_words_are_read(folder, tmp_path):
+    """`added_tokens_decoder`, as transformers writes it and textual inversion fills it; vocabulary in one file or two."""
+    references()
+    from transformers import CLIPTokenizerFast
+    theirs = CLIPTokenizerFast.from_pretrained(folder)
+    theirs.add_tokens(["<cat-toy>", "blorp"])
+    theirs.save_pretrained(tmp_path / "new")
+    prompts = ["a <cat-toy>", "BLORP! x<cat-toy>y <CAT-TOY>", "wow! ! <|startoftext|> café"]
+    want = np.array(theirs(prompts, padding="max_length", truncation=True).input_ids)
+    np.testing.assert_array_equal(Tokenizer.from_pretrained(tmp_path, "new")(prompts), want)
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / "new" / name).unlink()
+    tokenizer = Tokenizer.from_pretrained(tmp_path, "new")
+    np.testing.assert_array_equal(tokenizer(prompts), want)
+    tokenizer.save_pretrained(tmp_path / "again")
+    np.testing.assert_array_equal(Tokenizer.from_pretrained(tmp_path, "again")(prompts), want)
+
+
 def test_saved_files_are_read_by_transformers_and_by_us(folder, tmp_path):
     references()
     from transformers import CLIPTokenizer
@@ -72,6 +90,10 @@ def test_one_string_is_refused():
         Tokenizer.from_pretrained(SOURCE, subfolder="")("house")
 
 
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 @pytest.mark.parametrize("spoil,error,words", [
     (lambda d: (d / "vocab.json").unlink(), FileNotFoundError, "has no tokenizer: it needs vocab.json"),
     (lambda d: (d / "tokenizer_config.json").unlink(), FileNotFoundError, "tokenizer_config.json is missing"),
@@ -79,6 +101,11 @@ def test_one_string_is_refused():
     (lambda d: (d / "merges.txt").write_text("#version: 0.2\na b\nc"), ValueError, "'c' is not a merge of two tokens"),
     (lambda d: (d / "merges.txt").write_text("qqq zzz\n"), ValueError, "must belong together"),
     (lambda d: (d / "tokenizer_config.json").write_text("{}"), ValueError, "model_max_length=None"),
+    (lambda d: edit(d / "special_tokens_map.json", pad_token="<pad>"), ValueError, "pad_token is '<pad>', which"),
+    (lambda d: edit(d / "tokenizer_config.json", added_tokens_decoder={"7": {"content": "blorp"}}), ValueError,
+     "gives 'blorp' the id 7"),
+    (lambda d: [(d / n).unlink() for n in ("vocab.json", "merges.txt")]
+     and (d / "tokenizer.json").write_text('{"model": {"type": "WordPiece"}}'), ValueError, "is not CLIP's tokenizer"),
     (lambda d: shutil.rmtree(d), FileNotFoundError, "has no folder 'tokenizer'"),
 ])
 def test_broken_files_are_named(spoil, error, words, tmp_path):

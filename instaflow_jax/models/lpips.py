@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from instaflow_jax.arrays import PerSample
 from instaflow_jax.models import hub, port
 from instaflow_jax.models.layers import Identity, Make
 from instaflow_jax.models.net import Config, Model, Net, Params
@@ -129,7 +130,7 @@ class LPIPS(Model):
         stored = {**port.open_weights(Path(trunk)), **port.open_weights(Path(heads))}
         return network, port.fill(stored, network.shapes, cls.layout, source=f"{trunk} with {heads}")
 
-    def __call__(self, a: Float[Array, "B H W 3"], b: Float[Array, "B H W 3"]) -> Float[Array, "B"]:
+    def __call__(self, a: Float[Array, "B H W 3"], b: Float[Array, "B H W 3"]) -> PerSample:
         """Distance of each image in `a` to its partner in `b`, values in [-1, 1]."""
         count, distance = len(a), 0.0
         for i, x in enumerate(_run(self.features, self.taps, jnp.concatenate([a, b]))):

@@ -95,7 +95,8 @@ class Tokenizer:
           ValueError: `prompts` is one string instead of a list.
         """
         if isinstance(prompts, str):
-            raise ValueError(f"expected a list of prompts, got the one string {prompts!r}; put it into a list")
+            raise ValueError(  # noqa: TRY004 (the house raises no TypeError)
+                f"expected a list of prompts, got the one string {prompts!r}; put it into a list")
         rows = np.full((len(prompts), self.model_max_length), self.pad_id, np.int32)
         for row, prompt in zip(rows, prompts, strict=True):
             ids = [self.bos_id, *self._words(prompt), self.eos_id]
