@@ -25,7 +25,8 @@ from instaflow_jax.models import pipeline
 from instaflow_jax.train import objectives, optim, state, step
 
 BATCH = 64
-SHARD = 512
+SHARD = 128
+PROMPT = "woman astronaut"
 STEPS = 12
 
 
@@ -33,15 +34,18 @@ def write(directory: Path, pipe: pipeline.Pipeline, count: int, store_noise: boo
     """A directory like the one `generate` makes, with noise where the images would be."""
     recipe = {"teacher": {"unet": "none"}, "latent_shape": list(pipe.latent_shape), "count": count, "shard_size": SHARD,
               "tokens": pipe.tokenizer.model_max_length, "seed": 0, "noise": NAME, "store_noise": store_noise}  # fmt: skip
-    features, ids = pairs_store.make_features(recipe), pipe.tokenizer(["woman astronaut"])[0]
     pairs_manifest.begin(directory, recipe, {})
     for shard in range(pairs_manifest.shard_count(recipe)):
-        rows = (pairs_store.serialize(features, recipe, prompt="woman astronaut", ids=ids, seed=i, X1=noise(1, i, X0.shape),
-                                      X0=X0) for i, X0 in ((i, noise(0, i, tuple(recipe["latent_shape"])))
-                                                           for i in pairs_manifest.shard_range(recipe, shard)))  # fmt: skip
-        pairs_store.write_shard(directory, recipe, shard, rows)
+        pairs_store.write_shard(directory, recipe, shard, records(recipe, shard, pipe.tokenizer([PROMPT])[0]))
     pairs_store.finish(directory, recipe)
     return directory
+
+
+def records(recipe: pairs_manifest.Recipe, shard: int, ids: np.ndarray) -> Iterator[bytes]:
+    features, shape = pairs_store.make_features(recipe), tuple(recipe["latent_shape"])
+    for i in pairs_manifest.shard_range(recipe, shard):
+        X0, X1 = noise(0, i, shape), noise(1, i, shape)
+        yield pairs_store.serialize(features, recipe, prompt=PROMPT, ids=ids, seed=i, X0=X0, X1=X1)
 
 
 def forget(directory: Path) -> None:
@@ -93,7 +97,7 @@ def step_rate(pipe: pipeline.Pipeline) -> float:
                      donate_argnums=0)
     frozen = {"text_encoder": pipe.params["text_encoder"], "null_ids": pipe.tokenizer([""])}
     X0 = np.stack([noise(0, i, pipe.latent_shape) for i in range(BATCH)]).astype(np.float32)
-    batch = {"X0": X0, "X1": X0[::-1].copy(), "ids": np.repeat(pipe.tokenizer(["woman astronaut"]), BATCH, 0)}
+    batch = {"X0": X0, "X1": X0[::-1].copy(), "ids": np.repeat(pipe.tokenizer([PROMPT]), BATCH, 0)}
     now, seconds = state.create(pipe.params["unet"], optimizer), []
     for _ in range(STEPS):
         began = time.perf_counter()

@@ -9,14 +9,12 @@ Needs nothing: the flow and its pairs are made first where absent. Writes DIR/di
 (DIR/direct and DIR/distill_lpips for those variants).
 Not yet measured.
 """
-from configs import generate, reflow
+from configs import common, generate, reflow
 from ml_collections import ConfigDict
 
 
 def get_config(variant: str = "openmoji") -> ConfigDict:
-    if variant not in VARIANTS:
-        raise ValueError(f"configs/distill.py has no variant {variant!r}; it has {', '.join(VARIANTS)}")
-    config = reflow.common()
+    config = reflow.training()
     config.stage = "distill"
     config.model = ""  # the flow that makes the pairs; "" is DIR/reflow/export
     config.start = ""  # whose weights it starts from; "" is config.model
@@ -33,7 +31,7 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
     config.match = 0.0  # share of each batch that keeps matching velocities at t > 0, for use at 2 and 4 steps
     config.reflow = reflow.get_config("sd15" if variant.startswith("sd15") else "openmoji")
     config.watch.steps = (1, 2, 4)
-    VARIANTS[variant](config)
+    common.pick(VARIANTS, variant)(config)
     return config.lock()
 
 

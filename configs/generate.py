@@ -11,6 +11,7 @@ started again with the same config it makes the shards that are missing. Several
 Noise, prompts and token ids of pair i depend on the seed, the prompts and i alone. So does X1, to the byte, for any number
 of devices and processes; another batch size, kind of device or version of XLA may change its last bit of float16.
 """
+from configs import common
 from ml_collections import ConfigDict
 
 # Stable Diffusion as in the paper; 2-rectified flow as the teacher of distillation
@@ -23,21 +24,8 @@ VARIANTS = {
 
 
 def get_config(variant: str = "openmoji") -> ConfigDict:
-    if variant not in VARIANTS:
-        raise ValueError(f"configs/generate.py has no variant {variant!r}; it has {', '.join(VARIANTS)}")
-    config = ConfigDict()
+    config = common.solving()
     config.stage = "generate"
-    config.model = ""  # embedded name, directory or hub id, in diffusers layout
-    config.weights_variant = ""  # "fp16" reads model.fp16.safetensors and the like
-    config.kind = "auto"  # flow or teacher, where the directory does not say it right
-    config.solver = "auto"  # teacher: dpm_solver, ddim; flow: euler, heun; auto takes the first
-    config.N = 25  # steps
-    config.alpha = 1.0  # guidance; 1 is none
-    config.negative = ""  # negative prompt; needs alpha > 1
-    config.height = 0  # pixels; 0 is the size the model was made for
-    config.width = 0
-    config.dtype = "float32"  # or bfloat16, the type products are computed in
-    config.attention = "xla"  # or cudnn (NVIDIA, bfloat16)
     config.count = 0  # pairs; 0 is one for each prompt, and more than there are prompts begins them again
     config.seed = 0  # with a pair's number, all that its noise depends on
     config.prompts = {
@@ -56,5 +44,5 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
     config.inspect = False  # only check and show what is there
     config.plan = False  # only say what it would cost,
     config.plan_devices = 8  # ... on so many devices
-    config.update(VARIANTS[variant])
+    config.update(common.pick(VARIANTS, variant))
     return config.lock()

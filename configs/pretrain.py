@@ -7,6 +7,7 @@
 
 Each writes DIR/export/..., which is what `instaflow_jax/assets/openmoji` holds; the cards there say what was measured.
 """
+from configs import common
 from ml_collections import ConfigDict
 
 PROMPTS = ("woman astronaut", "red apple", "cat face", "house", "astronaut", "man farmer dark skin tone", "rocket",
@@ -14,15 +15,13 @@ PROMPTS = ("woman astronaut", "red apple", "cat face", "house", "astronaut", "ma
 
 
 def get_config(variant: str = "diffusion") -> ConfigDict:
-    if variant not in VARIANTS:
-        raise ValueError(f"configs/pretrain.py has no variant {variant!r}; it has {', '.join(VARIANTS)}")
-    config = common()
+    config = training()
     config.recipe = variant
-    VARIANTS[variant](config)
+    common.pick(VARIANTS, variant)(config)
     return config.lock()
 
 
-def common() -> ConfigDict:
+def training() -> ConfigDict:
     config = ConfigDict()
     config.stage = "pretrain"
     config.data_dir = ""  # where the emoji are, or are drawn to; "" is WORKDIR/data

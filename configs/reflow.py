@@ -7,29 +7,23 @@
 Needs nothing: pairs that are absent are generated first. Writes DIR/reflow/export, which `configs/sample.py` draws from.
 Not yet measured.
 """
-from configs import generate
+from configs import common, generate
 from ml_collections import ConfigDict
 
 PROMPTS = ("woman astronaut", "red apple", "cat face", "house", "astronaut", "a face")
 
 
 def get_config(variant: str = "openmoji") -> ConfigDict:
-    if variant not in VARIANTS:
-        raise ValueError(f"configs/reflow.py has no variant {variant!r}; it has {', '.join(VARIANTS)}")
-    config = common()
+    config = training()
     config.stage = "reflow"
     config.loss = {"time": "uniform", "penalty": "squared"}  # or u_shaped, pseudo_huber
-    VARIANTS[variant](config)
+    common.pick(VARIANTS, variant)(config)
     return config.lock()
 
 
-def common() -> ConfigDict:
-    """What reflow and distillation share."""
-    config = ConfigDict()
-    config.model = ""  # whose weights it starts from: embedded name, directory or hub id
-    config.weights_variant = ""  # "fp16" reads model.fp16.safetensors and the like
-    config.dtype = "float32"  # or bfloat16, the type products are computed in
-    config.attention = "xla"  # or cudnn (NVIDIA, bfloat16)
+def training() -> ConfigDict:
+    """What reflow and distillation share; `config.model` is whose weights they start from."""
+    config = common.weights()
     config.seed = 0
     config.batch_size = 64  # of all devices together
     config.accumulate = 1  # micro-batches a batch is cut into

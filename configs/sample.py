@@ -8,6 +8,7 @@ Variants: openmoji (embedded, the default; runs on a laptop), sd15, sd21, rf2 (t
 instaflow (the released one-step model). Writes WORKDIR/sample/*.png, each with its prompt, seed and settings in its
 metadata, and a grid with a row a prompt and a column a seed.
 """
+from configs import common
 from ml_collections import ConfigDict
 
 VARIANTS = {
@@ -20,23 +21,10 @@ VARIANTS = {
 
 
 def get_config(variant: str = "openmoji") -> ConfigDict:
-    if variant not in VARIANTS:
-        raise ValueError(f"configs/sample.py has no variant {variant!r}; it has {', '.join(VARIANTS)}")
-    config = ConfigDict()
+    config = common.solving()
     config.stage = "sample"
-    config.model = ""  # embedded name, directory or hub id, in diffusers layout
-    config.weights_variant = ""  # "fp16" reads model.fp16.safetensors and the like
-    config.kind = "auto"  # flow or teacher, where the directory does not say it right
-    config.solver = "auto"  # teacher: dpm_solver, ddim; flow: euler, heun; auto takes the first
-    config.N = 25  # steps
-    config.alpha = 1.0  # guidance; 1 is none
     config.prompts = "woman astronaut|red apple|cat face|house"  # split at |, or a text file with a prompt a line
-    config.negative = ""  # negative prompt; needs alpha > 1
     config.seeds = (0, 1, 2, 3)  # a picture for each prompt and seed
-    config.height = 0  # pixels; 0 is the size the model was made for
-    config.width = 0
     config.batch = 8  # pictures a call of the compiled program
-    config.dtype = "float32"  # or bfloat16, the type products are computed in
-    config.attention = "xla"  # or cudnn (NVIDIA, bfloat16)
-    config.update(VARIANTS[variant])
+    config.update(common.pick(VARIANTS, variant))
     return config.lock()
