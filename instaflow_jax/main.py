@@ -4,6 +4,7 @@ Reads the config, joins the other hosts if there are any, and runs the stage tha
 config or in a file ends in one line on stderr and exit code 1; a bug shows its traceback.
 """
 import importlib
+import logging
 import sys
 
 import ml_collections
@@ -32,6 +33,7 @@ def main(argv: list[str]) -> None:
     """Entry point for absl."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; options are written --config.field=value")
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # which platforms it did not find
     try:
         run(_CONFIG.value, _WORKDIR.value)
     except (ValueError, OSError) as error:

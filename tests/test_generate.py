@@ -291,6 +291,12 @@ def test_planned_flops_are_those_of_every_network_call(teacher, alpha, evaluatio
     assert generate_plan.flops_per_pair(job) == pytest.approx(words + evaluations * one, rel=0.05)
 
 
+def test_planned_bytes_are_those_on_disk(made, teacher):
+    job = generate_job.prepare(configured(teacher))
+    planned = generate_plan.bytes_on_disk(job, generate_plan.bytes_per_pair(job))
+    assert planned == sum(note["bytes"] for note in Pairs(made).manifest["shards"])
+
+
 def test_plan_prints_cost_and_makes_nothing(teacher, tmp_path, capsys):
     main.run(configured(teacher, plan=True, plan_devices=3), str(tmp_path))
     told = capsys.readouterr().out

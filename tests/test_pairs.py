@@ -1,6 +1,10 @@
 """Pairs on disk: what is read is what was written, batches are shuffled by rule, and damage is named."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -201,6 +205,24 @@ def test_a_missing_or_short_shard_is_named_and_made_again(directory, harm):
         Pairs(directory)
     pairs_store.write_shard(directory, RECIPE, 2, rows(RECIPE, 2))
     assert path.read_bytes() == whole and pairs_store.verify(directory)
+
+
+def test_a_shard_without_its_note_is_not_finished(directory):
+    """As a kill between the two leaves it."""
+    pairs_store.note_path(pairs_store.shard_path(directory, RECIPE, 1)).unlink()
+    assert [pairs_store.finished(directory, RECIPE, shard) is None for shard in range(3)] == [False, True, False]
+    assert not pairs_store.finish(directory, RECIPE)
+
+
+def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(directory):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    host = socket.gethostname()
+    names = [f".shard.{host}.{dead.pid}", f".shard.{host}.{os.getppid()}", f".shard.elsewhere.{dead.pid}"]
+    for name in names:
+        (directory / name).touch()
+    pairs_store.remove_stale(directory)
+    assert [(directory / name).exists() for name in names] == [False, True, True]
 
 
 def test_the_manifest_of_another_teacher_is_refused(directory, tmp_path):
