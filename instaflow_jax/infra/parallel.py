@@ -35,6 +35,12 @@ def initialize(*, coordinator: str, processes: int, process: int) -> None:
     jax.distributed.initialize(**{name: value for name, value in told.items() if value != unknown[name]})
 
 
+def barrier(name: str) -> None:
+    """Waits until every process of the run is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
 def make_mesh(*, fsdp: int) -> Mesh:
     """All devices as ('data', 'fsdp'), fsdp of them holding one copy of the state between them.
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from instaflow_jax import flow, sampling
 from instaflow_jax.arrays import Params
 from instaflow_jax.data.pairs import PairBatches, Pairs
-from instaflow_jax.infra import images
+from instaflow_jax.infra import images, parallel
 from instaflow_jax.models import pipeline
 from instaflow_jax.stages import generate, training
 from instaflow_jax.stages.sample import DTYPES
@@ -38,11 +38,15 @@ def check(config: ConfigDict) -> None:
 def need_pairs(config: ConfigDict, directory: Path) -> Pairs:
     """The pairs in `directory`/pairs, made first (or finished) if they are not all there."""
     try:
-        return Pairs(directory / generate.DIRECTORY)
+        pairs = Pairs(directory / generate.DIRECTORY)
     except FileNotFoundError as error:
         print(f"{error}\n→ generating pairs into {directory / generate.DIRECTORY}", flush=True)
-    generate.run(config, str(directory))
-    return Pairs(directory / generate.DIRECTORY)
+        generate.run(config, str(directory))
+        parallel.barrier("pairs")
+        pairs = Pairs(directory / generate.DIRECTORY)
+    recipe = pairs.manifest["recipe"]
+    print(f"{len(pairs)} pairs by {recipe['solver']}, N={recipe['N']}, alpha={recipe['alpha']:g}", flush=True)
+    return pairs
 
 
 def load(config: ConfigDict, source: str) -> pipeline.Pipeline:
