@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
     try:
         parallel.initialize(coordinator=_COORDINATOR.value, processes=_PROCESSES.value, process=_PROCESS.value)
         run(_CONFIG.value, _WORKDIR.value)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if flags.FLAGS["v"].value > 0:  # absl's --verbosity=1 shows where it was raised
             raise
         sys.exit(f"error: {error}")
