@@ -26,7 +26,9 @@ def texts():
 
 def test_training_again_gives_the_shipped_files(texts):
     files = bpe.train(reversed(texts), vocab_size=2048, max_length=16)
-    assert {path.name: path.read_text("utf-8") for path in SHIPPED.iterdir()} == files
+    shipped = {path.name: path.read_text("utf-8") for path in SHIPPED.iterdir()}
+    assert shipped.pop("README.md")
+    assert shipped == files
 
 
 def test_slow_and_fast_tokenizers_agree_on_every_caption(slow, texts):
