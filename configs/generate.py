@@ -1,6 +1,6 @@
 """Pairs (X0, text, X1) by a teacher's ODE, the input of reflow and distillation.
 
-    python -m instaflow_jax.main --config=configs/generate.py --workdir=DIR
+    python -m instaflow_jax.main --config=configs/generate.py --workdir=DIR --cpu_devices=2
     python -m instaflow_jax.main --config=configs/generate.py:sd15 --config.prompts.source='laion/*.parquet' \\
         --config.prompts.column=TEXT --config.count=3200000 --config.plan=true
 
@@ -11,8 +11,9 @@ started again with the same config it makes the shards that are missing. Several
 Noise, prompts and token ids of pair i depend on the seed, the prompts and i alone. So does X1, to the byte, for any number
 of CPU devices and processes; another batch size, kind of device or version of XLA may change its last bit of float16.
 
-Measured with the embedded teacher on two CPU cores: 7.03 GFLOP and 0.11 core-seconds a pair, almost all of it in the
-UNet's convolutions and products at 65 GFLOP/s a core; 4,096 pairs took 445 core-seconds. Not measured on a GPU.
+Measured with the first command on two CPU cores: 4,096 pairs in 3 min 36 s, start and compilation included (19.5 pairs/s;
+10.9 with the CPU left whole). A pair is 7.03 GFLOP and 0.10 core-seconds, almost all of it in the UNet's convolutions and
+products at 65 GFLOP/s a core, which bound it. Not measured on a GPU.
 """
 from configs import common
 from ml_collections import ConfigDict

@@ -3,12 +3,13 @@
 Reads the config, joins the other hosts if there are any, and runs the stage that the config names. A mistake in the
 config or in a file ends in one line on stderr and exit code 1 (--verbosity=1 shows where it was raised); a bug shows its
 traceback. Several processes make one run with --coordinator, --processes and --process; on Slurm or a TPU pod
---processes=0 is enough.
+--processes=0 is enough. On a CPU, --cpu_devices=2 gives each of two cores its own share of a batch.
 """
 import importlib
 import logging
 import sys
 
+import jax
 import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
@@ -21,6 +22,8 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/STAGE.py, or 
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0; '' where the cluster tells it")
 _PROCESSES = flags.DEFINE_integer("processes", 1, "processes of this run; 0 where the cluster tells it")
 _PROCESS = flags.DEFINE_integer("process", -1, "this one, from 0; -1 where the cluster tells it")
+_CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "devices the CPU is split into, e.g. its cores; 0 leaves it whole",
+                                    lower_bound=0)
 _WORKDIR = flags.DEFINE_string("workdir", "runs", "where the stage writes")
 
 
@@ -41,6 +44,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; options are written --config.field=value")
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # which platforms it did not find
+    if _CPU_DEVICES.value:
+        jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
     try:
         parallel.initialize(coordinator=_COORDINATOR.value, processes=_PROCESSES.value, process=_PROCESS.value)
         run(_CONFIG.value, _WORKDIR.value)

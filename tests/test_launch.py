@@ -1,6 +1,7 @@
 """The scripts a fresh machine starts with."""
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,21 @@ def test_demo_works_from_another_folder_and_passes_arguments_on(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "installs demo", f"ran in {ROOT}: -m instaflow_jax.main --config=configs/sample.py --config.N=1"]
+
+
+def test_the_cpu_is_split_into_the_devices_asked_for():
+    program = """
+import sys
+import jax
+from absl import flags
+from instaflow_jax import main
+sys.argv = ["main", "--config=configs/sample.py", "--config.stage=nothing", "--cpu_devices=3"]
+flags.FLAGS(sys.argv)
+try:
+    main.main(["main"])
+except SystemExit as end:
+    print(end.code, jax.device_count())
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=False, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.startswith("error: config.stage='nothing' is not one of"), done.stderr
+    assert done.stdout.endswith(" 3\n")
