@@ -1,12 +1,13 @@
 """Pictures: to bytes, into grids, onto disk."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from instaflow_jax.infra.files import whole
 
 GAP = 2  # pixels between the pictures of a grid
 WHITE = 255
@@ -80,9 +81,8 @@ def save_png(path: str | Path, image: UInt8[np.ndarray, "H W 3"], text: Mapping[
     notes = PngImagePlugin.PngInfo()
     for name, value in text.items():
         notes.add_itxt(name, value)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    Image.fromarray(image).save(temporary, format="PNG", pnginfo=notes)
-    os.replace(temporary, path)
+    with whole(path) as temporary:
+        Image.fromarray(image).save(temporary, format="PNG", pnginfo=notes)
 
 
 def load_png(path: str | Path) -> tuple[UInt8[np.ndarray, "H W 3"], dict[str, str]]:

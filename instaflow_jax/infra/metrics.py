@@ -9,6 +9,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from instaflow_jax.infra.files import whole
+
 
 class Writer:
     """Where a run's numbers and pictures go; this one forgets them, for processes other than the first."""
@@ -125,9 +127,8 @@ def truncate(path: Path, step: int) -> None:
     """Keeps the rows up to and with `step`; a half-written last line goes. Atomic: a new file takes the name."""
     rows = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     kept = [line for line in rows if json.loads(line)["step"] <= step]
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    with whole(path) as temporary:
+        temporary.write_text("".join(kept))
 
 
 def flatten(config: Mapping[str, object], prefix: str = "") -> dict[str, object]:

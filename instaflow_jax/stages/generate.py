@@ -17,7 +17,7 @@ from instaflow_jax.infra.speed import clock_time
 from instaflow_jax.stages import generate_inspect, generate_plan
 from instaflow_jax.stages.generate_job import Job, about, prepare, prompt
 from instaflow_jax.stages.generate_program import Made, Sampler, sample
-from instaflow_jax.stages.sample import DTYPES
+from instaflow_jax.stages.sample import check_dtype, check_guidance
 
 DIRECTORY = "pairs"
 
@@ -54,17 +54,14 @@ def check(config: ConfigDict) -> None:
     Raises:
       ValueError: naming field, value and rule.
     """
-    if config.dtype not in DTYPES:
-        raise ValueError(f"config.dtype={config.dtype!r} is not one of {', '.join(DTYPES)}")
+    check_dtype(config)
     for name, least in (("batch", 1), ("shard_size", 1), ("plan_devices", 1), ("preview", 1), ("count", 0), ("seed", 0)):
         if config[name] < least:
             raise ValueError(f"config.{name}={config[name]} must be at least {least}")
     process, count = processes(config)
     if not 0 <= process < count:
         raise ValueError(f"config.process={process} must be one of 0 to {count - 1}, as config.processes={count}")
-    if config.negative and config.alpha <= 1:
-        raise ValueError(f"config.negative={config.negative!r} has no effect with config.alpha={config.alpha}; "
-                         "guidance needs alpha > 1")
+    check_guidance(config)
 
 
 def processes(config: ConfigDict) -> tuple[int, int]:

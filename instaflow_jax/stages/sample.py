@@ -42,12 +42,22 @@ def run(config: ConfigDict, workdir: str) -> None:
 
 def check(config: ConfigDict) -> None:
     """Cross-field checks, before anything is loaded."""
-    if config.dtype not in DTYPES:
-        raise ValueError(f"config.dtype={config.dtype!r} is not one of {', '.join(DTYPES)}")
+    check_dtype(config)
     if config.batch < 1:
         raise ValueError(f"config.batch={config.batch} must be at least 1")
     if not config.seeds or min(config.seeds) < 0:
         raise ValueError(f"config.seeds={config.seeds} must name at least one seed, none of them negative")
+    check_guidance(config)
+
+
+def check_dtype(config: ConfigDict) -> None:
+    """ValueError unless `config.dtype` is a type that networks compute in."""
+    if config.dtype not in DTYPES:
+        raise ValueError(f"config.dtype={config.dtype!r} is not one of {', '.join(DTYPES)}")
+
+
+def check_guidance(config: ConfigDict) -> None:
+    """ValueError for a negative prompt that no guidance would look at."""
     if config.negative and config.alpha <= 1:
         raise ValueError(f"config.negative={config.negative!r} has no effect with config.alpha={config.alpha}; "
                          "guidance needs alpha > 1")

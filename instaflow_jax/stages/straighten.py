@@ -14,7 +14,7 @@ from instaflow_jax.data.pairs import PairBatches, Pairs
 from instaflow_jax.infra import images, parallel
 from instaflow_jax.models import pipeline
 from instaflow_jax.stages import generate, training
-from instaflow_jax.stages.sample import DTYPES
+from instaflow_jax.stages.sample import DTYPES, check_dtype
 from instaflow_jax.train.step import Loss
 
 EXPORT = "export"  # the trained flow, in diffusers layout
@@ -27,8 +27,7 @@ def check(config: ConfigDict) -> None:
     Raises:
       ValueError: naming field, value and rule.
     """
-    if config.dtype not in DTYPES:
-        raise ValueError(f"config.dtype={config.dtype!r} is not one of {', '.join(DTYPES)}")
+    check_dtype(config)
     if not 0 <= config.drop <= 1:
         raise ValueError(f"config.drop={config.drop} must be a share of prompts in [0, 1]")
     if config.watch_every < 1:
