@@ -1,0 +1,392 @@
+"""COCO in both its layouts, and the stage that measures a model on it: from files to the table, killed and resumed."""
+import io
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from instaflow_jax import main
+from instaflow_jax.data import coco, records
+from instaflow_jax.evals import features
+from instaflow_jax.infra import images
+from instaflow_jax.models import pipeline
+from instaflow_jax.models.clip import CLIPModel, CLIPTextModel
+from instaflow_jax.models.inception import InceptionV3
+from instaflow_jax.models.tokenizer import Tokenizer
+from instaflow_jax.models.unet import UNet2DConditionModel
+from instaflow_jax.models.vae import AutoencoderKL
+from instaflow_jax.stages import evaluate_coco, evaluate_coco_measure
+
+ROOT = Path(__file__).parent.parent
+COUNT = 14
+IDS = [int(i) for i in np.random.default_rng(0).choice(500000, COUNT, replace=False)]
+WORDS = ("red apple", "house", "cat face", "woman astronaut")
+
+
+def jpeg(seed: int) -> bytes:
+    """A photograph of its own size; every fifth is grey."""
+    random = np.random.default_rng(seed)
+    height, width = random.integers(20, 40, 2)
+    pixels = random.integers(0, 255, (3, 4) if seed % 5 == 0 else (3, 4, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).resize((int(width), int(height))).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+def captions_of(i: int) -> list[str]:
+    return [f"{WORDS[i % 4]} number {i} \n", "another caption"]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """The official files: val/*.jpg and annotations/captions_val.json."""
+    root = tmp_path_factory.mktemp("coco")
+    (root / "val").mkdir()
+    (root / "annotations").mkdir()
+    for i, number in enumerate(IDS):
+        (root / "val" / f"{number:012d}.jpg").write_bytes(jpeg(i))
+    annotations = [{"image_id": number, "id": 100 * k + i, "caption": captions_of(i)[k]}
+                   for k in (0, 1) for i, number in enumerate(IDS)]
+    names = [{"id": number, "file_name": f"{number:012d}.jpg", "height": 1, "width": 1} for number in IDS]
+    (root / "annotations" / "captions_val.json").write_text(json.dumps({"images": names, "annotations": annotations}))
+    return root
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """The same photographs as TFDS's own coco_captions stores them, in two splits."""
+    f = tfds.features
+    root = tmp_path_factory.mktemp("tfds") / "coco_captions" / "2014" / "1.1.0"
+    root.mkdir(parents=True)
+    form = f.FeaturesDict({
+        "image": f.Image(encoding_format="jpeg"), "image/filename": f.Text(), "image/id": np.int64,
+        "objects": f.Sequence({"id": np.int64, "area": np.int64, "bbox": f.BBoxFeature(), "is_crowd": np.bool_,
+                               "label": f.ClassLabel(num_classes=80)}),
+        "captions": f.Sequence({"text": np.str_, "id": np.int64})})
+
+    def row(i: int) -> bytes:
+        return form.serialize_example({
+            "image": io.BytesIO(jpeg(i)), "image/filename": f"{IDS[i]}.jpg", "image/id": IDS[i], "objects": [],
+            "captions": [{"text": text, "id": k} for k, text in enumerate(captions_of(i))]})
+
+    splits = {}
+    for name, rows in {"val": range(9), "restval": range(9, COUNT)}.items():
+        path = root / f"coco_captions-{name}.array_record-00000-of-00001"
+        records.write(path, map(row, rows))
+        splits[name] = [(len(rows), path.stat().st_size)]
+    records.write_metadata(root, "coco_captions", form, splits, version="1.1.0", description="", license="",
+                           homepage="")
+    return root
+
+
+def official(folder: Path) -> list[coco.Photo]:
+    return coco.load(str(folder / "val"), str(folder / "annotations" / "captions_val.json"), "")
+
+
+# ---------------------------------------------------------------- the data
+
+
+def test_both_layouts_hold_the_same_photographs_with_their_first_captions(folder, prepared):
+    files, records_ = official(folder), coco.load(f"tfds:{prepared}", "", "val+restval")
+    assert [p.id for p in files] == [p.id for p in records_] == sorted(IDS)
+    assert {p.id: p.caption for p in files} == {n: f"{WORDS[i % 4]} number {i}" for i, n in enumerate(IDS)}
+    assert [p.caption for p in files] == [p.caption for p in records_]
+    for a, b in zip(files, records_, strict=True):
+        np.testing.assert_array_equal(coco.pixels(a, 16), coco.pixels(b, 16))
+    coco.check_present(files)
+    coco.check_present(records_)
+    assert len(coco.load(f"tfds:{prepared.parents[2]}", "", "val")) == 9
+    assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.parametrize("width,height", [(64, 48), (48, 64), (30, 97), (16, 16), (9, 7)])
+def test_a_photograph_is_resized_by_lanczos_and_cut_from_the_middle(width, height):
+    # Resampling keeps a ramp: a crop off the middle shows in its mean, a wrong scale in its slope.
+    ramp = np.add.outer(np.linspace(0, 100, height), np.linspace(0, 155, width))
+    pixels = np.repeat(np.rint(ramp)[:, :, None], 3, 2).astype(np.uint8)
+    got = coco.square(Image.fromarray(pixels), 16)
+    assert got.shape == (16, 16, 3) and got.dtype == np.uint8
+    assert abs(got.mean() - pixels.mean()) < 0.5 * 155 / 16 + 1  # an odd margin cannot be halved
+    slope = 155 / (width * 16 / min(width, height))  # the whole width's, so that both sides are scaled alike
+    assert np.diff(got[8, 3:-3, 0].astype(float)).mean() == pytest.approx(slope, rel=0.15)
+    if (width, height) == (64, 48):
+        want = np.asarray(Image.fromarray(pixels).resize((21, 16), Image.Resampling.LANCZOS))[:, 2:18]
+        np.testing.assert_array_equal(got, want)
+    if width == height:
+        np.testing.assert_array_equal(got, pixels)
+
+
+def test_choosing_gives_everybody_the_same_captions(folder):
+    photos = official(folder)
+    some = coco.choose(photos, 6)
+    assert [p.id for p in some] == [p.id for p in coco.choose(photos, 6)] == sorted(p.id for p in some)
+    assert {p.id for p in some} <= {p.id for p in coco.choose(photos, 9)} and some != photos[:6]
+    assert coco.choose(photos, COUNT) == photos
+    with pytest.raises(ValueError, match="15 captions were asked for, but there are only 14 photographs"):
+        coco.choose(photos, 15)
+
+
+@pytest.mark.parametrize("content,words", [
+    ({"images": []}, "no 'annotations' where it should be"), ([1, 2], "is not a file of COCO's captions"),
+    ({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "bbox": []}]}, "no 'caption'"),
+    ({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": []}, "no caption of a.jpg, nor of 0 more of 1"),
+    ({"images": [], "annotations": []}, "holds no photographs"),
+])
+def test_a_file_that_is_not_of_captions_is_named(content, words, tmp_path):
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=words):
+        coco.load(str(tmp_path), str(path), "")
+
+
+@pytest.mark.parametrize("fields,error,words", [
+    ({"source": "nowhere"}, FileNotFoundError, "nowhere is missing: .*val2017.zip.*cocodataset.org"),
+    ({"captions": "nowhere.json"}, FileNotFoundError, "nowhere.json is missing"),
+    ({"split": "val"}, ValueError, "has no splits"), ({"captions": ""}, ValueError, "needs a file of captions"),
+    ({"source": "tfds:nowhere", "captions": "", "split": "val"}, FileNotFoundError, "array_record"),
+    ({"source": "tfds:SET", "captions": "", "split": "val+test"}, ValueError, "no split 'test'; it has"),
+    ({"source": "tfds:SET", "split": "val"}, ValueError, "has its captions in itself"),
+])
+def test_a_source_that_is_not_there_says_where_it_is_to_be_had(fields, error, words, folder, prepared):
+    right = {"source": str(folder / "val"), "captions": str(folder / "annotations" / "captions_val.json"), "split": ""}
+    fields = {name: value.replace("SET", str(prepared)) for name, value in fields.items()}
+    with pytest.raises(error, match=words):
+        coco.load(**right | fields)
+
+
+# ---------------------------------------------------------------- the stage
+
+
+def drawn(net) -> dict[str, np.ndarray]:
+    """Random weights without the compilation that `net.init` takes: scales and variances 1, biases 0."""
+    random = np.random.default_rng(0)
+    return {name: np.ones(p.shape) if name.endswith(("scale", "var")) else np.zeros(p.shape) if p.ndim == 1 else
+            random.normal(size=p.shape) * (2 / max(np.prod(p.shape[:-1]), 1)) ** 0.5 for name, p in net.shapes.items()}
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """A Stable Diffusion and a CLIP of random weights, 16 pixels."""
+    root = tmp_path_factory.mktemp("models")
+    tokenizer = Tokenizer.from_pretrained(pipeline.locate("openmoji"))
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = tower | {"vocab_size": 2048, "max_position_embeddings": 16, "eos_token_id": 2047}
+    nets = {
+        "unet": UNet2DConditionModel.from_config({
+            "block_out_channels": (16,), "layers_per_block": 1, "cross_attention_dim": 16, "attention_head_dim": 2,
+            "down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",),
+            "norm_num_groups": 4, "sample_size": 8}),
+        "vae": AutoencoderKL.from_config({
+            "block_out_channels": (16, 16), "down_block_types": ("DownEncoderBlock2D",) * 2, "norm_num_groups": 4,
+            "up_block_types": ("UpDecoderBlock2D",) * 2, "layers_per_block": 1, "sample_size": 16}),
+        "text_encoder": CLIPTextModel.from_config(text)}
+    params = {name: drawn(net) for name, net in nets.items()}
+    index = json.loads((Path(pipeline.locate("openmoji")) / "model_index.json").read_text())
+    scheduler = {"_class_name": "PNDMScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear",
+                 "beta_start": 0.00085, "num_train_timesteps": 1000}
+    pipeline.save(pipeline.Pipeline(nets, params, tokenizer, scheduler, index), root / "sd")
+    clip = CLIPModel.from_config({"text_config": text, "vision_config": tower | {"image_size": 16, "patch_size": 8},
+                                  "projection_dim": 8})
+    clip.save_pretrained(drawn(clip), root / "clip", dtype=np.float32)
+    tokenizer.save_pretrained(root / "clip")
+    return root
+
+
+def small_inception(path) -> features.FeatureNet:
+    """In place of Inception: six numbers of a picture."""
+    features.check_inception(path)
+    weights = np.random.default_rng(0).normal(size=(4, 4, 3, 6)).astype(np.float32)
+
+    def look(w, x):
+        step = x.shape[1] // 4
+        return (x[:, ::step, ::step] / 255).reshape(len(x), -1) @ w.reshape(-1, 6)
+
+    return look, weights
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(features, "load_inception", small_inception)
+    monkeypatch.setattr(evaluate_coco_measure, "sha256_of_params", lambda weights: "of the six numbers")
+
+
+def config(folder, models, **fields):
+    config = runpy.run_path(str(ROOT / "configs" / "evaluate_coco.py"))["get_config"]()
+    (models / "inception.pth").touch()
+    config.update({"model": str(models / "sd"), "clip": str(models / "clip"), "size": 16, "batch": 4,
+                   "inception": str(models / "inception.pth")})
+    config.data.update({"source": str(folder / "val"), "captions": str(folder / "annotations" / "captions_val.json"),
+                        "count": COUNT} | fields.pop("data", {}))
+    config.update(fields)
+    return config
+
+
+def results(workdir: Path) -> dict:
+    return json.loads((workdir / "evaluate" / "coco" / "results.json").read_text())["results"]
+
+
+def pictures(workdir: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (workdir / "evaluate" / "coco" / "pictures").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def done(folder, models, tmp_path_factory):
+    """A run from beginning to end."""
+    workdir = tmp_path_factory.mktemp("done")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "load_inception", small_inception)
+        patch.setattr(evaluate_coco_measure, "sha256_of_params", lambda weights: "of the six numbers")
+        main.run(config(folder, models), str(workdir))
+    return workdir
+
+
+def test_the_numbers_are_those_of_the_files_it_wrote(done, folder, torch):
+    from pytorch_fid.fid_score import calculate_frechet_distance
+    weights = small_inception(__file__)[1].reshape(-1, 6)
+    made = sorted((done / "evaluate" / "coco" / "pictures").iterdir())
+    assert [path.name for path in made] == [f"{number:012d}.png" for number in sorted(IDS)]
+    sets = [[np.asarray(Image.open(path)) for path in made], [coco.pixels(photo, 16) for photo in official(folder)]]
+    rows = [(np.stack(s)[:, ::4, ::4] / 255).reshape(COUNT, -1) @ weights for s in sets]
+    statistics = [part for x in rows for part in (x.mean(0), np.cov(x, rowvar=False))]
+    found = results(done)
+    assert found["fid"] == pytest.approx(calculate_frechet_distance(*statistics), rel=1e-4)  # features in float32
+    assert found["made"] == found["real"] == COUNT and 0 <= found["precision"] <= 1 and 0 <= found["recall"] <= 1
+    assert -1 <= found["clip_score"] <= 1 and found["clip_score_error"] > 0 and found["kid_deviation"] >= 0
+    text = (done / "evaluate" / "coco" / "results.md").read_text()
+    assert f"{found['fid']:.2f}" in text and f"{found['clip_score']:.4f}" in text and "16×16 pixels" in text
+    _, notes = images.load_png(made[0])
+    assert notes["prompt"] == official(folder)[0].caption
+
+
+def test_clip_score_belongs_picture_to_caption(done, folder, models):
+    """By transformers' own classes, from the files."""
+    import torch
+    from transformers import CLIPImageProcessor
+    from transformers import CLIPModel as Theirs
+    net = Theirs.from_pretrained(models / "clip")
+    processor = CLIPImageProcessor(do_resize=False, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    photos = official(folder)
+    made = [Image.open(done / "evaluate" / "coco" / "pictures" / f"{photo.id:012d}.png") for photo in photos]
+    ids = Tokenizer.from_pretrained(models / "clip", "")([photo.caption for photo in photos])
+    with torch.no_grad():
+        out = net(input_ids=torch.tensor(ids), **processor(made, return_tensors="pt"))
+    want = (out.image_embeds * out.text_embeds).sum(-1).mean().item()
+    assert results(done)["clip_score"] == pytest.approx(want, abs=1e-5)
+
+
+def test_a_killed_run_goes_on_and_ends_the_same_in_either_layout(done, folder, prepared, models, small, tmp_path,
+                                                                 monkeypatch):
+    settings = config(folder, models, data={"source": f"tfds:{prepared}", "captions": "", "split": "val+restval"})
+    save, written = images.save_png, []
+
+    def dying(path, *rest):
+        if len(written) == 6:
+            raise KeyboardInterrupt
+        written.append(path)
+        save(path, *rest)
+
+    monkeypatch.setattr(images, "save_png", dying)
+    with pytest.raises(KeyboardInterrupt):
+        main.run(settings, str(tmp_path))
+    assert len(pictures(tmp_path)) == 6 and not (tmp_path / "evaluate" / "coco" / "results.json").exists()
+    monkeypatch.setattr(images, "save_png", lambda path, *rest: (written.append(path), save(path, *rest)))
+    monkeypatch.setattr(coco, "pixels", None)  # photographs are not looked at again
+    main.run(settings, str(tmp_path))
+    assert len(written) == len(set(written)) == COUNT
+    assert pictures(tmp_path) == pictures(done) and results(tmp_path) == results(done)
+
+
+def test_pictures_are_reduced_as_photographs_are(models, tmp_path):
+    photo = coco.Photo(7, "red apple", "", lambda: True, bytes)
+    job = evaluate_coco.Job(config(tmp_path, models, size=8), None, [photo], None, {}, tmp_path)
+    picture = np.random.default_rng(0).integers(0, 255, (16, 24, 3), np.uint8)
+    evaluate_coco.write(job, [photo], picture[None])
+    got, _ = images.load_png(tmp_path / "pictures" / "000000000007.png")
+    np.testing.assert_array_equal(got, coco.square(Image.fromarray(picture), 8))
+
+
+@pytest.mark.parametrize("fields,error,words", [
+    ({"data": {"count": 15}}, ValueError, "15 captions were asked for, but there are only 14"),
+    ({"data": {"count": 3}}, ValueError, "config.data.count=3 must be at least 4"),
+    ({"data": {"source": "nowhere"}}, FileNotFoundError, "nowhere is missing"),
+    ({"size": 20}, ValueError, "config.size=20 exceeds the model's pictures of 16×16"),
+    ({"height": 17}, ValueError, "config.height=17 is not divisible"),
+    ({"inception": "nowhere.pth"}, FileNotFoundError, "nowhere.pth is missing: the FID needs pytorch-fid's weights"),
+    ({"clip": "nowhere"}, FileNotFoundError, "'nowhere' is neither a directory nor a hub id"),
+    ({"model": "nowhere"}, FileNotFoundError, "'nowhere' is neither a directory nor a hub id"),
+    ({"reference": "nowhere.npz"}, FileNotFoundError, "nowhere.npz is missing"),
+    ({"reference": "WRONG"}, ValueError, "of features of 5 numbers, but .*inception.pth gives 6"),
+    ({"batch": 0}, ValueError, "config.batch=0"), ({"N": 0}, ValueError, "N=0"),
+    ({"negative": "a face"}, ValueError, "guidance needs alpha > 1"),
+])
+def test_what_cannot_be_measured_ends_before_anything_is_written(fields, error, words, folder, models, small, tmp_path):
+    if fields.get("reference") == "WRONG":
+        np.savez(tmp_path / "wrong.npz", mu=np.zeros(5), sigma=np.eye(5))
+        fields = {"reference": str(tmp_path / "wrong.npz")}
+    with pytest.raises(error, match=words):
+        main.run(config(folder, models, **fields), str(tmp_path / "work"))
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("harm,error,words", [
+    (lambda path: path.unlink(), FileNotFoundError, "is missing, as are 0 more of 14 photographs; the zip files"),
+    (lambda path: path.write_bytes(path.read_bytes()[:200]), ValueError, "cannot be read as an image"),
+    (lambda path: path.write_text("not found"), ValueError, "cannot be read as an image"),
+])
+def test_a_missing_or_damaged_photograph_is_named_before_anything_is_written(harm, error, words, folder, models, small,
+                                                                            tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "coco")
+    path = copy / "val" / f"{IDS[3]:012d}.jpg"
+    harm(path)
+    with pytest.raises(error, match=words) as raised:
+        main.run(config(copy, models), str(tmp_path / "work"))
+    assert str(path) in str(raised.value) and not (tmp_path / "work").exists()
+
+
+def test_other_pictures_are_refused_and_missing_ones_made_again(done, folder, models, small, tmp_path):
+    workdir = Path(shutil.copytree(done, tmp_path / "work"))
+    for fields, words in (({"N": 2}, r"another recipe \(N differs\)"),
+                          ({"size": 8, "seed": 1}, r"\(seed, size differ\)")):
+        with pytest.raises(ValueError, match=words):
+            main.run(config(folder, models, **fields), str(workdir))
+    path = workdir / "evaluate" / "coco" / "pictures" / f"{IDS[0]:012d}.png"
+    for harm, words in ((lambda: Image.new("RGB", (9, 7)).save(path), "has 9×7 pixels, not 16×16; delete it"),
+                        (lambda: path.write_bytes(b"\x89PNG\r\n\x1a\n"), "cannot be read .*delete it")):
+        harm()
+        with pytest.raises(ValueError, match=words):
+            main.run(config(folder, models), str(workdir))
+    path.unlink()
+    (tmp_path / "no photographs").mkdir()
+    main.run(config(folder, models, data={"source": str(tmp_path / "no photographs")},
+                    reference=str(done / "evaluate" / "coco" / "reference.npz")), str(workdir))
+    got, want = results(workdir), results(done)
+    assert pictures(workdir) == pictures(done) and got["kid"] is None
+    assert "| – |" in (path.parents[1] / "results.md").read_text()
+    assert got["fid"] == want["fid"] and got["clip_score"] == want["clip_score"]
+
+
+def test_the_command_on_two_devices_with_the_real_inception(done, folder, models, tmp_path):
+    """Random weights; the pictures are those of one device."""
+    net = InceptionV3.from_config({})
+    net.save_pretrained(drawn(net), tmp_path / "inception", dtype=np.float32)
+    settings = {"model": models / "sd", "clip": models / "clip", "size": 16, "batch": 4,
+                "inception": tmp_path / "inception" / "model.safetensors", "data.source": folder / "val",
+                "data.captions": folder / "annotations" / "captions_val.json", "data.count": 6}
+    command = [sys.executable, "-m", "instaflow_jax.main", "--config=configs/evaluate_coco.py:coco5k",
+               f"--workdir={tmp_path}", "--cpu_devices=2", *(f"--config.{k}={v}" for k, v in settings.items())]
+    ran = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "| FID |" in ran.stdout and "batches of 8 pictures" in ran.stdout
+    for name in pictures(tmp_path):
+        one, two = (Image.open(root / "evaluate" / "coco" / "pictures" / name) for root in (done, tmp_path))
+        assert np.abs(np.asarray(one, int) - np.asarray(two, int)).max() <= 1
+    found = results(tmp_path)
+    assert np.isfinite(found["fid"]) and found["fid"] > 0 and (found["made"], found["real"]) == (6, COUNT)
+    assert np.load(tmp_path / "evaluate" / "coco" / "reference.npz")["mu"].shape == (2048,)
