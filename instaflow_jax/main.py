@@ -16,7 +16,7 @@ from ml_collections import config_flags
 
 from instaflow_jax.infra import parallel
 
-STAGES = ("pretrain", "generate", "reflow", "distill", "sample")
+STAGES = ("pretrain", "generate", "reflow", "distill", "sample", "evaluate", "demo", "export", "evaluate_coco", "serve")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/STAGE.py, or configs/STAGE.py:variant")
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0; '' where the cluster tells it")

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Sets everything up and draws pictures with the embedded model. Arguments go to the stage, e.g.
-#   launch/demo.sh --config.prompts='red apple|cat face' --config.N=8
+# Sets everything up and runs the whole method on the embedded world, on two CPU cores in about half an hour at most; at
+# the end it prints the path of a report. Run again, it goes on where it was. Arguments go to the stage, e.g.
+#   launch/demo.sh --workdir=runs/longer --config.reflow.loop.steps=2000
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 install demo
-exec python -m instaflow_jax.main --config=configs/sample.py "$@"
+exec python -m instaflow_jax.main --config=configs/demo.py --workdir=runs/demo --cpu_devices=2 "$@"

@@ -16,6 +16,8 @@ ROOMS = {  # package: where it may be imported
     "orbax": ("infra/checkpoint.py",),
     "safetensors": ("models/port.py",),
     "ml_collections": ("stages/", "main.py"),
+    "matplotlib": ("stages/evaluate_plots.py",),
+    "gradio": ("stages/serve_page.py",),
     "torch": (), "tensorflow": (), "transformers": (), "diffusers": (),
 }
 

@@ -103,6 +103,10 @@ class Tokenizer:
             row[: len(ids)] = ids
         return rows
 
+    def count(self, prompt: str) -> int:
+        """Tokens of a prompt, without the marks of its begin and end; `model_max_length - 2` of them fit."""
+        return len(self._engine.encode(prompt, add_special_tokens=False).ids)
+
     def _words(self, prompt: str) -> list[int]:
         words, room = self._engine.encode(prompt, add_special_tokens=False), self.model_max_length - 2
         if len(words.ids) > room:
