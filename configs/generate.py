@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 # Stable Diffusion as in the paper; 2-rectified flow as the teacher of distillation
 _LARGE = {"shard_size": 8192, "dtype": "bfloat16"}
 VARIANTS = {
-    "openmoji": {"model": "openmoji", "N": 25, "alpha": 4.0, "count": 4096},
+    "openmoji": {"model": "openmoji", "N": 25, "alpha": 3.0, "count": 4096},
     "sd15": {"model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "N": 25, "alpha": 5.0, **_LARGE},
     "rf2": {"model": "XCLiu/2_rectified_flow_from_sd_1_5", "kind": "flow", "N": 25, "alpha": 1.5, **_LARGE},
 }

@@ -1,0 +1,78 @@
+"""A teacher's weights as the start of a flow: equal noise, refitted clock, and a far smaller error than untouched weights."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from instaflow_jax import flow, sampling, teacher
+from instaflow_jax.models import pipeline
+from instaflow_jax.train import warm_start
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return pipeline.load("openmoji", variant=None, attention="xla")
+
+
+@pytest.fixture(scope="module")
+def schedule(pipe):
+    return sampling.read_dynamics(pipe.scheduler, pipe.index, "auto")
+
+
+def test_tau_of_equal_noise_is_the_inverse_of_the_schedule(schedule):
+    ratio = np.sqrt(schedule.abar / (1 - schedule.abar))
+    t = ratio / (1 + ratio)
+    np.testing.assert_allclose(warm_start.equal_noise(schedule, t), np.arange(len(t)), atol=1e-6)
+
+
+def test_beyond_the_schedule_its_ends_hold(schedule):
+    np.testing.assert_array_equal(warm_start.equal_noise(schedule, np.array([1e-6, 1 - 1e-6])), [len(schedule.abar) - 1, 0])
+
+
+def test_a_clock_fitted_to_itself_stays_what_it_was():
+    rng = np.random.default_rng(0)
+    sinusoids, kernel = rng.standard_normal((500, 8)), rng.standard_normal((8, 3))
+    np.testing.assert_allclose(warm_start.refit(sinusoids, sinusoids, kernel), kernel, rtol=0.05, atol=0.02)
+
+
+def test_the_clock_layer_says_by_our_sinusoids_what_it_said_by_theirs():
+    rng = np.random.default_rng(1)
+    ours, mixing, kernel = rng.standard_normal((500, 6)), rng.standard_normal((6, 6)), rng.standard_normal((6, 4))
+    theirs = ours @ mixing
+    refitted = ours @ warm_start.refit(ours, theirs, kernel)
+    np.testing.assert_allclose(refitted, theirs @ kernel, atol=0.05 * np.abs(theirs @ kernel).max())
+
+
+def test_velocity_at_noise_starts_as_minus_the_noise(pipe, schedule):
+    net, params = pipe.nets["unet"], warm_start.from_teacher(pipe.params["unet"], pipe.nets["unet"], schedule, 1000)
+    X0 = sampling.noise(np.arange(8), pipe.latent_shape)
+    text = pipe.nets["text_encoder"].apply(pipe.params["text_encoder"], pipe.tokenizer(["red apple"] * 8)).last_hidden_state
+    v = net.apply(params, X0, flow.clock(jnp.zeros(8)), text)
+    assert float(jnp.mean((v + X0) ** 2)) < 0.05  # the teacher knows noise when it sees nothing else
+
+
+def test_error_on_the_straight_road_falls_by_far(pipe, schedule):
+    """On the teacher's own pairs: a third of what the untouched weights give near noise, and less at every quarter of t."""
+    net, count = pipe.nets["unet"], 16
+    X0 = sampling.noise(np.arange(count), pipe.latent_shape)
+    names = ["red apple", "woman astronaut", "house", "cat face"] * (count // 4)
+
+    def encode(prompts):
+        return pipe.nets["text_encoder"].apply(pipe.params["text_encoder"], pipe.tokenizer(prompts)).last_hidden_state
+
+    text = encode(names)
+    predict = flow.guided(lambda x, tau, c: net.apply(pipe.params["unet"], x, tau, c), text, encode([""]), 3.0)
+    X1 = jax.jit(lambda X0: teacher.integrate(predict, teacher.dpm_solver(schedule, 10), X0))(X0)
+
+    @jax.jit
+    def errors(params):
+        def error(t):
+            t = jnp.full(count, t)
+            v = net.apply(params, flow.interpolate(X0, X1, t), flow.clock(t), text)
+            return jnp.mean((v - flow.velocity_target(X0, X1)) ** 2)
+
+        return jnp.stack([error(t) for t in (0.1, 0.4, 0.6, 0.9)])
+
+    before = errors(pipe.params["unet"])
+    after = errors(warm_start.from_teacher(pipe.params["unet"], net, schedule, 1000))
+    assert np.all(np.asarray(after / before) < (1 / 3, 1 / 3, 1 / 3, 3 / 4)), (before, after)
