@@ -12,10 +12,16 @@ def pick(variants: Mapping[str, Any], name: str) -> Any:
     return variants[name]
 
 
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
 def weights() -> ConfigDict:
     """Whose weights a stage reads, and how it computes with them."""
     config = ConfigDict()
-    config.model = ""  # embedded name, directory or hub id, in diffusers layout
+    config.model = ""  # embedded name, directory or hub id in diffusers layout, or one .safetensors or .ckpt file
+    config.base = SD15  # where a single file's configs, tokenizer and scheduler come from: a directory or hub id
+    config.delta = {"custom": "", "origin": SD15, "scale": 1.0}  # adds scale · (custom − origin); "" adds nothing
+    config.loras = ""  # FILE=0.8|FILE2=0.5, merged one after the other
     config.weights_variant = ""  # "fp16" reads model.fp16.safetensors and the like
     config.dtype = "float32"  # or bfloat16, the type products are computed in
     config.attention = "xla"  # or cudnn (NVIDIA, bfloat16)

@@ -3,6 +3,8 @@
     python -m instaflow_jax.main --config=configs/sample.py --config.prompts='red apple|cat face'
     python -m instaflow_jax.main --config=configs/sample.py:instaflow --config.prompts=prompts.txt
     python -m instaflow_jax.main --config=configs/sample.py:sd15 --config.model=DIR_OR_HUB_ID
+    python -m instaflow_jax.main --config=configs/sample.py:sd15 --config.model=FILE.safetensors --config.base=DIR_OR_HUB_ID
+    python -m instaflow_jax.main --config=configs/sample.py:instaflow --config.delta.custom=DIR --config.loras='FILE=0.8|FILE2=0.5'
 
 Variants: openmoji (embedded, the default; runs on a laptop), sd15, sd21, rf2 (the released 2-rectified flow) and
 instaflow (the released one-step model). Writes WORKDIR/sample/*.png, each with its prompt, seed and settings in its
@@ -11,10 +13,11 @@ metadata, and a grid with a row a prompt and a column a seed.
 from configs import common
 from ml_collections import ConfigDict
 
+SD21 = "stabilityai/stable-diffusion-2-1"
 VARIANTS = {
     "openmoji": {"model": "openmoji", "N": 25, "alpha": 4.0},
-    "sd15": {"model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "N": 25, "alpha": 7.5},
-    "sd21": {"model": "stabilityai/stable-diffusion-2-1", "N": 25, "alpha": 7.5},
+    "sd15": {"model": common.SD15, "N": 25, "alpha": 7.5},
+    "sd21": {"model": SD21, "base": SD21, "N": 25, "alpha": 7.5},
     "rf2": {"model": "XCLiu/2_rectified_flow_from_sd_1_5", "kind": "flow", "N": 25, "alpha": 1.5},
     "instaflow": {"model": "XCLiu/instaflow_0_9B_from_sd_1_5", "kind": "flow", "N": 1, "alpha": 1.0},
 }

@@ -51,6 +51,11 @@ def guided(network: Network, text: Context, null: Context, alpha: float) -> Pred
     """
     if alpha <= 1:
         return lambda Z, tau: network(Z, jnp.broadcast_to(tau, Z.shape[:1]), text)
+    return always_guided(network, text, null, alpha)
+
+
+def always_guided(network: Network, text: Context, null: Context, alpha: float | Scalar) -> Predict:
+    """`guided` without a look at alpha, which may be an array: one program then serves every scale."""
     context = jnp.concatenate([jnp.broadcast_to(null, text.shape), text])
 
     def predict(Z, tau):
@@ -78,6 +83,14 @@ def euler(velocity: Velocity, X0: Latent, N: int) -> Latent:
     """
     Z, _ = lax.scan(lambda Z, t: (_euler_step(velocity, Z, t, N)[0], None), _state(X0), _times(N)[:-1])
     return Z
+
+
+def euler_loop(velocity: Velocity, X0: Latent, N: jax.Array) -> Latent:
+    """`euler` for an N that is only known when the program runs, so that one program serves any number of steps.
+
+    It cannot be differentiated backwards, and takes its word for N >= 1.
+    """
+    return lax.fori_loop(0, N, lambda i, Z: _euler_step(velocity, Z, (i / N).astype(jnp.float32), N)[0], _state(X0))
 
 
 def euler_path(velocity: Velocity, X0: Latent, N: int) -> tuple[jax.Array, jax.Array]:

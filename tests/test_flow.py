@@ -185,6 +185,14 @@ def test_the_path_is_the_road_euler_takes():
     np.testing.assert_allclose(Z[1:] - Z[:-1], v / 5, atol=1e-6)
 
 
+@pytest.mark.parametrize("N", [1, 2, 7])
+def test_one_program_serves_every_number_of_steps(N):
+    X0, text = normal(B, H, W, C), normal(B, L, D)
+    velocity = flow.flow_velocity(jax_network, jnp.asarray(text), jnp.asarray(text), 1.0)
+    again = jax.jit(lambda X0, N: flow.euler_loop(velocity, X0, N))
+    assert relative(again(X0, N), np.asarray(flow.euler(velocity, jnp.asarray(X0), N))) < 1e-6
+
+
 def test_a_bfloat16_network_does_not_make_a_bfloat16_state():
     X0 = jnp.ones((1, 1, 1, 1), jnp.bfloat16)
     for solver in (flow.euler, flow.heun):

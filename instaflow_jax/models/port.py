@@ -6,7 +6,7 @@ asked) and `.msgpack`. The only file that knows NCHW.
 """
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import jax
@@ -76,8 +76,26 @@ def _open_safetensors(path: Path) -> Stored:
         file = safetensors.safe_open(path, framework="numpy")
         return {key: lambda key=key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: not readable as safetensors ({error}); the file may be truncated, "
-                         "download or save it anew.") from error
+        raise _unreadable(path, error) from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says beside its tensors; nothing for other files.
+
+    Raises:
+      ValueError: the file is truncated.
+    """
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        return safetensors.safe_open(path, framework="numpy").metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path}: not readable as safetensors ({error}); the file may be truncated, download or save it "
+                      "anew.")
 
 
 def _read_msgpack(path: Path) -> dict[str, np.ndarray]:
@@ -126,14 +144,16 @@ def fill(stored: Stored, shapes: dict[str, jax.ShapeDtypeStruct], layout: Layout
         if params[keys[key]].shape != shapes[keys[key]].shape:
             want = tuple(int(n) for n in to_torch(keys[key], np.empty(shapes[keys[key]].shape, bool)).shape)
             wrong.append(f"{key} has shape {tuple(array.shape)}, the config asks for {want}")
-    _complain(source, missing=keys.keys() - readers.keys(), extra=readers.keys() - keys.keys(), misshapen=wrong)
+    complain(f"{source} does not fit the network that config.json describes", missing=keys.keys() - readers.keys(),
+             extra=readers.keys() - keys.keys(), misshapen=wrong)
     return {name: np.asarray(params[name], shape.dtype, order="C") for name, shape in shapes.items()}
 
 
-def _complain(source: str, **offenders) -> None:
+def complain(what: str, **offenders: Collection[str]) -> None:
+    """ValueError that says `what` is wrong and lists the offenders by kind, if there are any."""
     lines = [f"  {len(names)} {kind}: {', '.join(sorted(names))}" for kind, names in offenders.items() if names]
     if lines:
-        raise ValueError("\n".join([f"{source} does not fit the network that config.json describes:", *lines]))
+        raise ValueError("\n".join([f"{what}:", *lines]))
 
 
 # ---------------------------------------------------------------- writing

@@ -1,13 +1,18 @@
 """Reads tensors from PyTorch's pickled files (`.bin`, `.pth`) without PyTorch and without running code.
 
 Both containers are read: the zip archive torch writes since 1.6, and the older stream of pickles in which torchvision's
-and pytorch-fid's weights were published. Only the handful of names that describe tensors may be unpickled.
+and pytorch-fid's weights were published. Only the handful of names that describe tensors may be unpickled; what training
+frameworks leave beside them in a `.ckpt` (callbacks, settings, numbers of numpy) is replaced by objects that do nothing,
+and every other name is refused.
 """
 import collections
+import functools
 import io
 import pickle
+import re
 import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
@@ -26,10 +31,17 @@ class _Dtype(str):
 
 
 class _Storage:
-    """The flat numbers behind one or more tensors; the older container fills them in after the pickle."""
+    """The flat numbers behind one or more tensors, read when first asked for: an optimiser's state never is.
 
-    def __init__(self, dtype, data: np.ndarray | None = None):
-        self.dtype, self.data = np.dtype(dtype), data
+    The older container sets `data` after the pickle.
+    """
+
+    def __init__(self, dtype, read: Callable[[], np.ndarray] | None = None):
+        self.dtype, self._read = np.dtype(dtype), read
+
+    @functools.cached_property
+    def data(self) -> np.ndarray:
+        return self._read()
 
 
 class _Tensor:
@@ -62,8 +74,27 @@ _ALLOWED = {
 }
 
 
+# Training frameworks and the parts of Python their states are pickled with. None of them is imported.
+_IDLE = re.compile(r"(pytorch_lightning|lightning\w*|omegaconf|numpy|_codecs|typing|ldm)(\.|$)")
+_IDLE_NAMES = {"__builtin__": ("bool", "dict", "float", "int", "list", "object", "set", "str", "tuple"),
+               "collections": ("Counter", "defaultdict", "deque")}
+_IDLE_NAMES["builtins"] = _IDLE_NAMES["__builtin__"]
+
+
+class _Idle:
+    """Stands for an object that is no tensor: it may be built, filled and called, and forgets it all."""
+
+    def __new__(cls, *_arguments, **_named):
+        return super().__new__(cls)
+
+    def _nothing(self, *_arguments, **_named):
+        return None
+
+    __init__ = __setstate__ = __setitem__ = append = extend = add = __call__ = _nothing
+
+
 class _Unpickler(pickle.Unpickler):
-    """Builds dicts, lists, numbers and tensors; any other name in the pickle is refused."""
+    """Builds dicts, lists, numbers and tensors; no name in the pickle but those above is accepted."""
 
     def __init__(self, file, storage_of):
         super().__init__(file, encoding="utf-8")
@@ -72,6 +103,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
         if module == "torch" and name in _STORAGES:
             return _Dtype(name)
+        if _IDLE.match(module) or name in _IDLE_NAMES.get(module, ()):
+            return _Idle
         if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"it asks to run {module}.{name}")
         return _ALLOWED[module, name]
@@ -93,7 +126,7 @@ def _read_zip(file) -> dict:
 
     def storage_of(dtype, key, size):
         if key not in storages:
-            storages[key] = _Storage(dtype, np.frombuffer(archive.read(f"{root}data/{key}"), dtype, count=size))
+            storages[key] = _Storage(dtype, lambda: np.frombuffer(archive.read(f"{root}data/{key}"), dtype, count=size))
         return storages[key]
 
     return _Unpickler(io.BytesIO(archive.read(entry)), storage_of).load()
@@ -127,12 +160,12 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
     try:
         with open(path, "rb") as file:
             state = _read_zip(file) if zipfile.is_zipfile(file) else _read_stream(_rewound(file))
+            state = state.get("state_dict", state) if isinstance(state, dict) else {}
+            tensors = {key: value.array() for key, value in state.items() if isinstance(value, _Tensor)}
     except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError, ValueError, TypeError, IndexError,
             AttributeError, struct.error, OverflowError) as error:
         raise ValueError(f"{path}: not readable as PyTorch weights ({error}); the file may be truncated or hold "
                          "more than tensors. Save it again as safetensors, or download it anew.") from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    tensors = {key: value.array() for key, value in state.items() if isinstance(value, _Tensor)}
     if not tensors:
         raise ValueError(f"{path}: holds no named tensors; expected a state dict.")
     return tensors

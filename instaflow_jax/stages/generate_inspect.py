@@ -16,7 +16,6 @@ from instaflow_jax.data.pairs_manifest import sha256_of_params
 from instaflow_jax.infra import images
 from instaflow_jax.models import pipeline
 from instaflow_jax.models.net import Net
-from instaflow_jax.models.vae import AutoencoderKL
 
 PREVIEW = "preview.png"
 _SIZE = 96  # pixels, about, of a picture in the grid
@@ -41,9 +40,10 @@ def run(directory: Path, count: int) -> None:
 
 def autoencoder(manifest) -> tuple[Net, Params]:
     """The one that the pairs were made for."""
-    model = manifest["about"]["model"]
-    net, params = AutoencoderKL.from_pretrained(pipeline.locate(model), "vae",
-                                                variant=manifest["about"]["config"]["weights_variant"] or None)
+    config = {"base": "", "delta": {"custom": ""}} | manifest["about"]["config"]  # manifests from before they existed
+    model = config["delta"]["custom"] or config["model"]
+    nets, weights = pipeline.networks(model, ["vae"], variant=config["weights_variant"] or None, base=config["base"])
+    net, params = nets["vae"], weights["vae"]
     if sha256_of_params(params) != manifest["recipe"]["teacher"]["vae"]:
         raise ValueError(f"{model}/vae is not the autoencoder these pairs were made with: its weights have another hash")
     return net, params

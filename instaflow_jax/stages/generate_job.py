@@ -16,7 +16,7 @@ from instaflow_jax.arrays import Latent, Params, Tokens
 from instaflow_jax.data import noise, prompts
 from instaflow_jax.data.pairs_manifest import sha256_of_json, sha256_of_params
 from instaflow_jax.models import pipeline
-from instaflow_jax.stages.sample import DTYPES, latent_shape
+from instaflow_jax.stages.sample import latent_shape, load
 
 Rows = Callable[[Mapping[str, Params], Tokens, Tokens, Latent], Latent]
 
@@ -46,8 +46,7 @@ def prepare(config: ConfigDict) -> Job:
     Raises:
       ValueError, FileNotFoundError: a field of the config, or a file, is wrong.
     """
-    pipe = pipeline.load(config.model, variant=config.weights_variant or None, dtype=DTYPES[config.dtype],
-                         attention=config.attention)
+    pipe = load(config, config.model)
     shape = latent_shape(pipe, config.height, config.width)
     dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, config.kind)
     flow = isinstance(dynamics, sampling.Flow)

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from instaflow_jax import sampling
 from instaflow_jax.infra import images
 from instaflow_jax.models import pipeline
+from instaflow_jax.models.merge import Delta
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -25,8 +26,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     """
     prompts = read_prompts(config.prompts)
     check(config)
-    pipe = pipeline.load(config.model, variant=config.weights_variant or None, dtype=DTYPES[config.dtype],
-                         attention=config.attention)
+    pipe = load(config, config.model)
     shape = latent_shape(pipe, config.height, config.width)
     dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, config.kind)
     solve = sampling.make_solve(pipe.nets["unet"].apply, dynamics, config.solver, config.N, config.alpha)
@@ -38,6 +38,31 @@ def run(config: ConfigDict, workdir: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     pictures = draw(pipe, solve, prompts, config, jobs, shape)
     write(directory, config, prompts, jobs, pictures)
+
+
+def load(config: ConfigDict, source: str) -> pipeline.Pipeline:
+    """The pipeline `source` with the changes of weights that the config asks for, computing as the config says.
+
+    Raises:
+      ValueError, FileNotFoundError: a field of the config, or a file, is wrong.
+    """
+    delta = Delta(**config.delta) if config.delta.custom else None
+    return pipeline.load(source, variant=config.weights_variant or None, dtype=DTYPES[config.dtype],
+                         attention=config.attention, base=config.base, delta=delta, loras=read_loras(config.loras))
+
+
+def read_loras(loras: str) -> list[tuple[str, float]]:
+    """Files and scales from 'FILE=0.8|FILE2'; a file without a scale has 1.
+
+    Raises:
+      ValueError: a scale is no number.
+    """
+    pairs = [(file.strip(), scale.strip() if equals else "1") for file, equals, scale in
+             (entry.partition("=") for entry in loras.split("|")) if file.strip()]
+    for file, scale in pairs:
+        if not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", scale):
+            raise ValueError(f"config.loras={loras!r}: the scale {scale!r} of {file} is no number; write FILE=0.8|FILE2=0.5")
+    return [(file, float(scale)) for file, scale in pairs]
 
 
 def check(config: ConfigDict) -> None:
@@ -123,7 +148,10 @@ def compile_aloud(function: Callable, inputs: tuple) -> Callable:
 
 def write(directory: Path, config: ConfigDict, prompts: list[str], jobs: list, pictures: list[np.ndarray]) -> None:
     """The PNGs, each with all it takes to make it again, and the grid: a row a prompt, a column a seed."""
-    settings = {name: str(config[name]) for name in ("model", "kind", "solver", "N", "alpha", "negative", "dtype")}
+    settings = {name: str(config[name]) for name in ("model", "kind", "solver", "N", "alpha", "negative", "dtype",
+                                                         "loras")}
+    if config.delta.custom:
+        settings["delta"] = "{scale} * ({custom} - {origin})".format(**config.delta)
     for (row, seed), picture in zip(jobs, pictures, strict=True):
         slug = re.sub(r"\W+", "-", prompts[row].lower()).strip("-")[:60]
         name = f"{row:03d}_{slug}_seed{seed}_N{config.N}_alpha{config.alpha:g}.png"

@@ -1,0 +1,295 @@
+"""LoRA files and delta weights, against PyTorch diffusers and peft that read the same files, and the stages that take them."""
+import json
+import runpy
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+from conftest import relative
+from PIL import Image
+from tiny_diffusion import load, make_directory, torch_names
+
+from instaflow_jax import main
+from instaflow_jax.models import lora, merge, port
+from instaflow_jax.stages import generate_job, sample
+
+ROOT = Path(__file__).parent.parent
+UNET = {  # each kind of layer that files hold: linear, 1×1 and 3×3 convolutions
+    "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": 4,
+    "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0": 2,
+    "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.0.proj": 3,
+    "down_blocks.0.attentions.0.proj_in": 4, "mid_block.attentions.0.proj_out": 1,
+    "down_blocks.0.resnets.0.conv1": 4, "up_blocks.1.resnets.0.conv_shortcut": 2,
+    "down_blocks.0.downsamplers.0.conv": 3, "up_blocks.0.upsamplers.0.conv": 4,
+}
+TEXT = {"text_model.encoder.layers.0.self_attn.q_proj": 4, "text_model.encoder.layers.0.self_attn.out_proj": 4,
+        "text_model.encoder.layers.1.mlp.fc1": 2}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lora")
+    pipe = make_directory(folder, "flat")
+    return types.SimpleNamespace(folder=folder, pipe=pipe, ours=load(folder))
+
+
+def layers(pipe, seed=0):
+    """(network, module, down, up) of a random LoRA of `UNET` and `TEXT`, of weights' own size so that nothing hides."""
+    import torch
+    draw = torch.Generator().manual_seed(seed)
+    for net, ranks in (("unet", UNET), ("text_encoder", TEXT)):
+        for module, rank in ranks.items():
+            outputs, inputs, *kernel = getattr(pipe, net).get_submodule(module).weight.shape
+            yield (net, module, torch.randn(rank, inputs, *kernel, generator=draw) / 4,
+                   torch.randn(outputs, rank, *[1] * len(kernel), generator=draw) / 4)
+
+
+def kohya(pipe, seed=0):
+    import torch
+    state = {}
+    for net, module, down, up in layers(pipe, seed):
+        name = {"unet": "lora_unet_", "text_encoder": "lora_te_"}[net] + module.replace(".", "_")
+        state |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(1.5)}
+    return state
+
+
+def diffusers(pipe, seed=0):
+    state = {}
+    for net, module, down, up in layers(pipe, seed):
+        state |= {f"{net}.{module}.lora_A.weight": down, f"{net}.{module}.lora_B.weight": up}
+    return state
+
+
+def write(state, path):
+    safetensors.torch.save_file(state, path)
+    return str(path)
+
+
+def fused(tiny, *files):
+    """What PyTorch diffusers makes of these (file, scale)."""
+    from diffusers import StableDiffusionPipeline
+    pipe = StableDiffusionPipeline.from_pretrained(tiny.folder)
+    for path, scale in files:
+        pipe.load_lora_weights(Path(path).parent, weight_name=Path(path).name)
+        pipe.fuse_lora(lora_scale=scale)
+        pipe.unload_lora_weights()
+    return pipe
+
+
+def assert_close(params, want, start, changed):
+    """All weights to 1e-5, and those in `changed`, and no others, moved far from `start`."""
+    got, was = torch_names(params), torch_names(start)
+    assert got.keys() == want.keys()
+    moved = {key.removesuffix(".weight") for key in got if not np.array_equal(got[key], was[key])}
+    assert moved == set(changed)
+    for key, value in want.items():
+        assert relative(got[key], value) < 1e-5, key
+        if key.removesuffix(".weight") in changed:
+            assert relative(got[key], was[key]) > 0.05, key
+
+
+@pytest.mark.parametrize("form", [kohya, diffusers])
+def test_a_merged_file_equals_diffusers(form, tiny, tmp_path):
+    path = write(form(tiny.pipe), tmp_path / "x.safetensors")
+    params, theirs = lora.merge(tiny.ours.params, path, 0.8), fused(tiny, (path, 0.8))
+    for net, changed in (("unet", UNET), ("text_encoder", TEXT)):
+        assert_close(params[net], getattr(theirs, net).state_dict(), tiny.ours.params[net], changed)
+    assert params["vae"].keys() == tiny.ours.params["vae"].keys()
+
+
+def test_alpha_in_the_metadata_of_diffusers_counts(tiny, tmp_path):
+    from diffusers import StableDiffusionPipeline
+    state = {key.removeprefix("unet."): t for key, t in diffusers(tiny.pipe).items() if ".attn1.to_q" in key}
+    (key,) = (k for k in UNET if "attn1.to_q" in k)
+    adapter = {"r": 4, "lora_alpha": 10, "target_modules": [key], "rank_pattern": {}, "alpha_pattern": {}}
+    StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=state, unet_lora_adapter_metadata=adapter)
+    path = str(tmp_path / "pytorch_lora_weights.safetensors")
+    want = fused(tiny, (path, 1.0)).unet.state_dict()
+    assert_close(lora.merge(tiny.ours.params, path, 1.0)["unet"], want, tiny.ours.params["unet"], [key])
+    plain = write({f"unet.{k}": t for k, t in state.items()}, tmp_path / "plain.safetensors")
+    factor = [torch_names(lora.merge(tiny.ours.params, p, 1.0)["unet"])[f"{key}.weight"]
+              - torch_names(tiny.ours.params["unet"])[f"{key}.weight"] for p in (path, plain)]
+    assert relative(factor[0], 2.5 * factor[1]) < 1e-5
+
+
+@pytest.mark.parametrize("pattern", [{}, {"conv1": 20}], ids=["alpha", "alpha_pattern"])
+def test_a_lora_made_by_peft_is_merged_as_peft_merges_it(pattern, tiny, torch, tmp_path):
+    import peft
+    from diffusers import UNet2DConditionModel
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["to_k", "conv1", "proj_in"], alpha_pattern=pattern)
+    model = peft.get_peft_model(UNet2DConditionModel.from_pretrained(tiny.folder / "unet"), config)
+    torch.manual_seed(0)
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    model.save_pretrained(tmp_path)
+    want = model.merge_and_unload().state_dict()
+    changed = [name for name, m in tiny.pipe.unet.named_modules() if name.endswith(("to_k", "conv1", "proj_in"))]
+    params = lora.merge(tiny.ours.params, tmp_path / "adapter_model.safetensors", 1.0)
+    assert_close(params["unet"], want, tiny.ours.params["unet"], changed)
+
+
+def test_the_names_of_the_first_diffusers_versions_are_read(tiny, tmp_path):
+    new, old = {}, {}
+    for net, module, down, up in layers(tiny.pipe):
+        if ".attn" in module or net == "text_encoder":
+            new |= {f"{net}.{module}.lora_A.weight": down, f"{net}.{module}.lora_B.weight": up}
+            head, _, last = module.removesuffix(".0").rpartition(".")
+            where = f"{net}.{head}.processor.{last}_lora" if net == "unet" else f"{net}.{module}.lora_linear_layer"
+            old |= {f"{where}.down.weight": down, f"{where}.up.weight": up}
+    a, b = (lora.merge(tiny.ours.params, write(state, tmp_path / f"{i}.safetensors"), 1.0) for i, state in enumerate((new, old)))
+    for net in ("unet", "text_encoder"):
+        assert any(not np.array_equal(a[net][name], p) for name, p in tiny.ours.params[net].items())
+        for name, value in a[net].items():
+            np.testing.assert_array_equal(b[net][name], value, err_msg=name)
+
+
+def test_files_stack_and_a_scale_of_zero_or_its_opposite_undoes(tiny, tmp_path):
+    first, second = (write(kohya(tiny.pipe, seed), tmp_path / f"{seed}.safetensors") for seed in (1, 2))
+    both = load(tiny.folder, loras=[(first, 0.8), (second, 0.5)]).params
+    theirs = fused(tiny, (first, 0.8), (second, 0.5))
+    assert_close(both["unet"], theirs.unet.state_dict(), tiny.ours.params["unet"], UNET)
+    same = lora.merge(tiny.ours.params, first, 0.0)["unet"]
+    back = lora.merge(lora.merge(both, second, -0.5), first, -0.8)["unet"]
+    for name, value in tiny.ours.params["unet"].items():
+        np.testing.assert_array_equal(same[name], value)
+        np.testing.assert_allclose(back[name], value, atol=1e-6)
+
+
+def test_files_of_linear_and_convolutional_projections_fit_either(tiny, tmp_path):
+    """SD 2.x has linear layers where SD 1.x has 1×1 convolutions; they compute the same."""
+    state = {k: t for k, t in kohya(tiny.pipe).items() if "proj_in" in k}
+    flat = {k: t[..., 0, 0].contiguous() if t.ndim == 4 else t for k, t in state.items()}
+    a, b = (lora.merge(tiny.ours.params, write(s, tmp_path / f"{i}.safetensors"), 1.0) for i, s in enumerate((state, flat)))
+    name = "down_blocks.0.attentions.0.proj_in.kernel"
+    np.testing.assert_array_equal(a["unet"][name], b["unet"][name])
+    assert relative(a["unet"][name], tiny.ours.params["unet"][name]) > 0.05
+
+
+def edited(tiny, edit):
+    state = kohya(tiny.pipe)
+    edit(state)
+    return state
+
+
+Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+@pytest.mark.parametrize("edit,words", [
+    (lambda s: s.update({"lora_unet_nowhere.lora_up.weight": s[f"{Q}.lora_up.weight"].clone()}),
+     ["1 unknown: lora_unet_nowhere.lora_up.weight"]),
+    (lambda s: s.update({f"{Q}.dora_scale": s[f"{Q}.alpha"].clone()}), ["1 unknown", f"{Q}.dora_scale"]),
+    (lambda s: s.pop(f"{Q}.lora_up.weight"), ["1 without up or down", Q]),
+    (lambda s: s.update({f"{Q}.lora_up.weight": s[f"{Q}.lora_up.weight"][:, :1].clone()}), ["1 misshapen", "attn1.to_q", "rank"]),
+    (lambda s: s.update({f"{Q}.lora_down.weight": s[f"{Q}.lora_down.weight"][:, :5].clone()}),
+     ["1 misshapen: down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight of unet", "(5, 8)", "(8, 8)"]),
+])
+def test_what_does_not_fit_is_named(edit, words, tiny, tmp_path):
+    path = write(edited(tiny, edit), tmp_path / "bad.safetensors")
+    with pytest.raises(ValueError) as error:
+        lora.merge(tiny.ours.params, path, 1.0)
+    assert all(word in str(error.value) for word in [path, *words]), str(error.value)
+
+
+def test_other_formulas_of_peft_are_refused(tiny, tmp_path):
+    path = tmp_path / "adapter_model.safetensors"
+    write({key.replace("unet.", "base_model.model."): t for key, t in diffusers(tiny.pipe).items() if "unet." in key}, path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 4, "use_dora": True}))
+    with pytest.raises(ValueError, match="made with use_dora"):
+        lora.merge(tiny.ours.params, path, 1.0)
+    with pytest.raises(FileNotFoundError, match="no such LoRA file"):
+        lora.merge(tiny.ours.params, tmp_path / "nowhere.safetensors", 1.0)
+
+
+# ---------------------------------------------------------------- delta weights
+
+
+@pytest.fixture(scope="module")
+def custom(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("custom")
+    return types.SimpleNamespace(folder=folder, pipe=make_directory(folder, "flat", seed=11))
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("origin")
+    return types.SimpleNamespace(folder=folder, pipe=make_directory(folder, "flat", seed=21))
+
+
+def test_a_delta_moves_the_unet_and_brings_the_custom_decoder_and_text(tiny, custom, origin, torch):
+    got = load(tiny.folder, delta=merge.Delta(str(custom.folder), str(origin.folder), 0.7)).params
+    start, new, old = (pipe.unet.state_dict() for pipe in (tiny.pipe, custom.pipe, origin.pipe))
+    for key, value in torch_names(got["unet"]).items():
+        assert relative(value, start[key] + 0.7 * (new[key] - old[key])) < 1e-6, key
+    for net in ("vae", "text_encoder"):
+        for key, value in torch_names(got[net]).items():
+            np.testing.assert_array_equal(value, getattr(custom.pipe, net).state_dict()[key])
+
+
+def test_a_delta_from_the_model_itself_gives_the_custom_one_and_takes_loras(tiny, custom, tmp_path):
+    path = write(kohya(tiny.pipe), tmp_path / "x.safetensors")
+    delta = merge.Delta(str(custom.folder), str(tiny.folder), 1.0)
+    got = load(tiny.folder, delta=delta, loras=[(path, 0.8)]).params
+    want = lora.merge(load(custom.folder).params, path, 0.8)
+    for net, params in want.items():
+        for name, value in params.items():
+            np.testing.assert_allclose(got[net][name], value, atol=1e-6, err_msg=f"{net} {name}")
+
+
+def test_a_delta_of_another_architecture_is_refused(tiny):
+    params = tiny.ours.params["unet"]
+    other = {name: p for name, p in params.items() if name != "conv_in.bias"} | {"conv_out.bias": np.zeros(9, np.float32)}
+    with pytest.raises(ValueError) as error:
+        merge.add_delta(params, params, other, 1.0, names={"custom": "A", "origin": "B"})
+    for words in ("origin='B' is another architecture", "1 missing: conv_in.bias", "conv_out.bias (9,), not (4,)"):
+        assert words in str(error.value)
+
+
+# ---------------------------------------------------------------- the stages
+
+
+def config(stage, **fields):
+    config = runpy.run_path(str(ROOT / "configs" / f"{stage}.py"))["get_config"]()
+    config.update(fields)
+    return config
+
+
+def test_sampling_takes_loras_and_a_delta_from_the_config(tiny, custom, tmp_path):
+    path = write(kohya(tiny.pipe), tmp_path / "x.safetensors")
+    settings = {"model": str(tiny.folder), "N": 1, "alpha": 1.0, "prompts": "red apple", "seeds": (0,)}
+    changes = {"loras": f"{path}=0.5|{path}", "delta": {"custom": str(custom.folder), "origin": str(tiny.folder), "scale": 1.0}}
+    pictures = []
+    for name, change in (("plain", {}), ("changed", changes)):
+        main.run(config("sample", **settings, **change), str(tmp_path / name))
+        (file,) = (tmp_path / name / "sample").glob("000*.png")
+        pictures.append(Image.open(file))
+    plain, changed = pictures
+    assert changed.text["loras"] == changes["loras"] and str(custom.folder) in changed.text["delta"]
+    assert "delta" not in plain.text
+    assert np.abs(np.asarray(changed, int) - np.asarray(plain, int)).max() > 10
+
+
+def test_pairs_remember_whose_weights_made_them(tiny, tmp_path):
+    path = write(kohya(tiny.pipe), tmp_path / "x.safetensors")
+    settings = {"model": str(tiny.folder), "count": 4, "N": 1}
+    plain, changed = (generate_job.prepare(config("generate", **settings, loras=loras)).recipe["teacher"]
+                      for loras in ("", path))
+    assert {name for name in plain if plain[name] != changed[name]} == {"unet", "text_encoder"}
+
+
+def test_scales_are_read_from_the_config():
+    assert sample.read_loras("a.safetensors=0.8| b.safetensors |c=-1e-1") == [
+        ("a.safetensors", 0.8), ("b.safetensors", 1.0), ("c", -0.1)]
+    assert sample.read_loras("") == []
+    with pytest.raises(ValueError, match="the scale 'much' of a.safetensors is no number"):
+        sample.read_loras("a.safetensors=much")
+
+
+def test_a_convolution_is_the_same_low_rank_map(tiny):
+    """One 3×3 layer by hand: the sum over ranks of an outer product, for each position of the kernel."""
+    down, up = np.arange(2 * 3 * 9.0).reshape(2, 3, 3, 3), np.arange(4 * 2.0).reshape(4, 2, 1, 1)
+    want = sum(up[:, r, 0, 0][:, None, None, None] * down[r] for r in range(2)) * 3.0 / 2
+    np.testing.assert_allclose(lora.Layer(down, up, 3.0).delta(), want)
+    assert port.from_torch("x.kernel", want).shape == (3, 3, 3, 4)
