@@ -6,7 +6,7 @@ are linear multistep methods, x' = a x + b D + c D_before. A solver is therefore
 float64 before any compile, and one scan serves them all.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -159,15 +159,20 @@ def integrate(predict: Predict, solver: Multistep, XT: Latent) -> Latent:
     better.
     """
     XT = XT.astype(jnp.promote_types(XT.dtype, jnp.float32))
+    rows = Multistep(jnp.asarray(solver.tau), *(jnp.asarray(row, XT.dtype) for row in solver[1:]))
+    (X1, _), _ = lax.scan(make_step(predict), (XT, jnp.zeros_like(XT)), rows)
+    return X1
+
+
+def make_step(predict: Predict) -> Callable:
+    """One step of any solver, `step((x, D_before), row) → ((x', D), None)`, as a scan takes it; `row` is of scalars."""
 
     def step(carry, row):
         x, D_before = carry
         D = row.p * x + row.q * predict(x, row.tau).astype(x.dtype)
         return (row.a * x + row.b * D + row.c * D_before, D), None
 
-    rows = Multistep(jnp.asarray(solver.tau), *(jnp.asarray(row, XT.dtype) for row in solver[1:]))
-    (X1, _), _ = lax.scan(step, (XT, jnp.zeros_like(XT)), rows)
-    return X1
+    return step
 
 
 def ddim(schedule: Schedule, N: int) -> Multistep:

@@ -5,18 +5,16 @@
 prints the numbers that the model cards quote. Not a stage: it has no config and writes nothing.
 """
 import argparse
-from collections.abc import Callable
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int, UInt8
 
 from instaflow_jax import sampling
 from instaflow_jax.data import openmoji
-from instaflow_jax.data.captions import captions
 from instaflow_jax.models import pipeline
-from instaflow_jax.models.clip import CLIPModel
 from instaflow_jax.models.lpips import LPIPS, VGGClassifier
+from instaflow_jax.stages.evaluate_judge import Judge
 from instaflow_jax.stages.pretrain_clip import retrieval, unit
 from instaflow_jax.stages.pretrain_recipe import caption_tokens, in_batches, to_pixels
 from instaflow_jax.train.pretraining import psnr
@@ -37,20 +35,16 @@ def main() -> None:
     source = pipeline.locate(args.model)
     data = openmoji.load(args.data_dir)
     autoencoder(pipe, openmoji.load(args.data_dir, split="heldout").images)
-    look = make_clip_features(source)
-    tokens = caption_tokens(data.emoji)
-    texts, pictures = (unit(f) for f in clip_features(source, tokens[:, 0], data.images))
-    report("CLIP retrieval, all full names", retrieval(pictures @ texts.T, data.emoji))
+    judge, tokens = Judge(source, data), caption_tokens(data.emoji)
+    report("CLIP retrieval, all full names", retrieval(unit(judge.pictures) @ unit(judge.names).T, data.emoji))
     chosen = np.random.default_rng(0).choice(len(data.emoji), args.count, replace=False)
-    names = np.array([captions(e)["toneless"] for e in data.emoji])
     for alpha in args.alpha:
         made = teacher_pictures(pipe, tokens[chosen, 0], args.N, alpha)
-        by_clip = np.argmax(unit(look(made)) @ pictures.T, axis=1)
+        scores = judge.scores(judge.look(made), chosen)
         by_trunk = nearest_by_trunk(source, made, data.images)
         report(f"{args.count} teacher pictures, N={args.N}, alpha={alpha:g}", {
-            "nearest_in_clip": float(np.mean(names[by_clip] == names[chosen])),
-            "nearest_in_lpips": float(np.mean(names[by_trunk] == names[chosen])),
-            "clip_score": float(np.mean(np.sum(unit(look(made)) * texts[chosen], axis=1)))})
+            "nearest_in_clip": scores["found"], "nearest_in_lpips": float(np.mean(judge.is_right(by_trunk, chosen))),
+            "clip_score": scores["clip_score"]})
 
 
 def report(title: str, numbers: dict[str, float]) -> None:
@@ -65,20 +59,6 @@ def autoencoder(pipe: pipeline.Pipeline, images: UInt8[np.ndarray, "N H W 3"]) -
     mse = np.mean((made - pixels) ** 2, axis=(1, 2, 3))
     report(f"autoencoder, {len(images)} held-out emoji", {
         "psnr_mean": float(np.mean(psnr(mse))), "psnr_of_mean_error": float(psnr(mse.mean()))})
-
-
-def make_clip_features(source: str) -> Callable[[UInt8[np.ndarray, "N H W 3"]], Float[np.ndarray, "N D"]]:
-    """The embedded CLIP's image features of pictures in bytes."""
-    net, params = CLIPModel.from_pretrained(source, "clip")
-    run = jax.jit(lambda x: net.apply(params, x, method="get_image_features"))
-    return lambda images: in_batches(run, _BATCH, to_pixels(images))
-
-
-def clip_features(source: str, ids: Int[np.ndarray, "N L"], images: UInt8[np.ndarray, "N H W 3"]):
-    """Features of captions and of pictures, [N, D] each."""
-    net, params = CLIPModel.from_pretrained(source, "clip")
-    text = jax.jit(lambda ids: net.apply(params, ids, method="get_text_features"))
-    return in_batches(text, _BATCH, ids), make_clip_features(source)(images)
 
 
 def teacher_pictures(pipe: pipeline.Pipeline, ids: Int[np.ndarray, "N L"], N: int, alpha: float):

@@ -1,0 +1,48 @@
+"""How good, how fast and how straight: teacher, 2-rectified flow and one-step models, on one table.
+
+    python -m instaflow_jax.main --config=configs/evaluate.py --workdir=DIR --cpu_devices=2
+    python -m instaflow_jax.main --config=configs/evaluate.py:coco5k --workdir=DIR       # the paper's protocols,
+    python -m instaflow_jax.main --config=configs/evaluate.py:coco30k --workdir=DIR      # see configs/evaluate_coco.py
+
+The first judges the embedded world: the teacher and whichever of DIR/reflow/export, DIR/distill/export and
+DIR/direct/export is there. It writes DIR/evaluate/: results.json, table.md, few_steps.png, guidance.png,
+trajectories.png and grid.png. Started again it measures only what is new: another model, another number of steps.
+
+All rows draw the same prompts (full emoji names, without replacement) from the same noise, of a seed that no pairs used.
+Needs the package `matplotlib` (extra "demo"), as well as those that draw the emoji.
+Not yet measured.
+"""
+from configs import common, evaluate_coco
+from ml_collections import ConfigDict
+
+PROMPTS = ("woman astronaut", "red apple", "cat face", "house", "rocket", "grinning face", "octopus", "flag of japan")
+COCO = {"coco5k": evaluate_coco.coco5k, "coco30k": evaluate_coco.coco30k}
+
+
+def get_config(variant: str = "openmoji") -> ConfigDict:
+    change = common.pick({"openmoji": None} | COCO, variant)
+    if change is None:
+        return openmoji().lock()
+    config = evaluate_coco.base()
+    change(config)
+    return config.lock()
+
+
+def openmoji() -> ConfigDict:
+    config = ConfigDict()
+    config.stage = "evaluate"
+    config.teacher = {"model": "openmoji", "alpha": 0.0, "steps": (25, 8, 4, 2, 1)}  # alpha 0 is that of DIR/pairs
+    config.reflow = {"alpha": 1.0, "steps": (25, 8, 4, 2, 1)}
+    config.distill = {"alpha": 1.0, "steps": (1, 2, 4, 8)}
+    config.direct = {"alpha": 1.0, "steps": (1,)}
+    config.judge = "openmoji"  # embedded model or directory with clip/
+    config.data_dir = ""  # where the emoji are, or are drawn to; "" is WORKDIR/data
+    config.count = 512  # prompts; a Fréchet distance depends on it
+    config.seed = 101  # of the noise, and of the choice of prompts; the next two are of other noise
+    config.neighbours = 3  # k of precision and recall
+    config.straightness = {"N": 25, "count": 128}  # Euler steps and samples of S
+    config.guidance = {"N": 4, "alphas": (1.0, 1.5, 2.0, 3.0, 4.0)}  # of the 2-rectified flow
+    config.show = {"prompts": PROMPTS, "path": "woman astronaut", "points": 6}  # of the grid, and of the trajectories
+    config.batch = 16  # pictures a device and call of the compiled program
+    config.repeats = 7  # runs that the seconds per image are the median of
+    return config

@@ -1,0 +1,330 @@
+"""Stage `evaluate` on a tiny random teacher: its programs, its judge, and what it writes, once and again."""
+import dataclasses
+import json
+import runpy
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import normal, relative
+
+from instaflow_jax import flow, main, sampling, teacher
+from instaflow_jax.data import openmoji
+from instaflow_jax.data.captions import Emoji
+from instaflow_jax.evals.clip_score import make_clip_score
+from instaflow_jax.infra import images
+from instaflow_jax.models import pipeline
+from instaflow_jax.models.clip import CLIPModel, CLIPTextModel
+from instaflow_jax.models.tokenizer import Tokenizer
+from instaflow_jax.models.unet import UNet2DConditionModel
+from instaflow_jax.models.vae import AutoencoderKL
+from instaflow_jax.stages import evaluate_models, evaluate_path, evaluate_programs, straighten
+from instaflow_jax.stages.evaluate_judge import Judge, kinds_of
+from instaflow_jax.stages.evaluate_models import Model
+from instaflow_jax.stages.pretrain_recipe import caption_tokens, to_pixels
+
+ROOT = Path(__file__).parent.parent
+NAMES = ("red apple", "cat face", "house", "astronaut", "rocket", "octopus", "grinning face", "flag of japan", "bee",
+         "green apple", "dog face", "castle", "robot", "ship", "whale", "crying face", "flag of france", "ant")
+
+
+def make_tiny(folder: Path) -> Path:
+    """A Stable Diffusion of random weights: 32×32 pixels as the embedded CLIP takes them, 4×4 latents."""
+    tokenizer = Tokenizer.from_pretrained(pipeline.locate("openmoji"))
+    nets = {
+        "unet": UNet2DConditionModel.from_config({
+            "sample_size": 4, "block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "layers_per_block": 1,
+            "up_block_types": ("UpBlock2D",), "cross_attention_dim": 8, "attention_head_dim": 2, "norm_num_groups": 4}),
+        "vae": AutoencoderKL.from_config({
+            "block_out_channels": (4,) * 4, "down_block_types": ("DownEncoderBlock2D",) * 4, "norm_num_groups": 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 4, "layers_per_block": 1, "sample_size": 32}),
+        "text_encoder": CLIPTextModel.from_config({
+            "vocab_size": len(tokenizer.vocab), "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "max_position_embeddings": tokenizer.model_max_length,
+            "eos_token_id": tokenizer.eos_id}),
+    }
+    source = Path(pipeline.locate("openmoji"))
+    index, scheduler = (json.loads((source / name).read_text())
+                        for name in ("model_index.json", "scheduler/scheduler_config.json"))
+    params = {name: jax.device_get(net.init(jax.random.key(i))) for i, (name, net) in enumerate(nets.items())}
+    pipeline.save(pipeline.Pipeline(nets, params, tokenizer, scheduler, index), folder)
+    return folder
+
+
+def make_emoji() -> openmoji.Arrays:
+    """Smooth pictures in place of emoji, so that no test waits for drawing."""
+    coarse = np.random.default_rng(0).integers(0, 255, (len(NAMES), 4, 4, 3)).astype(np.uint8)
+    words = [Emoji(f"{i:X}", name, "objects", "tool", "", "", name) for i, name in enumerate(NAMES)]
+    return openmoji.Arrays(coarse.repeat(8, 1).repeat(8, 2), words)
+
+
+@pytest.fixture(scope="module")
+def no_drawing():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(openmoji, "load", lambda *_: make_emoji())
+        yield
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def shrink(config, tiny):
+    """The shipped config with small numbers."""
+    config.update({"count": 8, "batch": 4, "repeats": 1})
+    config.teacher.update({"model": str(tiny), "steps": (3, 1)})
+    config.reflow.steps, config.distill.steps = (2, 1), (1,)
+    config.straightness.update({"N": 3, "count": 4})
+    config.guidance.update({"N": 2, "alphas": (1.0, 2.0)})
+    config.show.update({"prompts": ("red apple", "house"), "points": 3})
+    return config
+
+
+def read(**fields):
+    config = runpy.run_path(str(ROOT / "configs" / "evaluate.py"))["get_config"]()
+    config.update(fields)
+    return config
+
+
+def configured(tiny, **fields):
+    config = shrink(read(), tiny)
+    config.teacher.alpha = 2.0
+    config.update(fields)
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(tiny, no_drawing, tmp_path_factory):
+    """A workdir with teacher, 2-RF and a one-step model, evaluated."""
+    workdir = tmp_path_factory.mktemp("run")
+    pipe = pipeline.load(str(tiny), variant=None, attention="xla")
+    for seed, name in enumerate(("reflow", "distill"), 5):
+        straighten.export(pipe, jax.device_get(pipe.nets["unet"].init(jax.random.key(seed))), workdir / name / "export")
+    main.run(configured(tiny), str(workdir))
+    return workdir
+
+
+def results(workdir):
+    return json.loads((workdir / "evaluate" / "results.json").read_text())
+
+
+# ---------------------------------------------------------------- the stage
+
+
+def test_it_writes_table_numbers_and_pictures(run):
+    found = results(run)
+    rows = {(row["model"], row["N"]): row for row in found["rows"]}
+    assert list(rows) == [("real", 0), ("decoded", 0), ("teacher", 3), ("teacher", 1), ("reflow", 2), ("reflow", 1),
+                          ("distill", 1)]
+    for (model, N), row in rows.items():
+        keys = ["fd_emoji", "fd_teacher", "clip_score", "found", "kid", "precision", "recall"]
+        assert all(np.isfinite(row[key]) for key in keys + (["seconds", "fd_latents"] if N else [])), row
+        assert ("S" in row) == ((model, N) in (("teacher", 3), ("reflow", 2), ("distill", 1)))
+    assert rows["real", 0]["found"] == 1.0
+    assert [row["alpha"] for row in found["guidance"]] == [1.0, 2.0]
+    table = (run / "evaluate" / "table.md").read_text()
+    assert all(words in table for words in ("teacher, 3 steps", "reflow + distil, 1 step", "8 prompts", "guidance 2"))
+
+
+def test_its_pictures_are_side_by_side_from_the_same_noise(run):
+    text = images.load_png(run / "evaluate" / "grid.png")[1]
+    assert text["columns"] == "teacher, 3|teacher, 1|2-RF, 2|2-RF, 1|reflow + distil, 1"
+    assert text["rows"] == "red apple|house"
+    roads, text = images.load_png(run / "evaluate" / "trajectories.png")
+    assert text["rows"].count("on the way") == 3 and text["columns"] == "t = 0.0|t = 0.5|t = 1.0"
+    starts = [roads[16 + row * 98: 16 + row * 98 + 96, -2 * 98 - 96: -2 * 98] for row in (0, 2, 4)]
+    assert np.array_equal(starts[0], starts[1]) and np.array_equal(starts[1], starts[2])
+    for name in ("few_steps.png", "guidance.png"):
+        assert images.load_png(run / "evaluate" / name)[0].shape[2] == 3
+
+
+def test_a_second_run_measures_only_what_is_new(run, tiny, no_drawing, tmp_path, monkeypatch, capsys):
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    asked, draw = [], evaluate_programs.Programs.draw
+
+    def counted(self, model, table, *rest):
+        asked.append(len(table.tau))
+        return draw(self, model, table, *rest)
+
+    monkeypatch.setattr(evaluate_programs.Programs, "draw", counted)
+    main.run(configured(tiny), str(copy))
+    assert asked == [] and results(copy) == results(run)
+    assert "measured before" in capsys.readouterr().out
+    config = configured(tiny)
+    config.reflow.steps = (2, 1, 3)
+    main.run(config, str(copy))
+    assert asked == [3]
+
+
+def test_the_teacher_alone_is_a_table_too(tiny, no_drawing, tmp_path, capsys):
+    main.run(configured(tiny), str(tmp_path))
+    assert {row["model"] for row in results(tmp_path)["rows"]} == {"real", "decoded", "teacher"}
+    assert "goes without 2-RF" in capsys.readouterr().out
+    assert not (tmp_path / "evaluate" / "guidance.png").exists()
+
+
+@pytest.mark.parametrize("change,error,words", [
+    (lambda config: config.update({"count": 99}), ValueError, "config.count=99 must be 2 to the 18 emoji"),
+    (lambda config: config.update({"batch": 0}), ValueError, "config.batch=0 must be at least 1"),
+    (lambda config: config.reflow.update({"steps": (0,)}), ValueError, "config.reflow.steps=(0,) must be"),
+    (lambda config: config.show.update({"points": 1}), ValueError, "config.show.points=1"),
+    (lambda config: config.teacher.update({"alpha": 0.0}), FileNotFoundError, "set --config.teacher.alpha"),
+])  # fmt: skip
+def test_bad_settings_end_in_one_clear_message(change, error, words, tiny, no_drawing, tmp_path):
+    config = configured(tiny)
+    change(config)
+    with pytest.raises(error) as raised:
+        main.run(config, str(tmp_path))
+    assert words in str(raised.value)
+    assert not (tmp_path / "evaluate" / "results.json").exists()
+
+
+def test_noise_that_was_trained_on_is_refused(tiny, no_drawing, tmp_path):
+    pairs = runpy.run_path(str(ROOT / "configs" / "generate.py"))["get_config"]()
+    pairs.update({"model": str(tiny), "count": 4, "shard_size": 4, "batch": 4, "N": 1, "seed": 102, "preview": 1})
+    main.run(pairs, str(tmp_path))
+    with pytest.raises(ValueError, match="config.seed=101 and the two after it must not be 102"):
+        main.run(configured(tiny), str(tmp_path))
+
+
+def test_a_flow_of_other_networks_is_refused(run, tiny, no_drawing, tmp_path):
+    copy = Path(shutil.copytree(run / "reflow", tmp_path / "reflow"))
+    path = copy / "export" / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"norm_num_groups": 2}))
+    with pytest.raises(ValueError, match="unet is not the network of the teacher it is judged beside"):
+        main.run(configured(tiny), str(tmp_path))
+
+
+def test_variants_are_the_papers_protocols():
+    get_config = runpy.run_path(str(ROOT / "configs" / "evaluate.py"))["get_config"]
+    assert get_config("coco5k").stage == get_config("coco30k").stage == "evaluate_coco"
+    with pytest.raises(ValueError, match="no variant 'coco'; it has openmoji, coco5k, coco30k"):
+        get_config("coco")
+
+
+# ---------------------------------------------------------------- programs
+
+
+@pytest.fixture(scope="module")
+def models(tiny):
+    pipe = pipeline.load(str(tiny), variant=None, attention="xla")
+    dynamics = {"teacher": sampling.read_dynamics(pipe.scheduler, pipe.index, "auto"), "reflow": sampling.Flow(1, 1000)}
+    return {name: Model(name, pipe, dynamic, 2.0, (3,), "") for name, dynamic in dynamics.items()}
+
+
+@pytest.mark.parametrize("alpha", [1.0, 2.0])
+@pytest.mark.parametrize("name,counts", [("teacher", (1, 2, 5)), ("reflow", (1, 4))])
+def test_programs_draw_what_sampling_draws(name, counts, alpha, models):
+    """Six rows in calls of four, by one program whatever N and alpha."""
+    model = models[name]
+    pipe, null = model.pipe, model.pipe.tokenizer([""])
+    programs = evaluate_programs.Programs(pipe.nets, null, per_device=4, longest=8)
+    ids, X0 = pipe.tokenizer(list(NAMES[:6])), normal(0, 6, 4, 4, 4)
+    both = pipe.nets["text_encoder"].apply(pipe.params["text_encoder"], np.concatenate([null, ids])).last_hidden_state
+    for N in counts:
+        latents, pictures = programs.draw(model, model.table(N), alpha, ids, X0)
+        solve = sampling.make_solve(pipe.nets["unet"].apply, model.dynamics, "auto", N, alpha)
+        assert relative(latents, jax.jit(solve)(pipe.params["unet"], X0, both[1:], both[:1])) < 1e-5
+        one = programs.draw_one(model, model.table(N), alpha, ids[:1], X0[:1])
+        assert np.abs(one.astype(int) - pictures[:1]).max() <= 1
+
+
+def test_a_solver_too_long_for_the_programs_is_refused(models):
+    with pytest.raises(ValueError, match="9 steps does not fit into tables of 8"):
+        evaluate_programs.make_solver(models["reflow"].table(9), 1.0, 8)
+
+
+@pytest.mark.parametrize("name", ["teacher", "reflow"])
+def test_straightness_is_that_of_the_guided_flow(name, models):
+    model = models[name]
+    pipe, null = model.pipe, model.pipe.tokenizer([""])
+    programs = evaluate_programs.Programs(pipe.nets, null, per_device=2, longest=8)
+    ids, X0 = pipe.tokenizer(list(NAMES[:2])), normal(0, 2, 4, 4, 4)
+    got = programs.straightness(model, 2.0, 3, ids, X0)
+    both = pipe.nets["text_encoder"].apply(pipe.params["text_encoder"], np.concatenate([null, ids])).last_hidden_state
+
+    def network(Z, tau, context):
+        return pipe.nets["unet"].apply(pipe.params["unet"], Z, tau, context)
+
+    predict = flow.guided(network, both[1:], both[:1], 2.0)
+    velocity = (teacher.teacher_velocity(predict, model.dynamics) if name == "teacher"
+                else flow.flow_velocity(network, both[1:], both[:1], 2.0))
+    np.testing.assert_allclose(got, jax.jit(lambda X0: flow.straightness(velocity, X0, 3))(X0), rtol=1e-4)
+
+
+# ---------------------------------------------------------------- a picture on its way
+
+
+def solve(table, predict, X0):
+    """A table without rows, at the very start, leaves X0."""
+    return np.asarray(teacher.integrate(predict, table, X0))
+
+
+@pytest.mark.parametrize("N", [1, 4])
+def test_a_straight_flow_points_to_its_end_from_everywhere(N, models):
+    X0, v = normal(0, 1, 2, 2, 4), normal(1, 1, 2, 2, 4)
+    stops = evaluate_path.stops(models["reflow"], N, 6)
+    assert [stop.t for stop in stops] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    for stop in stops:
+        way, end = (solve(kind(models["reflow"], N, stop), lambda Z, tau: v, X0)
+                    for kind in (evaluate_path.on_the_way, evaluate_path.foreseen))
+        np.testing.assert_allclose(way, X0 + stop.t * v, atol=1e-6)
+        np.testing.assert_allclose(end, X0 + v, atol=1e-6)
+
+
+def test_a_teacher_sure_of_its_picture_goes_there_on_a_straight_line(models):
+    """Where the data prediction is always X1, Z_t is the straight interpolation (teacher.teacher_velocity)."""
+    model, X0, X1 = models["teacher"], normal(0, 1, 2, 2, 4), normal(1, 1, 2, 2, 4)
+    alpha, sigma = (jnp.sqrt(jnp.asarray(level, jnp.float32)) for level in (model.dynamics.abar, 1 - model.dynamics.abar))
+
+    def predict(x, tau):
+        return (x - alpha[tau] * X1) / sigma[tau]
+
+    eps = (X0 - alpha[-1] * X1) / sigma[-1]
+    stops = evaluate_path.stops(model, 25, 4)
+    assert [stop.t for stop in stops] == pytest.approx([0, 1 / 3, 2 / 3, 1], abs=0.07)
+    for stop in stops:
+        end = solve(evaluate_path.foreseen(model, 25, stop), predict, X0)
+        np.testing.assert_allclose(end, X1, atol=2e-3)
+        way = solve(evaluate_path.on_the_way(model, 25, stop), predict, X0)
+        np.testing.assert_allclose(way, stop.t * X1 + (1 - stop.t) * eps if stop.k else X0, atol=2e-3)
+
+
+# ---------------------------------------------------------------- the judge
+
+
+def named(name, tone="", shade=0):
+    full = f"{name} {tone} skin tone" if tone else name
+    return Emoji("", full, "people-body", "person-role", tone, "", name), np.full((2, 2, 3), shade, np.uint8)
+
+
+def test_tones_and_twins_are_forgiven_and_nothing_else():
+    people = [named("astronaut", shade=1), named("man astronaut", shade=1), named("astronaut", "dark", 2),
+              named("man astronaut", "light", 3), named("woman astronaut", shade=4), named("cook", "dark", 2),
+              named("farmer", shade=5)]  # fmt: skip
+    kinds = kinds_of(openmoji.Arrays(np.stack([image for _, image in people]), [emoji for emoji, _ in people]))
+    assert len({*kinds[[0, 1, 2, 3, 5]]}) == 1  # the cook is drawn as the dark astronaut is
+    assert len({*kinds[[0, 4, 6]]}) == 3
+
+
+def test_the_judge_finds_real_emoji_and_its_score_is_the_clip_score():
+    data, source = make_emoji(), pipeline.locate("openmoji")
+    judge, wanted = Judge(source, data), np.arange(len(NAMES))
+    scores = judge.scores(judge.pictures, wanted)
+    assert scores["found"] == 1.0
+    net, params = CLIPModel.from_pretrained(source, "clip")
+    want = make_clip_score(net)(params, to_pixels(data.images), caption_tokens(data.emoji)[:, 0])
+    assert scores["clip_score"] == pytest.approx(float(np.mean(want)), abs=1e-6)
+    assert judge.scores(judge.pictures[::-1], wanted)["found"] == 0.0
+
+
+def test_the_teachers_guidance_is_that_of_its_pairs(tiny, tmp_path):
+    pairs = runpy.run_path(str(ROOT / "configs" / "generate.py"))["get_config"]()
+    pairs.update({"model": str(tiny), "count": 4, "shard_size": 4, "batch": 4, "N": 1, "alpha": 3.5, "preview": 1})
+    main.run(pairs, str(tmp_path))
+    model = evaluate_models.load(shrink(read(), tiny), tmp_path)[0]
+    assert model.alpha == 3.5 and dataclasses.is_dataclass(model)
