@@ -18,11 +18,11 @@ class Flow:
     """A network that predicts a velocity.
 
     Attributes:
-      sign: +1 where it predicts X1 − X0, as the released checkpoints do; −1 for diffusers' noise − data.
+      factor: on its output, gives X1 − X0: 1 for the released checkpoints, −1 for diffusers' noise − data.
       steps: what its clock counts at noise.
     """
 
-    sign: int
+    factor: float
     steps: int
 
 
@@ -53,9 +53,12 @@ def read_dynamics(scheduler: Mapping[str, Any], index: Mapping[str, Any], kind: 
     if kind == "teacher" or (kind == "auto" and not diffusers_flow and not released):
         return teacher.read_schedule(scheduler)
     shift = scheduler.get("shift", scheduler.get("flow_shift", 1.0))
-    if diffusers_flow and shift != 1.0:
+    if diffusers_flow and abs(shift - 1.0) > 1e-6:
         raise ValueError(f"scheduler config: shift={shift} is not supported; rectified flow's clock is not shifted (1.0)")
-    return Flow(-1 if diffusers_flow else 1, scheduler.get("num_train_timesteps", 1000))
+    steps = scheduler.get("num_train_timesteps", 1000)
+    if diffusers_flow and scheduler.get("use_flow_sigmas"):  # these begin 1/steps below 1, in time and in length
+        return Flow(1 / steps - 1, steps - 1)
+    return Flow(-1 if diffusers_flow else 1, steps)
 
 
 def make_solve(apply: Callable, dynamics: Dynamics, solver: str, N: int, alpha: float) -> Solve:
@@ -76,7 +79,7 @@ def make_solve(apply: Callable, dynamics: Dynamics, solver: str, N: int, alpha: 
 
         def solve_flow(params, X0, text, null):
             def network(Z, tau, context):
-                return dynamics.sign * apply(params, Z, tau, context)
+                return dynamics.factor * apply(params, Z, tau, context)
 
             return integrate(flow.flow_velocity(network, text, null, alpha, dynamics.steps), X0, N)
 

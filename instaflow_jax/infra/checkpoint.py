@@ -114,9 +114,15 @@ def _worth_telling(record: logging.LogRecord) -> bool:
 
 
 def load_ema(directory: str | Path, mesh: Mesh, *, step: int | None, like: Params | None) -> Params:
-    """The running mean of one checkpoint, straight into shards; reads nothing else of it.
+    """The running mean of one checkpoint; see `load_weights`."""
+    return load_weights(directory, "ema", mesh, step=step, like=like)
+
+
+def load_weights(directory: str | Path, item: str, mesh: Mesh, *, step: int | None, like: Params | None) -> Params:
+    """The weights of one checkpoint, straight into shards; reads nothing else of it.
 
     Args:
+      item: "ema", the running mean, or "params".
       step: which checkpoint, None for the newest.
       like: names, shapes and dtypes wanted, None to take what is there.
 
@@ -124,8 +130,18 @@ def load_ema(directory: str | Path, mesh: Mesh, *, step: int | None, like: Param
       FileNotFoundError: no such checkpoint.
       ValueError: names, shapes or dtypes differ from those saved.
     """
-    path = _step_path(Path(directory), step) / "ema"
+    path = _step_path(Path(directory), step) / item
     return _load_arrays(path, parallel.abstract(_saved(path) if like is None else like, mesh))
+
+
+def save_weights(directory: str | Path, weights: Mapping[str, Params]) -> None:
+    """Weights of networks by name, alone and as host arrays, so that no device layout comes along.
+
+    `orbax.checkpoint.StandardCheckpointer().restore(absolute path)` gives them back on any machine.
+    """
+    logging.getLogger("absl").addFilter(_worth_telling)
+    with contextlib.closing(ocp.StandardCheckpointer()) as checkpointer:
+        checkpointer.save(Path(directory).absolute(), jax.tree.map(np.asarray, dict(weights)))
 
 
 def load_config(directory: str | Path, *, step: int | None) -> dict[str, Any]:

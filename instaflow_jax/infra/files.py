@@ -11,8 +11,11 @@ from typing import Any
 def whole(path: Path) -> Iterator[Path]:
     """A temporary path that becomes `path` when the block ends well, and vanishes when it does not."""
     temporary = path.with_name(path.name + ".tmp")
+    temporary.touch()
+    mode = temporary.stat().st_mode  # what new files get here; safetensors' writer gives its own to the owner alone
     try:
         yield temporary
+        temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -86,6 +86,27 @@ def abstract(tree: PyTree, mesh: Mesh) -> PyTree:
     )
 
 
+def gathering(loss: Callable, mesh: Mesh) -> Callable:
+    """`loss(params, ...)`, computed with every parameter whole on its device; gradients go back into shards.
+
+    Left to itself, the partitioner splits convolutions along their sharded kernels and sends activations around.
+    """
+    if mesh.shape["fsdp"] == 1:
+        return loss
+
+    @jax.custom_vjp
+    def gather(params: PyTree) -> PyTree:
+        return jax.lax.with_sharding_constraint(params, replicated(mesh))
+
+    def scatter(_: None, grads: PyTree) -> tuple[PyTree]:
+        # Whole first: shards asked for at once reach back into the convolutions as shards of their activations.
+        whole = jax.lax.with_sharding_constraint(grads, replicated(mesh))
+        return (jax.lax.with_sharding_constraint(whole, state_sharding(grads, mesh)),)
+
+    gather.defvjp(lambda params: (gather(params), None), scatter)
+    return lambda params, *rest: loss(gather(params), *rest)
+
+
 def create_sharded(create: Callable[..., PyTree], mesh: Mesh, *args) -> PyTree:
     """Runs create(*args) so that every array is born in its shards: nothing large ever exists whole."""
     shardings = state_sharding(jax.eval_shape(create, *args), mesh)

@@ -2,10 +2,10 @@
 import jax
 from flax import nnx
 
-from instaflow_jax.models.layers import Make, resize_nearest
+from instaflow_jax.models.layers import Make, Recomputed, resize_nearest
 
 
-class ResnetBlock2D(nnx.Module):
+class ResnetBlock2D(Recomputed):
     """norm, SiLU, conv, (+ time), norm, SiLU, conv, plus a shortcut: [B, H, W, inputs] → [B, H, W, outputs]."""
 
     def __init__(self, inputs: int, outputs: int, groups: int, eps: float, make: Make, time_features: int = 0):
@@ -20,6 +20,9 @@ class ResnetBlock2D(nnx.Module):
         self.timed, self.shortcut = bool(time_features), inputs != outputs
 
     def __call__(self, x, time=None):
+        return self.again(self._run)(x, time)
+
+    def _run(self, x, time):
         h = self.conv1(jax.nn.silu(self.norm1(x)))
         if self.timed:
             h = h + self.time_emb_proj(jax.nn.silu(time))[:, None, None, :]
@@ -37,11 +40,12 @@ class Downsample2D(nnx.Module):
         return self.conv(x)
 
 
-class Upsample2D(nnx.Module):
+class Upsample2D(Recomputed):
     """Nearest-neighbour enlargement, twofold or to `size`, then a convolution."""
 
     def __init__(self, channels: int, make: Make):
         self.conv = make.conv(channels, channels, 3, padding=1)
 
     def __call__(self, x, size: tuple[int, int] | None = None):
-        return self.conv(resize_nearest(x, size or (2 * x.shape[1], 2 * x.shape[2])))
+        size = size or (2 * x.shape[1], 2 * x.shape[2])
+        return self.again(lambda x: self.conv(resize_nearest(x, size)))(x)

@@ -153,7 +153,7 @@ class TextTransformer(nnx.Module):
         x = self.final_layer_norm(self.encoder(self.embeddings(ids), causal=True))
         # Files from before the id was corrected rely on end-of-text being the highest id of the vocabulary.
         mark = ids if self.eos_token_id == _LEGACY_EOS else ids == self.eos_token_id
-        return TextOutput(x, x[jnp.arange(len(ids)), jnp.argmax(mark, axis=-1)])
+        return TextOutput(x, x[jnp.arange(ids.shape[0]), jnp.argmax(mark, axis=-1)])
 
 
 class VisionEmbeddings(nnx.Module):

@@ -4,6 +4,9 @@ The trunk is torchvision's `vgg16` or `alexnet` under its own names (`features.N
 ones: a small trunk trained here as a `VGGClassifier` is the same network with another `config.json`.
 """
 import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -12,7 +15,7 @@ from jaxtyping import Array, Float
 
 from instaflow_jax.arrays import PerSample
 from instaflow_jax.models import hub, port
-from instaflow_jax.models.layers import Identity, Make
+from instaflow_jax.models.layers import Identity, Make, Recomputed
 from instaflow_jax.models.net import Config, Model, Net, Params
 
 PUBLISHED = {
@@ -82,16 +85,20 @@ def _trunk(config: TrunkConfig, make: Make) -> tuple[nnx.List, tuple[int, ...]]:
     return nnx.List(layers), tuple(taps)
 
 
-def _run(features: nnx.List, taps: tuple[int, ...], images) -> list[Array]:
-    """The tapped outputs for `images` in [-1, 1]."""
+def _run(features: nnx.List, taps: tuple[int, ...], images, again: Callable = lambda stage: stage) -> list[Array]:
+    """The tapped outputs for `images` in [-1, 1]; every stage runs as `again(stage)`."""
+    def chain(layers, x):
+        for layer in layers:
+            x = layer(x)
+            if 0 in x.shape:
+                raise ValueError(f"images of {images.shape[1]}x{images.shape[2]} pixels are too small for a trunk of "
+                                 f"{len(taps)} stages; enlarge them")
+        return x
+
     x, outputs = (images - jnp.asarray(_SHIFT)) / jnp.asarray(_SCALE), []
-    for i, layer in enumerate(features):
-        x = layer(x)
-        if 0 in x.shape:
-            raise ValueError(f"images of {images.shape[1]}x{images.shape[2]} pixels are too small for a trunk of "
-                             f"{len(taps)} stages; enlarge them")
-        if i in taps:
-            outputs.append(x)
+    for before, last in itertools.pairwise((-1, *taps)):
+        x = again(functools.partial(chain, features[before + 1:last + 1]))(x)
+        outputs.append(x)
     return outputs
 
 
@@ -106,7 +113,7 @@ class NetLinLayer(nnx.Module):
         return self.model[1](x)
 
 
-class LPIPS(Model):
+class LPIPS(Recomputed, Model):
     """Perceptual distance of image pairs."""
 
     Config = TrunkConfig
@@ -132,12 +139,15 @@ class LPIPS(Model):
 
     def __call__(self, a: Float[Array, "B H W 3"], b: Float[Array, "B H W 3"]) -> PerSample:
         """Distance of each image in `a` to its partner in `b`, values in [-1, 1]."""
-        count, distance = len(a), 0.0
-        for i, x in enumerate(_run(self.features, self.taps, jnp.concatenate([a, b]))):
-            x = _unit(x.astype(jnp.float32))
-            head = getattr(self, f"lin{i}")
-            distance += head((x[:count] - x[count:]) ** 2).mean((1, 2, 3))
-        return distance
+        # Each by itself: the backward pass then leaves out the one that has no gradient (a distillation's target).
+        stages = zip(*(_run(self.features, self.taps, images, self.again) for images in (a, b)), strict=True)
+        compare = [self.again(functools.partial(_compare, getattr(self, f"lin{i}"))) for i in range(len(self.taps))]
+        return sum(distance(x, y) for distance, (x, y) in zip(compare, stages, strict=True))
+
+
+def _compare(head: NetLinLayer, x, y) -> PerSample:
+    """One stage's distance."""
+    return head((_unit(x.astype(jnp.float32)) - _unit(y.astype(jnp.float32))) ** 2).mean((1, 2, 3))
 
 
 def _unit(x):

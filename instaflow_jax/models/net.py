@@ -19,7 +19,7 @@ from flax import nnx
 from instaflow_jax.arrays import Params
 from instaflow_jax.infra import files
 from instaflow_jax.models import hub, port
-from instaflow_jax.models.layers import DRAWN, Make
+from instaflow_jax.models.layers import DRAWN, REMAT, Make, Recomputed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +68,27 @@ class Net:
         leaves = {path: variable.replace(params[name]) for name, (path, variable) in self.abstract.items()}
         module = nnx.merge(self.graphdef, nnx.from_flat_state(leaves))
         return getattr(module, method)(*inputs, **options)
+
+    def with_remat(self, kind: str) -> "Net":
+        """The same network, which computes some parts again in the backward pass rather than keep what they made.
+
+        Outputs and gradients stay the same, and nothing changes where no gradient is taken.
+
+        Args:
+          kind: "none"; "attention", the products and softmax of attention, whose memory grows with the square of the
+            tokens (about a twentieth more work in a step of SD 1.5); "blocks", each residual block and transformer and,
+            in LPIPS, each stage of the trunk (a third more work).
+
+        Raises:
+          ValueError: another kind.
+        """
+        if kind not in REMAT:
+            raise ValueError(f"remat={kind!r} is not one of {', '.join(REMAT)}")
+        module = nnx.merge(self.graphdef, nnx.from_flat_state(dict(self.abstract.values())))
+        for _, part in nnx.iter_modules(module):
+            if isinstance(part, Recomputed):
+                part.recompute = kind in part.remat
+        return dataclasses.replace(self, graphdef=nnx.split(module)[0])
 
     def init(self, key: jax.Array) -> Params:
         """Fresh float32 parameters, a pure function of `key`.

@@ -1,12 +1,16 @@
 """The transformer inside the UNet: self-attention, attention to the text, gated feed-forward."""
+from typing import ClassVar
+
 import jax
 from flax import nnx
 
-from instaflow_jax.models.layers import Identity, Make, attend
+from instaflow_jax.models.layers import Identity, Make, Recomputed, attend
 
 
-class Attention(nnx.Module):
+class Attention(Recomputed):
     """Multi-head attention: x [B, L, C] looks at context [B, M, D]; `to_q`, `to_k` and `to_v` have no bias."""
+
+    remat: ClassVar = ("attention",)
 
     def __init__(self, channels: int, context_features: int, heads: int, make: Make):
         self.to_q = make.linear(channels, channels, bias=False)
@@ -16,8 +20,8 @@ class Attention(nnx.Module):
         self.heads, self.implementation = heads, make.attention
 
     def __call__(self, x, context):
-        out = attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads, self.implementation)
-        return self.to_out[0](out)
+        products = self.again(lambda q, k, v: attend(q, k, v, self.heads, self.implementation))
+        return self.to_out[0](products(self.to_q(x), self.to_k(context), self.to_v(context)))
 
 
 class GEGLU(nnx.Module):
@@ -59,7 +63,7 @@ class BasicTransformerBlock(nnx.Module):
         return x + self.ff(self.norm3(x))
 
 
-class Transformer2DModel(nnx.Module):
+class Transformer2DModel(Recomputed):
     """Pixels as tokens: [B, H, W, C] with text [B, L, D] → [B, H, W, C].
 
     The projections are 1×1 convolutions in SD 1.x files and linear layers in SD 2.x files; they compute the same.
@@ -77,6 +81,9 @@ class Transformer2DModel(nnx.Module):
         self.proj_out = projection()
 
     def __call__(self, x, context):
+        return self.again(self._run)(x, context)
+
+    def _run(self, x, context):
         h = self.proj_in(self.norm(x))
         h = h.reshape(h.shape[0], -1, h.shape[-1])
         for block in self.transformer_blocks:

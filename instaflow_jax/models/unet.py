@@ -10,7 +10,7 @@ from flax import nnx
 
 from instaflow_jax.models import hub, net
 from instaflow_jax.models.blocks import Downsample2D, ResnetBlock2D, Upsample2D
-from instaflow_jax.models.layers import Make
+from instaflow_jax.models.layers import Make, Recomputed
 from instaflow_jax.models.transformer import Transformer2DModel
 
 
@@ -159,7 +159,7 @@ class UpBlock2D(nnx.Module):
         return x
 
 
-class UNet2DConditionModel(net.Model):
+class UNet2DConditionModel(Recomputed, net.Model):
     """The network of Stable Diffusion: latents, clock and text → noise, velocity or data, as it was trained."""
 
     Config: ClassVar = UNetConfig
@@ -200,4 +200,7 @@ class UNet2DConditionModel(net.Model):
         x = self.mid_block(x, time, text)
         for block in self.up_blocks:
             x = block(x, skips, time, text)
+        return self.again(self._out)(x)
+
+    def _out(self, x):
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x))).astype(jnp.float32)

@@ -9,7 +9,7 @@ from flax import nnx
 
 from instaflow_jax.models import hub, net
 from instaflow_jax.models.blocks import Downsample2D, ResnetBlock2D, Upsample2D
-from instaflow_jax.models.layers import Make, attend
+from instaflow_jax.models.layers import Make, Recomputed, attend
 
 _EPS = 1e-6  # of every GroupNorm in the autoencoder
 
@@ -50,8 +50,10 @@ class VAEConfig(net.Config):
         return 2 ** (len(self.block_out_channels) - 1)
 
 
-class VAEAttention(nnx.Module):
+class VAEAttention(Recomputed):
     """Single-headed self-attention over all positions of [B, H, W, C], added to its input."""
+
+    remat: ClassVar = ("attention", "blocks")
 
     def __init__(self, channels: int, groups: int, make: Make):
         self.group_norm = make.group_norm(channels, groups, _EPS)
@@ -61,7 +63,8 @@ class VAEAttention(nnx.Module):
 
     def __call__(self, x):
         h = self.group_norm(x).reshape(x.shape[0], -1, x.shape[-1])
-        h = attend(self.to_q(h), self.to_k(h), self.to_v(h), 1, self.implementation)
+        products = self.again(lambda q, k, v: attend(q, k, v, 1, self.implementation))
+        h = products(self.to_q(h), self.to_k(h), self.to_v(h))
         return x + self.to_out[0](h).reshape(x.shape)
 
 
@@ -124,7 +127,7 @@ class Encoder(nnx.Module):
         return self.conv_out(jax.nn.silu(self.conv_norm_out(self.mid_block(x))))
 
 
-class Decoder(nnx.Module):
+class Decoder(Recomputed):
     def __init__(self, config: VAEConfig, make: Make):
         c, groups = config.block_out_channels[::-1], config.norm_num_groups
         self.conv_in = make.conv(config.latent_channels, c[0], 3, padding=1)
@@ -139,6 +142,9 @@ class Decoder(nnx.Module):
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
+        return self.again(self._out)(x)
+
+    def _out(self, x):
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
 

@@ -29,8 +29,9 @@ def run(config: ConfigDict, workdir: str) -> None:
     pairs = straighten.need_pairs(config.pairs, Path(workdir) / config.pairs_in)
     pipe = straighten.load(config, config.start or source)
     distance, frozen = make_distance(config, pipe)
-    loss = objectives.make_distill_loss(pipe.nets["unet"], pipe.nets["text_encoder"], distance, match=config.match,
-                                        drop=config.drop, steps=straighten.CLOCK)
+    unet = pipe.nets["unet"].with_remat(config.remat.unet)
+    loss = objectives.make_distill_loss(unet, pipe.nets["text_encoder"], distance, match=config.match, drop=config.drop,
+                                        steps=straighten.CLOCK)
     straighten.fit(config, Path(workdir) / config.into, pipe, pairs, loss, frozen)
 
 
@@ -52,5 +53,5 @@ def make_distance(config: ConfigDict, pipe: pipeline.Pipeline):
     else:
         lpips, params = LPIPS.from_pretrained(pipeline.locate(config.lpips.model), "lpips")
     options = {name: config.lpips[name] for name in ("l2", "crop", "margin")}
-    return (objectives.make_lpips_distance(pipe.nets["vae"], lpips, **options),
-            {"vae": pipe.params["vae"], "lpips": params})
+    vae, lpips = pipe.nets["vae"].with_remat(config.remat.vae), lpips.with_remat(config.remat.lpips)
+    return objectives.make_lpips_distance(vae, lpips, **options), {"vae": pipe.params["vae"], "lpips": params}

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
+from instaflow_jax.infra import parallel
 from instaflow_jax.stages import training
 from instaflow_jax.stages.pretrain_recipe import Recipe
 from instaflow_jax.train.batches import ArrayBatches
@@ -34,8 +35,11 @@ def run(config: ConfigDict, workdir: str) -> None:
     state = training.train(
         config, directory, start=recipe.init, loss=recipe.loss, frozen={}, watch=watch,
         batches=ArrayBatches(recipe.arrays, batch_size=config.batch_size, seed=config.seed))
-    recipe.export(jax.device_get(state.ema), export)
-    print(f"exported the running mean of step {int(state.step)} to {export}", flush=True)
+    ema = parallel.to_host(state.ema)  # every process gathers, the first writes
+    if jax.process_index() == 0:
+        recipe.export(ema, export)
+        print(f"exported the running mean of step {int(state.step)} to {export}", flush=True)
+    parallel.barrier("export")
 
 
 def check(config: ConfigDict) -> None:

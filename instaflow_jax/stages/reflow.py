@@ -19,6 +19,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     straighten.check(config)
     pairs = straighten.need_pairs(config.pairs, Path(workdir))
     pipe = straighten.load(config, config.model)
-    loss = objectives.make_reflow_loss(pipe.nets["unet"], pipe.nets["text_encoder"], drop=config.drop,
-                                       steps=straighten.CLOCK, **config.loss)
+    unet = pipe.nets["unet"].with_remat(config.remat.unet)
+    loss = objectives.make_reflow_loss(unet, pipe.nets["text_encoder"], drop=config.drop, steps=straighten.CLOCK,
+                                       **config.loss)
     straighten.fit(config, Path(workdir) / DIRECTORY, pipe, pairs, loss, {})

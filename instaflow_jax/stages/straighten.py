@@ -13,8 +13,10 @@ from instaflow_jax.arrays import Params
 from instaflow_jax.data.pairs import PairBatches, Pairs
 from instaflow_jax.infra import images, parallel
 from instaflow_jax.models import pipeline
-from instaflow_jax.stages import generate, training
-from instaflow_jax.stages.sample import DTYPES, check_dtype
+from instaflow_jax.models.layers import REMAT
+from instaflow_jax.stages import generate, sample, training
+from instaflow_jax.stages.sample import check_dtype
+from instaflow_jax.train import warm_start
 from instaflow_jax.train.step import Loss
 
 EXPORT = "export"  # the trained flow, in diffusers layout
@@ -30,6 +32,9 @@ def check(config: ConfigDict) -> None:
     check_dtype(config)
     if not 0 <= config.drop <= 1:
         raise ValueError(f"config.drop={config.drop} must be a share of prompts in [0, 1]")
+    for name, kind in config.remat.items():
+        if kind not in REMAT:
+            raise ValueError(f"config.remat.{name}={kind!r} is not one of {', '.join(REMAT)}")
     if config.watch_every < 1:
         raise ValueError(f"config.watch_every={config.watch_every} must be 1 or more steps")
 
@@ -49,9 +54,8 @@ def need_pairs(config: ConfigDict, directory: Path) -> Pairs:
 
 
 def load(config: ConfigDict, source: str) -> pipeline.Pipeline:
-    """The pipeline to start from, computing as the config says."""
-    return pipeline.load(source, variant=config.weights_variant or None, dtype=DTYPES[config.dtype],
-                         attention=config.attention)
+    """The pipeline to start from, with the changes of weights that the config asks for, computing as it says."""
+    return sample.load(config, source)
 
 
 def fit(config: ConfigDict, directory: Path, pipe: pipeline.Pipeline, pairs: Pairs, loss: Loss,
@@ -64,18 +68,30 @@ def fit(config: ConfigDict, directory: Path, pipe: pipeline.Pipeline, pairs: Pai
                          "they were made by another teacher")
     frozen = frozen | {"text_encoder": pipe.params["text_encoder"], "null_ids": pipe.tokenizer([""])}
     state = training.train(
-        config, directory, start=pipe.params["unet"], loss=loss, frozen=frozen,
+        config, directory, start=start_from(config, pipe), loss=loss, frozen=frozen,
         batches=PairBatches(pairs, batch_size=config.batch_size, seed=config.seed), watch=make_watch(config, pipe, shape))
-    return export(pipe, jax.device_get(state.ema), directory / EXPORT)
+    ema = parallel.to_host(state.ema)  # every process gathers, the first writes
+    if jax.process_index() == 0:
+        export(pipe, ema, directory / EXPORT)
+    parallel.barrier("export")
+    return directory / EXPORT
 
 
-def export(pipe: pipeline.Pipeline, unet: Params, directory: Path) -> Path:
+def start_from(config: ConfigDict, pipe: pipeline.Pipeline) -> Params:
+    """The UNet's weights to start from; a teacher's are given a flow's sign and clock where the config asks for it."""
+    dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, "auto")
+    if isinstance(dynamics, sampling.Flow) or not config.warm_start:
+        return pipe.params["unet"]
+    print("the teacher's weights are given a flow's sign and clock (config.warm_start)", flush=True)
+    return warm_start.from_teacher(pipe.params["unet"], pipe.nets["unet"], dynamics, CLOCK)
+
+
+def export(pipe: pipeline.Pipeline, unet: Params, directory: Path) -> None:
     """The pipeline with the flow in place of its UNet; its class is the released code's, which says "flow" to `sample`."""
     flow_pipe = dataclasses.replace(pipe, params=pipe.params | {"unet": unet},
                                     index=pipe.index | {"_class_name": "RectifiedFlowPipeline"})
     pipeline.save(flow_pipe, directory)
     print(f"wrote the flow to {directory}", flush=True)
-    return directory
 
 
 def make_watch(config: ConfigDict, pipe: pipeline.Pipeline, shape: tuple[int, int, int]) -> training.Watch:
@@ -83,14 +99,12 @@ def make_watch(config: ConfigDict, pipe: pipeline.Pipeline, shape: tuple[int, in
     prompts, counts, seeds = list(config.watch.prompts), tuple(config.watch.steps), config.watch.seeds
     ids, null = jnp.asarray(np.repeat(pipe.tokenizer(prompts), seeds, 0)), jnp.asarray(pipe.tokenizer([""]))
     X0 = sampling.noise(np.tile(np.arange(seeds), len(prompts)), shape)
-    apply, dynamics = pipe.nets["unet"].apply, sampling.Flow(1, CLOCK)
-    draws = [jax.jit(sampling.make_generate(pipe.nets, sampling.make_solve(apply, dynamics, "euler", n, config.watch.alpha)))
-             for n in counts]
+    draw = jax.jit(make_draw(pipe, config.watch.alpha))
     straightness = jax.jit(make_straightness(pipe, max(counts)))
 
     def watch(ema: Params, path: Path) -> dict[str, float]:
         params = pipe.params | {"unet": ema}
-        pictures = np.stack([np.asarray(draw(params, ids, null, X0)) for draw in draws])  # [steps, prompts · seeds, …]
+        pictures = np.stack([np.asarray(draw(params, ids, null, X0, n)) for n in counts])  # [steps, prompts · seeds, …]
         rows = pictures.reshape(len(counts), len(prompts), seeds, *pictures.shape[2:]).swapaxes(0, 1)
         grid = images.grid(rows.reshape(-1, *pictures.shape[2:]), columns=len(counts) * seeds, row_labels=prompts,
                            column_labels=[f"N={n}" if i == 0 else "" for n in counts for i in range(seeds)],
@@ -99,6 +113,20 @@ def make_watch(config: ConfigDict, pipe: pipeline.Pipeline, shape: tuple[int, in
         return {"straightness": float(np.mean(straightness(params, ids, X0)))}
 
     return watch
+
+
+def make_draw(pipe: pipeline.Pipeline, alpha: float) -> Callable:
+    """`draw(params, ids, null_ids, X0, N) → uint8` pictures of the flow, one program for every N."""
+    def draw(params, ids, null_ids, X0, N):
+        def solve(unet, X0, text, null):
+            def network(Z, tau, context):
+                return pipe.nets["unet"].apply(unet, Z, tau, context)
+
+            return flow.euler_loop(flow.flow_velocity(network, text, null, alpha, CLOCK), X0, N)
+
+        return sampling.make_generate(pipe.nets, solve)(params, ids, null_ids, X0)
+
+    return draw
 
 
 def make_straightness(pipe: pipeline.Pipeline, N: int) -> Callable:

@@ -40,7 +40,8 @@ def train(config: ConfigDict, directory: Path, *, start: Params | Callable[[Key]
         state = parallel.create_sharded(lambda k: train_state.create(start(k), optimizer), mesh, init_key)
     else:
         state = parallel.create_sharded(lambda p: train_state.create(p, optimizer), mesh, parallel.shard(start, mesh))
-    step = train_step.make_train_step(loss, optimizer, ema_decay=config.ema_decay, accumulate=config.accumulate)
+    step = train_step.make_train_step(parallel.gathering(loss, mesh), optimizer, ema_decay=config.ema_decay,
+                                      accumulate=config.accumulate)
     writer = metrics.make_writer(directory, tensorboard=config.tensorboard)
     checkpoints = Checkpoints(directory / "checkpoints", **config.checkpoints)
     try:

@@ -172,8 +172,9 @@ def make_lpips_distance(vae, lpips, *, l2: float, crop: int, margin: int) -> Cal
         else:
             pieces = random_crop(key, jnp.concatenate([X1_hat, X1], axis=-1), crop + 2 * margin) if crop else (
                 jnp.concatenate([X1_hat, X1], axis=-1))
-            both = jnp.concatenate(jnp.split(pieces, 2, axis=-1))
-            ours, target = jnp.split(trim(decode(vae, frozen, both), margin * vae.config.factor if crop else 0), 2)
+            # Decoded one after the other: the target has no gradient, so its backward pass and its memory are spared.
+            ours, target = (trim(decode(vae, frozen, z), margin * vae.config.factor if crop else 0)
+                            for z in jnp.split(pieces, 2, axis=-1))
         perceptual = jnp.mean(lpips.apply(frozen["lpips"], ours, lax.stop_gradient(target)))
         latent = jnp.mean(squared(X1_hat - X1))
         return perceptual + l2 * latent, {"lpips": perceptual, "l2": latent}

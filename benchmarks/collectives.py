@@ -1,0 +1,152 @@
+"""What a compiled program sends between devices, read from its HLO text."""
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}
+_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (.*?) ([a-z][\w-]*)\((.*)$")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{\s*$")
+_CALLED = re.compile(r"(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
+_LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
+_IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One array that one instruction sends.
+
+    Attributes:
+      kind: one of KINDS.
+      dtype, shape: of the array as a device holds it after the exchange.
+      group: devices that exchange it among themselves.
+      times: how often a step runs it (micro-batches, for one in their loop).
+    """
+
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    group: int
+    times: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of the array on a device."""
+        bits = _BITS.get(self.dtype) or int(re.sub(r"\D", "", self.dtype))
+        return math.prod(self.shape) * bits // 8
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each device sends in one step, where the devices of a group stand in a ring."""
+        share = {"all-reduce": 2 * (self.group - 1) / self.group, "all-gather": (self.group - 1) / self.group,
+                 "reduce-scatter": self.group - 1, "all-to-all": (self.group - 1) / self.group,
+                 "collective-permute": 1}[self.kind]
+        return share * self.size * self.times
+
+
+def read(text: str) -> list[Collective]:
+    """The collectives of a compiled program, `compiled.as_text()`, with those inside its loops.
+
+    Raises:
+      ValueError: one of them is in a loop whose number of rounds XLA does not tell.
+    """
+    computations, entry = _split(text)
+    found: list[Collective] = []
+    _visit(computations, entry, 1, found)
+    return found
+
+
+def _split(text: str) -> tuple[dict[str, list[tuple[str, str, str]]], str]:
+    """Computation → its instructions (result, operation, the rest of the line); and which is the entry."""
+    computations, entry, current = {}, "", []
+    for line in text.splitlines():
+        if head := _COMPUTATION.match(line):
+            current = computations[head[2]] = []
+            entry = head[2] if head[1] else entry
+        elif instruction := _INSTRUCTION.match(line):
+            current.append(instruction.groups())
+    return computations, entry
+
+
+def _visit(computations: Mapping, name: str, times: int, found: list[Collective]) -> None:
+    for result, operation, rest in computations[name]:
+        kind = operation.removesuffix("-start")
+        if kind in KINDS:
+            found += [Collective(kind, *array, _group(rest), times) for array in _sent_arrays(operation, result)]
+            continue
+        called = _CALLED.findall(rest) + [n.strip(" %") for names in _BRANCHES.findall(rest) for n in names.split(",")]
+        if operation == "while":
+            trips = _TRIPS.search(rest)
+            before = len(found)
+            for inner in called:
+                _visit(computations, inner, times * int(trips[1]) if trips else times, found)
+            if len(found) > before and not trips:
+                raise ValueError(f"a loop with {found[before].kind} whose number of rounds is not known: {rest[:200]}")
+            continue
+        for inner in called:
+            _visit(computations, inner, times, found)
+
+
+def _sent_arrays(operation: str, result: str) -> list[tuple[str, tuple[int, ...]]]:
+    """Types and shapes in an instruction's result; those of a "-start" list operands first, then results."""
+    arrays = [(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _ARRAY.findall(result)]
+    if operation in ("all-gather-start", "collective-permute-start"):
+        arrays = [a for a in arrays if a != ("u32", ())]
+        return arrays[len(arrays) // 2:]
+    return arrays
+
+
+def _group(rest: str) -> int:
+    """Devices in a group; permutes go from one to another."""
+    if named := _MESH.search(rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    if iota := _IOTA.search(rest):
+        return int(iota[2])
+    listed = _LISTED.search(rest)
+    return len(listed[1].split(",")) if listed else 2
+
+
+def sent_by_kind(collectives: Iterable[Collective]) -> dict[str, float]:
+    """Bytes a device sends in a step, by kind; every kind is there."""
+    total = dict.fromkeys(KINDS, 0.0)
+    for collective in collectives:
+        total[collective.kind] += collective.sent
+    return total
+
+
+def unexpected(collectives: Iterable[Collective], sharded: Iterable[tuple[int, ...]], rounds: int) -> list[str]:
+    """The exchanges that neither data parallelism nor FSDP has a reason for, each told in a line.
+
+    Gradients and scalars are reduced; parameters that lie in shards may be gathered, twice a micro-batch (forward and
+    backward). Everything else moves activations or state.
+
+    Args:
+      sharded: whole shapes of the parameters that lie in shards; none under data parallelism.
+      rounds: micro-batches a step.
+    """
+    allowed = Counter()
+    for shape in sharded:
+        allowed[_bare(shape)] += 2 * rounds
+    told = []
+    for c in collectives:
+        line = f"{c.times} × {c.kind} of {c.dtype}{list(c.shape)} among {c.group}"
+        if c.kind == "all-gather":
+            allowed[_bare(c.shape)] -= c.times
+            if allowed[_bare(c.shape)] < 0:
+                told.append(line)
+        elif c.kind in ("all-to-all", "collective-permute"):
+            told.append(line)
+    return told
+
+
+def _bare(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape whose layout and axes of one do not matter."""
+    return tuple(sorted(n for n in shape if n != 1))

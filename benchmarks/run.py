@@ -1,0 +1,162 @@
+"""Speed and memory beside the peers, in one table.
+
+    python -m benchmarks.run --suite=cpu [--only=sd15,training] [--repeats=5] [--compile] [--out=FILE.md]
+    python -m benchmarks.run --suite=gpu
+
+Groups of the CPU suite: sd15 (full size, about 12 GB of memory), flax, gradient (full size, 18 GB), training, pairs,
+reading, compiling, start. Those of the GPU suite: image, gradient; in bfloat16 with cuDNN attention, against
+torch.compile. The table goes to stdout and to --out; what each repeat took, to stderr as it happens.
+"""
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.references import CLIP_L_TEXT, SD15_UNET, SD15_VAE
+from benchmarks.table import render
+from benchmarks.timing import Row, Side, Spec, compare
+
+CONFIGS = {"unet": SD15_UNET, "vae": SD15_VAE, "text_encoder": CLIP_L_TEXT}
+FLOPS = {"unet": 0.803e12, "vae": 2.51e12, "text_encoder": 0.013e12}  # forward, batch 1, 64×64 latents, 77 tokens
+FULL = {"configs": CONFIGS, "latent": 64}
+STEPS = 25  # of the guided teacher
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Our side, and the peers that stand against it one after the other, by name."""
+
+    ours: Spec
+    peers: dict[str, Spec]
+
+
+def spec(place: str, **options: Any) -> Spec:
+    """`spec("sd15.ours", …)` is that function of benchmarks.sd15."""
+    module, function = place.split(".")
+    return Spec(f"benchmarks.{module}", function, options)
+
+
+def cpu(compiled: bool) -> dict[str, Group]:
+    """The groups for a CPU, float32; `compiled` adds torch.compile."""
+    size = FULL | {"batches": [1], "steps": 1, "dtype": "float32"}
+    ours, peer = spec("sd15.ours", flops=FLOPS, attention="xla", **size), {"compiled": False, "device": "cpu", **size}
+    slope = {"configs": CONFIGS, "latent": 16, "batch": 1, "dtype": "float32"}
+    groups = {
+        "sd15": Group(ours, {"PyTorch eager": spec("peers.pytorch", **peer)}),
+        "flax": Group(ours, {"diffusers' Flax": spec("peers.flax", **FULL)}),
+        "gradient": Group(spec("training.gradient", attention="xla", remat="none", **slope),
+                          {"PyTorch": spec("twins.gradient", device="cpu", **slope)}),
+        "training": Group(spec("training.embedded", batch=32, devices=2), {"PyTorch": spec("twins.embedded", batch=32)}),
+        "training1": Group(spec("training.embedded", batch=32, devices=1), {"PyTorch": spec("twins.embedded", batch=32)}),
+        "pairs": Group(spec("training.generation", batch=32, devices=2), {"PyTorch": spec("twins.generation", batch=32)}),
+        "reading": Group(spec("startup.reading", ours=True, count=4096),
+                         {"TFDS' data source": spec("startup.reading", ours=False, count=4096)}),
+        "compiling": Group(spec("startup.compiling", cached=True), {"from nothing": spec("startup.compiling", cached=False)}),
+        "start": Group(spec("startup.ours", cached=False), {"PyTorch": spec("startup.theirs")}),
+        "warm": Group(spec("startup.ours", cached=True), {"PyTorch": spec("startup.theirs")}),
+    }
+    if compiled:
+        groups["sd15"].peers["torch.compile"] = spec("peers.pytorch", **peer | {"compiled": True})
+    return groups
+
+
+def gpu(compiled: bool) -> dict[str, Group]:
+    """The groups for one GPU, bfloat16: latency, throughput by batch, training by batch and remat."""
+    size = FULL | {"batches": [1, 4, 16], "steps": STEPS, "dtype": "bfloat16"}
+    peer = {"device": "cuda", **size}
+    groups = {"image": Group(spec("sd15.ours", flops=FLOPS, attention="cudnn", **size), {
+        name: spec("peers.pytorch", compiled=how, **peer) for name, how in (("torch.compile", True), ("eager", False))})}
+    for remat, batch in (("none", 4), ("none", 16), ("blocks", 16), ("blocks", 64)):
+        slope = {"configs": CONFIGS, "latent": 64, "batch": batch, "dtype": "bfloat16"}
+        groups[f"gradient, remat {remat}, batch {batch}"] = Group(
+            spec("training.gradient", attention="cudnn", remat=remat, **slope),
+            {"PyTorch": spec("twins.gradient", device="cuda", **slope)})
+    return groups
+
+
+SUITES = {"cpu": cpu, "gpu": gpu}
+
+
+def measure(name: str, group: Group, repeats: int) -> tuple[list[Row], list[str]]:
+    """A group's rows, and a line on each side that did not run."""
+    rows, failed = [], []
+    try:
+        with Side(group.ours) as ours:
+            for peer, theirs in group.peers.items():
+                found, told = against(ours, name, peer, theirs, repeats)
+                rows, failed = rows + found, failed + told
+    except EOFError:
+        failed.append(f"{name}: our side ended early")
+    return rows, failed
+
+
+def against(ours: Side, name: str, peer: str, theirs: Spec, repeats: int) -> tuple[list[Row], list[str]]:
+    """The rows of one peer, or a line that says it ended."""
+    try:
+        with Side(theirs) as side:
+            rows = compare(ours, side, peer, repeats)
+    except EOFError:
+        return [], [f"{name}: {peer} ended early"]
+    return [dataclasses.replace(row, title=label(name, row.title)) for row in rows], []
+
+
+def label(group: str, title: str) -> str:
+    """Two groups tell in their names what their titles do not."""
+    return {"training": f"{title}, 2 devices", "training1": f"{title}, 1 device"}.get(group, title)
+
+
+def choose(groups: dict[str, Group], only: str) -> dict[str, Group]:
+    """The groups whose names are listed, separated by commas; "" is all.
+
+    Raises:
+      ValueError: there is no such group.
+    """
+    wanted = only.split(",") if only else list(groups)
+    if unknown := [name for name in wanted if name not in groups]:
+        raise ValueError(f"--only={only}: {', '.join(unknown)} is not one of {', '.join(groups)}")
+    return {name: groups[name] for name in wanted}
+
+
+def teacher_image(rows: Sequence[Row]) -> str:
+    """A line that adds up the 25-step guided image from its measured parts; "" without them."""
+    parts = {(row.title, row.peer): row for row in rows}
+    peer = "PyTorch eager"
+    wanted = [("CLIP text", 1), ("1 guided teacher step", STEPS), ("VAE decoder", 1)]
+    if any((title, peer) not in parts for title, _ in wanted):
+        return ""
+    ours, theirs = (sum(n * getattr(parts[title, peer], side).median for title, n in wanted) for side in ("ours", "theirs"))
+    return (f"\nA {STEPS}-step guided image, added up from its parts (text + {STEPS} steps + decoder), not run: "
+            f"ours {ours:.0f} s, {peer} {theirs:.0f} s, ratio {theirs / ours:.2f}.\n")
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--suite", required=True, choices=list(SUITES))
+    parser.add_argument("--only", default="", help="groups, separated by commas; all without it")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="CPU: also torch.compile, which compiles for minutes")
+    parser.add_argument("--out", type=Path, help="file for the table")
+    options = parser.parse_args(arguments)
+    try:
+        groups = choose(SUITES[options.suite](options.compile), options.only)
+    except ValueError as error:
+        parser.error(str(error))
+    os.environ.update({"HF_HUB_OFFLINE": "1", "USE_TF": "0", "TRANSFORMERS_VERBOSITY": "error",
+                       "JAX_ENABLE_COMPILATION_CACHE": "false"})  # first runs compile; "compiling" and "warm" turn it on
+    if options.suite == "gpu":
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the peer needs memory too
+    rows, failed = [], []
+    for name, group in groups.items():
+        found, told = measure(name, group, options.repeats)
+        rows, failed = rows + found, failed + told
+        text = render(rows, options.suite, options.repeats) + teacher_image(rows) + "".join(f"\n{line}\n" for line in failed)
+        if options.out:
+            options.out.write_text(text)  # after each group: a run takes long, and may be stopped
+    print(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

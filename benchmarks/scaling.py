@@ -1,0 +1,183 @@
+"""Memory, work and exchanged bytes of the training steps, as XLA plans them for 8 devices, without any weights.
+
+    python -m benchmarks.scaling [--size=sd15] [--recipes reflow:sd15 distill:sd15_l2 distill:sd15_lpips]
+                                 [--fsdp 1 8 4] [--remat blocks] [--micro_batch=8]
+
+Takes the recipes of `configs/`, gives the networks their SD 1.5 (or, with --size=openmoji, their embedded) shapes,
+compiles the step that `train.loop` would run on simulated devices and prints Markdown tables. State and batch are shapes
+only, so full size needs no more memory than the compiler does. Fails if the program gathers or moves what it should not.
+
+The plan is that of XLA's CPU compiler. Arguments and outputs are the same everywhere; temporaries are not a GPU's: there
+bf16 stays bf16 (the CPU computes in float32), fused attention keeps no probabilities, libraries need workspace.
+"""
+import argparse
+import dataclasses
+import gc
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from benchmarks import collectives
+from benchmarks.references import CLIP_L_TEXT, SD15_UNET, SD15_VAE
+from instaflow_jax.arrays import Key
+from instaflow_jax.infra import parallel, speed
+from instaflow_jax.models import pipeline
+from instaflow_jax.models.clip import CLIPTextModel
+from instaflow_jax.models.lpips import LPIPS, PUBLISHED
+from instaflow_jax.models.net import Net
+from instaflow_jax.models.unet import UNet2DConditionModel
+from instaflow_jax.models.vae import AutoencoderKL
+from instaflow_jax.stages import straighten
+from instaflow_jax.train import objectives, optim
+from instaflow_jax.train import state as train_state
+from instaflow_jax.train import step as train_step
+
+DEVICES = 8
+# The CPU compiler takes the barriers of jax.checkpoint away before it plans memory, and then computes again at once what
+# was to be computed late; GPU and TPU keep them until then. So does the CPU with this.
+PLAN = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+UNRUN = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # nobody runs the machine code
+CLASSES = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel, "lpips": LPIPS}
+FULL = {"unet": SD15_UNET, "vae": SD15_VAE, "text_encoder": CLIP_L_TEXT, "lpips": PUBLISHED["vgg"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One compiled step: bytes a device, FLOP of all devices, what it sends, and what of that is unexpected."""
+
+    title: str
+    fsdp: int
+    memory: dict[str, int]
+    flops: float
+    sent: dict[str, float]
+    unexpected: list[str]
+    seconds: float
+
+
+def make_nets(size: str, dtype: str) -> dict[str, Net]:
+    """The networks by part, without weights; LPIPS computes in float32, as the stage makes it."""
+    embedded = Path(pipeline.EMBEDDED) / "openmoji"
+    raw = FULL if size == "sd15" else {name: json.loads((embedded / name / "config.json").read_text()) for name in CLASSES}
+    types = dict.fromkeys(CLASSES, jnp.dtype(dtype)) | {"lpips": jnp.dtype("float32")}
+    return {name: cls.from_config(raw[name], dtype=types[name]) for name, cls in CLASSES.items()}
+
+
+def read_recipe(name: str):
+    """The config behind `reflow:sd15` and the like."""
+    from configs import distill, reflow
+    stage, variant = name.split(":")
+    return {"reflow": reflow, "distill": distill}[stage].get_config(variant).unlock()
+
+
+def make_loss(config, nets: dict[str, Net]):
+    """The loss as the stage builds it, and the shapes of what it reads and nobody trains."""
+    unet, text = nets["unet"].with_remat(config.remat.unet), nets["text_encoder"]
+    frozen = {"text_encoder": text.shapes,
+              "null_ids": jax.ShapeDtypeStruct((1, text.config.max_position_embeddings), jnp.int32)}
+    if config.stage == "reflow":
+        return objectives.make_reflow_loss(unet, text, drop=config.drop, steps=straighten.CLOCK, **config.loss), frozen
+    distance = objectives.latent_distance
+    if config.distance == "lpips":
+        vae, lpips = nets["vae"].with_remat(config.remat.vae), nets["lpips"].with_remat(config.remat.lpips)
+        options = {name: config.lpips[name] for name in ("l2", "crop", "margin")}
+        distance = objectives.make_lpips_distance(vae, lpips, **options)
+        frozen |= {"vae": vae.shapes, "lpips": lpips.shapes}
+    return objectives.make_distill_loss(unet, text, distance, match=config.match, drop=config.drop,
+                                        steps=straighten.CLOCK), frozen
+
+
+def abstract_batch(nets: dict[str, Net], batch_size: int, mesh: Mesh):
+    """Pairs as the reader gives them: latents in float16, token ids."""
+    unet, length = nets["unet"].config, nets["text_encoder"].config.max_position_embeddings
+    latent = jax.ShapeDtypeStruct((batch_size, unet.sample_size, unet.sample_size, unet.in_channels), jnp.float16)
+    ids = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
+    return parallel.abstract_batch({"X0": latent, "X1": latent, "ids": ids}, mesh)
+
+
+def replicated(tree, mesh: Mesh):
+    """The same shapes, whole on every device."""
+    whole = parallel.replicated(mesh)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), tree)
+
+
+def abstract_key(mesh: Mesh) -> Key:
+    return replicated(jax.eval_shape(lambda: jax.random.key(0)), mesh)
+
+
+def lower(config, nets: dict[str, Net], mesh: Mesh) -> tuple[jax.stages.Lowered, train_state.TrainState]:
+    """The step that `train.loop.compile_step` would compile, and the shapes and shardings of its state."""
+    loss, frozen = make_loss(config, nets)
+    optimizer = optim.make_optimizer(optim.make_schedule(**config.schedule), **config.optim)
+    state = jax.eval_shape(lambda params: train_state.create(params, optimizer), nets["unet"].shapes)
+    state = parallel.abstract(state, mesh)
+    step = train_step.make_train_step(parallel.gathering(loss, mesh), optimizer, ema_decay=config.ema_decay,
+                                      accumulate=config.accumulate)
+    out = jax.tree.map(lambda leaf: leaf.sharding, state), parallel.replicated(mesh)
+    inputs = state, replicated(frozen, mesh), abstract_batch(nets, config.batch_size, mesh), abstract_key(mesh)
+    return jax.jit(step.update, donate_argnums=0, out_shardings=out).lower(*inputs), state
+
+
+def measure(name: str, size: str, fsdp: int, remat: str, micro_batch: int) -> Row:
+    """Compiles one recipe for all devices, cut into micro-batches of so many samples a device.
+
+    Raises:
+      ValueError: the recipe's batch cannot be cut so.
+    """
+    config, mesh = read_recipe(name), parallel.make_mesh(fsdp=fsdp)
+    config.remat.update(dict.fromkeys(config.remat, remat))
+    config.accumulate = max(1, config.batch_size // (micro_batch * mesh.size))
+    parallel.check_batch_size("batch_size", config.batch_size, mesh, config.accumulate)
+    nets, began = make_nets(size, config.dtype), time.monotonic()
+    lowered, state = lower(config, nets, mesh)
+    compiled = lowered.compile(compiler_options=PLAN | UNRUN)
+    seconds, memory, sent = time.monotonic() - began, compiled.memory_analysis(), collectives.read(compiled.as_text())
+    sharded = [leaf.shape for leaf in state.params.values() if not leaf.sharding.is_fully_replicated]
+    return Row(
+        f"{name}, {config.batch_size} as {config.accumulate} × {config.batch_size // config.accumulate}, remat {remat}", fsdp,
+        {"arguments": memory.argument_size_in_bytes, "outputs": memory.output_size_in_bytes,
+         "in place": memory.alias_size_in_bytes, "temporaries": memory.temp_size_in_bytes},
+        speed.step_flops(lowered, config.accumulate), collectives.sent_by_kind(sent),
+        collectives.unexpected(sent, sharded, config.accumulate), seconds)
+
+
+def describe(row: Row) -> str:
+    """A Markdown row: GiB a device, TFLOP a step of all devices, MiB that a device sends a step."""
+    memory = row.memory
+    total = memory["arguments"] + memory["outputs"] - memory["in place"] + memory["temporaries"]
+    layout = "data-parallel" if row.fsdp == 1 else f"FSDP {DEVICES // row.fsdp} × {row.fsdp}"
+    gib = (f"{size / 2**30:.2f}" for size in (*memory.values(), total))
+    mib = (f"{size / 2**20:,.0f}" for size in row.sent.values())
+    return f"| {row.title} | {layout} | {' | '.join(gib)} | {row.flops / 1e12:,.4g} | {' | '.join(mib)} |"
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="sd15", choices=("sd15", "openmoji"))
+    parser.add_argument("--recipes", nargs="+", default=["reflow:sd15", "distill:sd15_l2", "distill:sd15_lpips"])
+    parser.add_argument("--fsdp", nargs="+", type=int, default=[1, 8, 4], help="devices that share one copy of the state")
+    parser.add_argument("--remat", nargs="+", default=["blocks"], choices=("none", "attention", "blocks"))
+    parser.add_argument("--micro_batch", type=int, default=8, help="samples that a device takes at a time")
+    options = parser.parse_args(arguments)
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    print("| step | layout | arguments GiB | outputs GiB | in place GiB | temporaries GiB | all GiB | TFLOP a step | "
+          + " | ".join(f"{kind} MiB" for kind in collectives.KINDS) + " |\n" + "|---" * 13 + "|", flush=True)
+    told = []
+    for name, remat, fsdp in ((n, r, f) for n in options.recipes for r in options.remat for f in options.fsdp):
+        row = measure(name, options.size, fsdp, remat, options.micro_batch)
+        print(describe(row), flush=True)
+        print(f"compiled in {row.seconds:.0f} s", file=sys.stderr, flush=True)
+        told += [f"{row.title}, fsdp={fsdp}: {line}" for line in row.unexpected]
+        gc.collect()
+    if told:
+        sys.exit("error: unexpected exchanges\n" + "\n".join(told))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,94 @@
+"""Our side of inference at the size of SD 1.5 (or any other), with random weights."""
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.timing import Call, peak_memory
+from instaflow_jax import sampling
+from instaflow_jax.models.clip import CLIPTextModel
+from instaflow_jax.models.net import Net
+from instaflow_jax.models.unet import UNet2DConditionModel
+from instaflow_jax.models.vae import AutoencoderKL
+
+ALPHA = 7.5
+SCHEDULER = {  # SD 1.5's own
+    "_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
+}
+CLASSES = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+
+
+def ours(*, configs: dict[str, Any], flops: dict[str, float], latent: int, batches: list[int], steps: int, dtype: str,
+         attention: str) -> dict[str, Call]:
+    """The calls: each network, the one-step image at each batch, and the guided teacher's first steps.
+
+    Args:
+      configs: "unet", "vae" and "text_encoder", their config.json.
+      flops: of a forward pass of each, batch 1.
+      latent: latents a side.
+      steps: of the guided teacher.
+      attention: "xla" or "cudnn".
+    """
+    nets = {name: cls.from_config(configs[name], dtype=jnp.dtype(dtype), attention=attention)
+            for name, cls in CLASSES.items()}
+    params = jax.block_until_ready({name: net.init(jax.random.key(0)) for name, net in nets.items()})
+    rng = np.random.default_rng(0)
+    calls = networks(nets, params, flops, latent, rng)
+    for batch in batches:
+        calls[f"one-step image, batch {batch}"] = image(nets, params, flops, latent, batch, rng)
+    return calls | {f"{steps} guided teacher step{'s' * (steps > 1)}": teacher(nets, params, flops, latent, steps, rng)}
+
+
+def networks(nets: dict[str, Net], params, flops: dict[str, float], latent: int, rng) -> dict[str, Call]:
+    """One forward pass of each network at batch 1."""
+    config = nets["unet"].config
+    z = noise(rng, 1, latent, latent, config.in_channels)
+    text = noise(rng, 1, tokens(nets), config.cross_attention_dim)
+    encode, predict, decode = jax.jit(nets["text_encoder"].apply), jax.jit(nets["unet"].apply), jax.jit(
+        lambda p, z: nets["vae"].apply(p, z, method="decode"))
+    return {
+        "CLIP text": call(lambda: encode(params["text_encoder"], ids(nets, 1)), flops["text_encoder"]),
+        "UNet": call(lambda: predict(params["unet"], z, jnp.full((1,), 1000.0), text), flops["unet"]),
+        "VAE decoder": call(lambda: decode(params["vae"], z), flops["vae"]),
+    }
+
+
+def image(nets: dict[str, Net], params, flops: dict[str, float], latent: int, batch: int, rng) -> Call:
+    """Token ids to pixels by one Euler step, as the stage `sample` does it."""
+    solve = sampling.make_solve(nets["unet"].apply, sampling.Flow(1, 1000), "euler", 1, 1.0)
+    generate = jax.jit(sampling.make_generate(nets, solve))
+    X0 = noise(rng, batch, latent, latent, nets["unet"].config.in_channels)
+    return call(lambda: generate(params, ids(nets, batch), ids(nets, 1), X0), batch * sum(flops.values()), batch)
+
+
+def teacher(nets: dict[str, Net], params, flops: dict[str, float], latent: int, steps: int, rng) -> Call:
+    """The first steps of DPM-Solver++(2M), text and null prompt in one batch; neither text encoder nor decoder."""
+    dynamics = sampling.read_dynamics(SCHEDULER, {}, "teacher")
+    solve = jax.jit(sampling.make_solve(nets["unet"].apply, dynamics, "dpm_solver", steps, ALPHA))
+    X0 = noise(rng, 1, latent, latent, nets["unet"].config.in_channels)
+    text, null = (noise(rng, 1, tokens(nets), nets["unet"].config.cross_attention_dim) for _ in range(2))
+    return call(lambda: solve(params["unet"], X0, text, null), 2 * steps * flops["unet"])
+
+
+def call(run, flops: float, count: int = 1) -> Call:
+    return Call(lambda: jax.block_until_ready(run()), count, flops, memory)
+
+
+def memory() -> int:
+    """The device's peak where it keeps count (a GPU does, since the start of the process), else the process's."""
+    told = jax.local_devices()[0].memory_stats()
+    return told["peak_bytes_in_use"] if told else peak_memory()
+
+
+def noise(rng: np.random.Generator, *shape: int) -> jax.Array:
+    return jax.device_put(rng.standard_normal(shape, np.float32))
+
+
+def tokens(nets: dict[str, Net]) -> int:
+    return nets["text_encoder"].config.max_position_embeddings
+
+
+def ids(nets: dict[str, Net], batch: int) -> np.ndarray:
+    return np.ones((batch, tokens(nets)), np.int32)

@@ -1,0 +1,62 @@
+"""Rows as a Markdown table, under a line that names the machine and every version."""
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.timing import Row, Timing
+
+PACKAGES = ("jax", "flax", "torch", "diffusers", "transformers")
+HEAD = ("what", "ours", "peer", "the peer's", "ratio", "spread, ours / peer's", "ours, GFLOP/s", "peak GiB, ours / peer's",
+        "first run, ours / peer's")
+
+
+def machine(suite: str) -> str:
+    """The processor's name, its cores and the memory; the card's where the suite is for one."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    named = [line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    told = f"{platform.node()}, {os.cpu_count()} cores, {named[0] if named else platform.processor()}, {memory:.0f} GiB"
+    if suite == "gpu":
+        query = ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+        told += "; " + subprocess.run(query, check=True, capture_output=True, text=True).stdout.strip()
+    return told
+
+
+def versions() -> str:
+    return ", ".join([f"Python {platform.python_version()}"]
+                     + [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES])
+
+
+def render(rows: Sequence[Row], suite: str, repeats: int) -> str:
+    """The table; a ratio above 1 says that we are faster."""
+    today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    head = (f"Suite {suite}, {today}. Machine: {machine(suite)}. {versions()}.\n\nMedians of {repeats} repeats taken in turn; "
+            "ratio: the peer's median time by ours; spread: slowest minus fastest, of the median.\n\n")
+    lines = [HEAD, ["---"] * len(HEAD), *(cells(row) for row in rows)]
+    return head + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def cells(row: Row) -> list[str]:
+    """One line of the table."""
+    ours, theirs = row.ours, row.theirs
+    speed = f"{ours.flops / ours.median / 1e9:.0f}" if ours.flops else "–"
+    return [row.title, pace(ours), row.peer, pace(theirs), f"{row.ratio:.2f}", f"{ours.spread:.0%} / {theirs.spread:.0%}",
+            speed, f"{gib(ours)} / {gib(theirs)}", f"{seconds(ours.first)} / {seconds(theirs.first)}"]
+
+
+def pace(timing: Timing) -> str:
+    """The median, and how many a second where a run makes several."""
+    rate = f" ({timing.count / timing.median:.3g}/s)" if timing.count > 1 else ""
+    return seconds(timing.median) + rate
+
+
+def seconds(value: float) -> str:
+    return f"{1000 * value:.3g} ms" if value < 0.9995 else f"{value:.3g} s"
+
+
+def gib(timing: Timing) -> str:
+    return f"{timing.peak / 2**30:.2f}"

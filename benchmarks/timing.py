@@ -1,0 +1,172 @@
+"""Two sides of a comparison, each in a process of its own, timed in turn.
+
+A process a side gives each its own peak of memory and threads; taking turns lets both meet the same disturbances.
+"""
+import contextlib
+import dataclasses
+import importlib
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Self
+
+
+def peak_memory() -> int:
+    """Bytes: the most this process has held since `forget_peak`, or in its life where the system cannot forget."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def forget_peak() -> None:
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Something to time.
+
+    Attributes:
+      run: does it, and returns when it is done.
+      count: what one run makes: images, samples, pairs.
+      flops: floating-point operations of a run, 0 where nobody counted.
+      memory: bytes that the last run needed at most.
+    """
+
+    run: Callable[[], object]
+    count: int = 1
+    flops: float = 0.0
+    memory: Callable[[], int] = peak_memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """How a side is made: `function(**options)` of a module, called in the side's own process, gives its calls by title.
+
+    A name and not the function, so that one side's process never imports what the other needs.
+    """
+
+    module: str
+    function: str
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def make(self) -> dict[str, Call]:
+        return getattr(importlib.import_module(self.module), self.function)(**self.options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """One side of a row: seconds of the first run (compilation included) and of each repeat, bytes at most."""
+
+    first: float
+    seconds: tuple[float, ...]
+    peak: int
+    count: int = 1
+    flops: float = 0.0
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Slowest minus fastest repeat, as a share of the median."""
+        return (max(self.seconds) - min(self.seconds)) / self.median
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What was timed, and against whom."""
+
+    title: str
+    peer: str
+    ours: Timing
+    theirs: Timing
+
+    @property
+    def ratio(self) -> float:
+        """How many times as fast as the peer we are: its median time over ours."""
+        return self.theirs.median / self.ours.median
+
+
+class Side:
+    """A process that holds one side's models and runs a call when told to."""
+
+    def __init__(self, spec: Spec):
+        context = multiprocessing.get_context("spawn")
+        self._line, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(spec, theirs), daemon=False)
+        self._process.start()
+        theirs.close()
+        self.titles: dict[str, tuple[int, float]] = self._line.recv()
+
+    def run(self, title: str) -> tuple[float, int]:
+        """Seconds and peak bytes of one run.
+
+        Raises:
+          EOFError: the process ended.
+        """
+        self._line.send(title)
+        return self._line.recv()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._line.send(None)
+        self._process.join()
+
+
+def serve(spec: Spec, line: Connection) -> None:
+    """What a side's process does: makes its calls, then runs whichever it is sent the title of, until it is sent None."""
+    calls = spec.make()
+    line.send({title: (call.count, call.flops) for title, call in calls.items()})
+    while (title := line.recv()) is not None:
+        forget_peak()
+        began = time.perf_counter()
+        calls[title].run()
+        line.send((time.perf_counter() - began, calls[title].memory()))
+
+
+def compare(ours: Side, theirs: Side, peer: str, repeats: int) -> list[Row]:
+    """A row for each call that both sides have, `repeats` of each in turn after a first run; EOFError if a side ends."""
+    return [Row(title, peer, *take_turns((ours, theirs), title, repeats)) for title in ours.titles
+            if title in theirs.titles]
+
+
+def take_turns(sides: tuple[Side, Side], title: str, repeats: int) -> tuple[Timing, Timing]:
+    first = [side.run(title)[0] for side in sides]
+    runs = [[side.run(title) for side in sides] for _ in range(repeats)]
+    print(f"{title}: {[[round(r[0], 3) for r in pair] for pair in runs]}", file=sys.stderr, flush=True)
+    return tuple(
+        Timing(first[i], tuple(pair[i][0] for pair in runs), max(pair[i][1] for pair in runs), *side.titles[title])
+        for i, side in enumerate(sides))
+
+
+def process(arguments: list[str], environment: Mapping[str, str]) -> Call:
+    """A program started afresh in each run, its memory its own.
+
+    Raises:
+      RuntimeError: it failed; with the end of what it said.
+    """
+    peaks = []
+
+    def run():
+        with open(os.devnull, "w") as nowhere:
+            child = os.posix_spawnp(arguments[0], arguments, {**os.environ, **environment},
+                                    file_actions=[(os.POSIX_SPAWN_DUP2, nowhere.fileno(), 1)])
+            _, status, usage = os.wait4(child, 0)
+        if status:
+            raise RuntimeError(f"{' '.join(arguments)[:200]} ended with {os.waitstatus_to_exitcode(status)}")
+        peaks.append(usage.ru_maxrss * 1024)
+
+    return Call(run, memory=lambda: peaks[-1])

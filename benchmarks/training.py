@@ -1,0 +1,96 @@
+"""Our side of training: the steps of reflow and of distillation by LPIPS, the full-size gradient, and pair generation."""
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.sd15 import call
+from benchmarks.timing import Call
+from configs import distill, generate, reflow
+from instaflow_jax.arrays import Batch
+from instaflow_jax.infra import parallel, speed
+from instaflow_jax.models import pipeline
+from instaflow_jax.models.clip import CLIPTextModel
+from instaflow_jax.models.unet import UNet2DConditionModel
+from instaflow_jax.stages import generate_job, generate_program, straighten
+from instaflow_jax.stages.distill import make_distance
+from instaflow_jax.train import objectives, optim, state, step
+
+
+def pairs(batch: int, latent: tuple[int, int, int], length: int) -> Batch:
+    """Random pairs, the same for either side: latents float32 [batch, *latent], ids of a short prompt."""
+    rng = np.random.default_rng(0)
+    X0, X1 = rng.standard_normal((2, batch, *latent), np.float32)
+    return {"X0": X0, "X1": X1, "ids": rng.integers(1, 2000, (batch, length)).astype(np.int32)}
+
+
+def embedded(*, batch: int, devices: int) -> dict[str, Call]:
+    """The steps that configs/reflow.py and configs/distill.py (by LPIPS) run on the embedded model.
+
+    Args:
+      batch: of all devices together.
+      devices: that the CPU is split into.
+    """
+    jax.config.update("jax_num_cpu_devices", devices)
+    pipe = pipeline.load("openmoji", variant=None, attention="xla")
+    config = distill.get_config().unlock()
+    config.distance = "lpips"
+    distance, seen = make_distance(config, pipe)
+    unet, text = pipe.nets["unet"], pipe.nets["text_encoder"]
+    frozen = seen | {"text_encoder": pipe.params["text_encoder"], "null_ids": pipe.tokenizer([""])}
+    recipe = reflow.get_config()
+    losses = {
+        "reflow step": objectives.make_reflow_loss(unet, text, drop=recipe.drop, steps=straighten.CLOCK, **recipe.loss),
+        "LPIPS step": objectives.make_distill_loss(unet, text, distance, match=0.0, drop=0.0, steps=straighten.CLOCK),
+    }
+    data = pairs(batch, pipe.latent_shape, pipe.tokenizer.model_max_length)
+    return {f"{name}, embedded, batch {batch}": training(loss, recipe, pipe.params["unet"], frozen, data)
+            for name, loss in losses.items()}
+
+
+def training(loss, config, params, frozen, data: Batch) -> Call:
+    """Steps of `train.loop`'s own program, each from the state that the one before left."""
+    mesh = parallel.make_mesh(fsdp=1)
+    optimizer = optim.make_optimizer(optim.make_schedule(**config.schedule), **config.optim)
+    update = step.make_train_step(loss, optimizer, ema_decay=config.ema_decay, accumulate=1).update
+    now = parallel.shard(state.create(params, optimizer), mesh)
+    out = jax.tree.map(lambda leaf: leaf.sharding, now), parallel.replicated(mesh)
+    inputs = (parallel.replicate(frozen, mesh), parallel.global_batch(data, mesh),
+              parallel.replicate_key(jax.random.key(0), mesh))
+    lowered = jax.jit(update, donate_argnums=0, out_shardings=out).lower(now, *inputs)
+    compiled, held = [], [now]
+
+    def run():
+        if not compiled:
+            compiled.append(lowered.compile())
+        held[0], metrics = compiled[0](held[0], *inputs)
+        return metrics
+
+    return call(run, speed.step_flops(lowered, 1), len(data["X0"]))
+
+
+def gradient(*, configs: dict[str, Any], latent: int, batch: int, dtype: str, attention: str, remat: str) -> dict[str, Call]:
+    """Loss and gradient of reflow at full size; a whole step's state does not fit beside the peer's on a small machine."""
+    options = {"dtype": jnp.dtype(dtype), "attention": attention}
+    unet = UNet2DConditionModel.from_config(configs["unet"], **options).with_remat(remat)
+    text = CLIPTextModel.from_config(configs["text_encoder"], **options)
+    loss = objectives.make_reflow_loss(unet, text, drop=0.1, steps=straighten.CLOCK, time="uniform", penalty="squared")
+    params, length = unet.init(jax.random.key(0)), text.config.max_position_embeddings
+    frozen = {"text_encoder": text.init(jax.random.key(1)), "null_ids": np.ones((1, length), np.int32)}
+    data = pairs(batch, (latent, latent, unet.config.in_channels), length)
+    compute = jax.jit(step.make_gradient(loss))
+    flops = speed.step_flops(compute.lower(params, frozen, data, jax.random.key(2)), 1)
+    return {f"reflow gradient, {latent}×{latent} latents, batch {batch}":
+            call(lambda: compute(params, frozen, data, jax.random.key(2)), flops, batch)}
+
+
+def generation(*, batch: int, devices: int) -> dict[str, Call]:
+    """One call of the program of configs/generate.py: guided DPM-Solver++(2M), 25 steps, latents only."""
+    jax.config.update("jax_num_cpu_devices", devices)
+    config = generate.get_config().unlock()
+    config.batch, config.count = batch // devices, batch
+    sampler = generate_program.Sampler(generate_job.prepare(config))
+    data = pairs(batch, (8, 8, 4), 16)
+    X0 = data["X0"].astype(np.float16)
+    return {f"{batch} pairs, embedded": call(lambda: sampler(data["ids"], X0), 0.0, batch)}

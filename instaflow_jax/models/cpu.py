@@ -1,0 +1,127 @@
+"""What XLA's CPU compiler does slowly, computed another way there; other platforms get XLA's own operation.
+
+The choice is made from shapes, and from the platform when a program is lowered, so that a program exported for several
+keeps all. Results are equal to float32's rounding; `benchmarks/RESULTS.md` tells what each way brings.
+"""
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+_WORTH = 5e8  # FLOP from which on a convolution is worth the longer compilation, up to a quarter of a second each
+_TILES = 1024  # of 2×2 pixels that Winograd takes at a time: what it makes of them stays in the cache
+_FEW_TILES = 128  # with fewer, transforming a kernel that no cache holds costs more than it saves
+_LARGE_KERNEL = 2**19  # inputs times outputs from which on no cache holds it
+_QUERIES = 256  # that attention takes at a time,
+_LONG = 1024  # ... from so many on
+
+
+# ---------------------------------------------------------------- convolution
+
+
+def convolve(x, kernel, strides, padding, **options):
+    """`lax.conv_general_dilated` as `nnx.Conv` calls it, on [B, H, W, C] and [h, w, C, D]."""
+    plain = functools.partial(lax.conv_general_dilated, window_strides=strides, padding=padding, **options)
+    other = _other_way(x, kernel, strides, padding)
+    return lax.platform_dependent(x, kernel, cpu=other, default=plain) if other else plain(x, kernel)
+
+
+def _other_way(x, kernel, strides, padding) -> Callable | None:
+    (batch, *size, _), (inputs, outputs) = x.shape, kernel.shape[2:]
+    pixels = (batch if isinstance(batch, int) else 1) * math.prod(size)  # an exported program's batch is a symbol
+    if x.dtype != jnp.float32 or tuple(strides) != (1, 1) or 2 * pixels * kernel.size < _WORTH:
+        return None
+    if kernel.shape[:2] == (1, 1):
+        return lambda x, kernel: x @ kernel[0, 0]
+    same = kernel.shape[:2] == (3, 3) and [tuple(p) for p in padding] == [(1, 1), (1, 1)]
+    if not same or min(inputs, outputs) < 32 or size[0] % 2 or size[1] % 2:
+        return None
+    return by_columns if pixels < _FEW_TILES * 4 and inputs * outputs >= _LARGE_KERNEL else winograd
+
+
+def by_columns(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W D"]:
+    """A 3×3 convolution as one product of the nine shifted images, side by side, and the kernel."""
+    height, width = x.shape[1:3]
+    x = _framed(x)
+    columns = [x[:, i:i + height, j:j + width] for i in range(3) for j in range(3)]
+    return jnp.concatenate(columns, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def winograd(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W D"]:
+    """A 3×3 convolution of even-sized images by Winograd's F(2×2, 3×3) (arXiv 1509.09308): 4/9 of the products.
+
+    Strips of rows one after another, since what lies between their products is four times the image.
+    """
+    height, width = x.shape[1:3]
+    rows = max(1, min(height // 2, _TILES // (width // 2)))
+    while height // 2 % rows:
+        rows -= 1
+    U, x = [u for row in _kernel_parts(*kernel) for u in _kernel_parts(*row)], _framed(x)
+    strips = [x[:, i:i + 2 * rows + 2] for i in range(0, height, 2 * rows)]
+    if len(strips) == 1:
+        return _strip(strips[0], U)
+    y = lax.map(lambda strip: _strip(strip, U), jnp.stack(strips))
+    return jnp.moveaxis(y, 0, 1).reshape(x.shape[0], height, width, -1)
+
+
+def _framed(x):
+    """With a row or column of zeros on every side."""
+    return jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+
+
+def _strip(x, U):
+    """Rows [B, 2h + 2, 2w + 2, C] by the kernel's sixteen parts [C, D] → [B, 2h, 2w, D]."""
+    h, w = x.shape[1] // 2 - 1, x.shape[2] // 2 - 1
+    V = [v.reshape(-1, v.shape[-1]) for row in _image_parts(x, 1) for v in _image_parts(row, 2)]
+    M = [v @ u for v, u in zip(V, U, strict=True)]
+    rows = zip(*(_sums(*M[i:i + 4]) for i in range(0, 16, 4)), strict=True)  # by column of a tile
+    columns = [_sums(*row) for row in rows]
+    tiles = [[columns[j][i].reshape(x.shape[0], h, 1, w, 1, -1) for j in range(2)] for i in range(2)]
+    return jnp.concatenate([jnp.concatenate(row, 4) for row in tiles], 2).reshape(x.shape[0], 2 * h, 2 * w, -1)
+
+
+def _image_parts(x, axis: int):
+    """The four lines of each tile, two apart, in Winograd's basis."""
+    a, b, c, d = (lax.slice_in_dim(x, i, x.shape[axis] - 3 + i, 2, axis) for i in range(4))
+    return a - c, b + c, c - b, b - d
+
+
+def _kernel_parts(a, b, c):
+    return a, (a + b + c) / 2, (a - b + c) / 2, c
+
+
+def _sums(a, b, c, d):
+    return a + b + c, b - c - d
+
+
+# ---------------------------------------------------------------- attention
+
+
+def attention(q, k, v, plain: Callable):
+    """`plain(q, k, v)`, which is attention without a mask over [B, L, heads, D] and [B, M, heads, D]."""
+    if q.dtype != jnp.float32 or q.shape[1] < _LONG or q.shape[1] % _QUERIES:
+        return plain(q, k, v)
+    return lax.platform_dependent(q, k, v, cpu=in_pieces, default=plain)
+
+
+def in_pieces(q, k, v):
+    """Softmax(q kᵀ / √D) v, one head and `_QUERIES` queries at a time, whose scores stay in the cache."""
+    batch, length, heads, width = q.shape
+    queries = (q * width**-0.5).reshape(batch, -1, _QUERIES, heads, width)
+
+    def head(inputs):
+        queries, k, v = inputs
+
+        def piece(q):
+            scores = q @ k
+            weights = jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+            return (weights @ v) / jnp.sum(weights, axis=-1, keepdims=True)
+
+        return lax.map(jax.checkpoint(piece), queries)
+
+    out = lax.map(head, (queries.transpose(3, 1, 0, 2, 4), k.transpose(2, 0, 3, 1), v.transpose(2, 0, 1, 3)))
+    return out.transpose(2, 1, 3, 0, 4).reshape(batch, length, heads, width)

@@ -1,0 +1,93 @@
+"""The CPU's own ways to convolve and attend: equal to XLA's operations, gradients too, and left to the CPU."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import normal, relative
+from flax import nnx
+from jax import lax
+
+from instaflow_jax.models import cpu, layers
+
+SAME = ((1, 1), (1, 1))
+
+
+def plain(x, kernel):
+    return lax.conv_general_dilated(x, kernel, (1, 1), SAME, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def with_gradients(function, *inputs):
+    """Value and gradients of a function, of which every output counts differently."""
+    def loss(*inputs):
+        y = function(*inputs)
+        return jnp.sum(y * jnp.cos(jnp.arange(y.size)).reshape(y.shape)), y
+
+    (_, y), grads = jax.jit(jax.value_and_grad(loss, tuple(range(len(inputs))), has_aux=True))(*inputs)
+    return y, *grads
+
+
+@pytest.mark.parametrize("way,shape", [
+    (cpu.by_columns, (2, 3, 5, 6)), (cpu.winograd, (2, 4, 6, 5)), (cpu.winograd, (1, 12, 1024, 3)),
+], ids=["columns", "one strip", "strips"])
+def test_convolutions_equal_xlas(way, shape):
+    x, kernel = normal(0, *shape), normal(1, 3, 3, shape[-1], 4)
+    for ours, theirs in zip(with_gradients(way, x, kernel), with_gradients(plain, x, kernel), strict=True):
+        assert relative(ours, theirs) < 3e-6
+
+
+def test_winograd_takes_strips_that_fill_the_image(monkeypatch):
+    monkeypatch.setattr(cpu, "_TILES", 20)  # at most 5 rows of 4 tiles, of which 3 divide the 6 that there are
+    x, kernel = normal(0, 2, 12, 8, 3), normal(1, 3, 3, 3, 4)
+    assert relative(jax.jit(cpu.winograd)(x, kernel), plain(x, kernel)) < 3e-6
+
+
+@pytest.mark.parametrize("context", [512, 77])
+def test_attention_in_pieces_equals_attention(context):
+    q, k, v = normal(0, 2, 512, 3, 8), normal(1, 2, context, 3, 8), normal(2, 2, context, 3, 8)
+    wants = with_gradients(jax.nn.dot_product_attention, q, k, v)
+    for ours, theirs in zip(with_gradients(cpu.in_pieces, q, k, v), wants, strict=True):
+        assert relative(ours, theirs) < 3e-6
+
+
+def test_large_scores_do_not_overflow():
+    q, k, v = 100 * normal(0, 1, 256, 1, 8), 100 * normal(1, 1, 256, 1, 8), normal(2, 1, 256, 1, 8)
+    assert relative(cpu.in_pieces(q, k, v), jax.nn.dot_product_attention(q, k, v)) < 1e-4
+
+
+@pytest.mark.parametrize("x,kernel,way", [
+    ((1, 8, 8, 1280), (3, 3, 1280, 1280), "by_columns"), ((1, 64, 64, 320), (3, 3, 320, 320), "winograd"),
+    ((1, 64, 64, 640), (1, 1, 640, 320), "<lambda>"), ((16, 8, 8, 64), (3, 3, 64, 64), None),
+    ((1, 63, 64, 320), (3, 3, 320, 320), None), ((1, 512, 512, 128), (3, 3, 128, 3), None),
+], ids=["small image", "large image", "1×1", "small work", "odd", "few outputs"])
+def test_the_shape_chooses(x, kernel, way):
+    x, kernel = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (x, kernel))
+    chosen = cpu._other_way(x, kernel, (1, 1), SAME)
+    assert getattr(chosen, "__name__", None) == way
+    assert cpu._other_way(x, kernel, (2, 2), SAME) is None
+    assert cpu._other_way(x.update(dtype=jnp.bfloat16), kernel, (1, 1), SAME) is None
+
+
+def test_other_platforms_keep_their_convolution_and_attention(monkeypatch):
+    """The same function lowered for a CPU and for a GPU, which need not be here."""
+    monkeypatch.setattr(cpu, "_WORTH", 0)
+    x, kernel = jnp.ones((1, 4, 4, 32)), jnp.ones((3, 3, 32, 32))
+    traced = jax.jit(jax.grad(lambda x, k: jnp.sum(cpu.convolve(
+        x, k, (1, 1), SAME, dimension_numbers=("NHWC", "HWIO", "NHWC")) ** 2))).trace(x, kernel)
+    here, there = (traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "cuda"))
+    assert "convolution" in there and "dot_general" not in there
+    assert "convolution" not in here and "dot_general" in here
+
+    q = jnp.ones((1, 1024, 1, 8))
+    traced = jax.jit(lambda q: layers.attend(q.reshape(1, 1024, 8), q[..., 0, :], q[..., 0, :], 1, "xla")).trace(q)
+    here, there = (traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "cuda"))
+    assert "while" in here and "while" not in there
+
+
+def test_group_norm_equals_its_definition():
+    norm = layers.Make(nnx.Rngs(0)).group_norm(12, 3, 1e-3)
+    norm.scale[...], norm.bias[...] = normal(1, 12), normal(2, 12)
+    x = 3 + normal(0, 2, 5, 7, 12)
+    groups = x.astype(np.float64).reshape(2, -1, 3, 4)
+    mean, variance = groups.mean((1, 3), keepdims=True), groups.var((1, 3), keepdims=True)
+    want = ((groups - mean) / np.sqrt(variance + 1e-3)).reshape(x.shape) * norm.scale[...] + norm.bias[...]
+    assert relative(norm(x), want) < 1e-6

@@ -1,0 +1,128 @@
+"""What a program sends, read from its text: every spelling of HLO that matters, and a real step on simulated devices."""
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.collectives import KINDS, Collective, read, sent_by_kind, unexpected
+
+PROGRAM = """HloModule jit_update, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%body (carry: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %carry = (s32[], f32[8,4]{1,0}) parameter(0)
+  %part = f32[8,4]{1,0} get-tuple-element(%carry), index=1
+  %whole = bf16[32,4]{1,0} all-gather(%part), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}, use_global_device_ids=true
+  ROOT %next = (s32[], f32[8,4]{1,0}) tuple(%carry, %part)
+}
+
+%condition (carry: (s32[], f32[8,4])) -> pred[] {
+  %carry = (s32[], f32[8,4]{1,0}) parameter(0)
+  ROOT %more = pred[] constant(true)
+}
+
+ENTRY %main (p: f32[8,4]) -> f32[] {
+  %p = f32[8,4]{1,0} parameter(0), sharding={devices=[4,2]<=[8]}
+  %start = (s32[], f32[8,4]{1,0}) tuple(%p)
+  %loop = (s32[], f32[8,4]{1,0}) while(%start), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %grads = (f32[16]{0}, f32[]) all-reduce(%p, %p), channel_id=2, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  %begun = (f32[8,4]{1,0}, f32[16,4]{1,0}) all-gather-start(%p), channel_id=3, replica_groups=mesh['x'=4,'y'=2] {'y'}, dimensions={0}
+  %done = f32[16,4]{1,0} all-gather-done(%begun)
+  %piece = f32[1,4]{1,0} reduce-scatter(%p), channel_id=4, replica_groups=mesh['x'=8] {'x':(2)4}, dimensions={0}, to_apply=%add
+  %moved = (u8[8]{0}, u8[8]{0}) all-to-all(%p, %p), channel_id=5, replica_groups={{0,1},{2,3}}
+  %shifted = s32[5]{0} collective-permute(%p), channel_id=6, source_target_pairs={{0,1},{1,0}}
+  ROOT %out = f32[] get-tuple-element(%grads), index=1, metadata={op_name="all-gather(of nothing)"}
+}
+"""
+
+
+def test_every_spelling_is_read():
+    assert sorted(read(PROGRAM), key=lambda c: (c.kind, c.shape)) == [
+        Collective("all-gather", "f32", (16, 4), 2, 1), Collective("all-gather", "bf16", (32, 4), 4, 3),
+        Collective("all-reduce", "f32", (), 8, 1), Collective("all-reduce", "f32", (16,), 8, 1),
+        Collective("all-to-all", "u8", (8,), 2, 1), Collective("all-to-all", "u8", (8,), 2, 1),
+        Collective("collective-permute", "s32", (5,), 2, 1), Collective("reduce-scatter", "f32", (1, 4), 4, 1)]
+
+
+def test_bytes_of_each_kind():
+    assert sent_by_kind(read(PROGRAM)) == {
+        "all-reduce": 2 * 7 / 8 * (64 + 4), "all-gather": 3 * 3 / 4 * 256 + 1 / 2 * 256, "reduce-scatter": 3 * 16,
+        "all-to-all": 2 * 1 / 2 * 8, "collective-permute": 20}
+
+
+def test_a_loop_of_unknown_length_that_sends_is_refused():
+    with pytest.raises(ValueError, match="a loop with all-gather whose number of rounds is not known"):
+        read(PROGRAM.replace('"known_trip_count"', '"unknown"'))
+
+
+def test_only_parameters_may_be_gathered_and_twice_a_round():
+    def gather(shape, times):
+        return Collective("all-gather", "f32", shape, 8, times)
+
+    kernels = [(3, 3, 64, 128), (1, 1, 64, 64)]
+    fine = [gather((128, 3, 3, 64), 4), gather((64, 64), 2), Collective("all-reduce", "f32", (64, 64, 64, 320), 8, 9)]
+    assert not unexpected(fine, kernels, rounds=2)
+    assert unexpected([*fine, gather((3, 3, 64, 128), 1)], kernels, rounds=2) == [
+        "1 × all-gather of f32[3, 3, 64, 128] among 8"]
+    assert unexpected([gather((64, 64, 64, 320), 1)], kernels, rounds=2)
+    assert unexpected([gather((64, 64), 1)], [], rounds=1)  # data parallelism gathers nothing
+    for kind in KINDS[3:]:
+        assert unexpected([Collective(kind, "f32", (64, 64), 8, 1)], kernels, rounds=2)
+
+
+SCRIPT = """
+import json, sys
+import jax
+import toy_training as toy
+from benchmarks import collectives
+from instaflow_jax.infra import parallel
+from instaflow_jax.train import state, step
+
+def advance(fsdp, accumulate):
+    mesh = parallel.make_mesh(fsdp=fsdp)
+    update = step.make_train_step(parallel.gathering(toy.quiet_loss, mesh), toy.optimizer(), ema_decay=0.9,
+                                  accumulate=accumulate).update
+    now, frozen = toy.new_state(mesh), parallel.replicate(toy.frozen(), mesh)
+    batch, key = parallel.global_batch(next(toy.source()), mesh), parallel.replicate_key(jax.random.key(1), mesh)
+    out = jax.tree.map(lambda leaf: leaf.sharding, now), parallel.replicated(mesh)
+    compiled = jax.jit(update, donate_argnums=0, out_shardings=out).lower(now, frozen, batch, key).compile()
+    sharded = [p.shape for p in now.params.values() if not p.sharding.is_fully_replicated]
+    sent = collectives.read(compiled.as_text())
+    found = {"sent": collectives.sent_by_kind(sent), "unexpected": collectives.unexpected(sent, sharded, accumulate)}
+    return found | {"norm": float(compiled(now, frozen, batch, key)[1]["grad_norm"]), "sharded": sharded}
+
+print(json.dumps([advance(1, 1), advance(8, 1), advance(4, 2)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def steps():
+    """The toy step on 8 devices: data-parallel, FSDP 8, and FSDP 2 × 4 in two micro-batches."""
+    here = Path(__file__).parent
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": f"{here}:{here.parent}"}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, cwd=here.parent, check=True, stdout=subprocess.PIPE)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_sharded_steps_send_what_their_shapes_say(steps):
+    parameters, kernels = 4 * (2 * 128 * 256 + 256), 4 * 2 * 128 * 256
+    data_parallel, fsdp, cut = (step["sent"] for step in steps)
+    assert data_parallel["all-reduce"] == pytest.approx(2 * 7 / 8 * parameters, rel=1e-2)  # and a few scalars
+    assert data_parallel["all-gather"] == 0
+    assert 4 * sum(map(math.prod, steps[1]["sharded"])) == kernels
+    assert fsdp["all-gather"] == pytest.approx(7 / 8 * kernels)
+    assert cut["all-gather"] in (pytest.approx(3 / 4 * kernels), pytest.approx(2 * 3 / 4 * kernels))  # out of the loop, or in
+
+
+def test_sharded_steps_send_nothing_else_and_agree(steps):
+    assert [step["unexpected"] for step in steps] == [[], [], []]
+    assert [step["norm"] for step in steps] == pytest.approx([steps[0]["norm"]] * 3, rel=1e-5)
