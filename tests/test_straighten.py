@@ -1,4 +1,5 @@
 """Stages `reflow` and `distill` on a tiny random model: each makes what it lacks, resumes, and writes a flow that samples."""
+import dataclasses
 import itertools
 import json
 import runpy
@@ -157,3 +158,21 @@ def test_pairs_of_another_teacher_are_refused(run, teacher):
     pipe.nets["unet"] = other
     with pytest.raises(ValueError, match="made by another teacher"):
         straighten.fit(config, run / "x", pipe, straighten.need_pairs(config.pairs, run), None, {})
+
+
+def test_a_flow_of_the_other_sign_is_refused_as_a_start(teacher):
+    pipe = pipeline.load(str(teacher), variant=None, attention="xla")
+    stock = dataclasses.replace(pipe, scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler"})
+    with pytest.raises(ValueError, match="predicts -1 of X1 − X0 .* convention=released"):
+        straighten.start_from(read("reflow"), stock)
+
+
+def test_a_warm_start_changes_sign_and_clock_of_a_teacher_alone(teacher):
+    pipe = pipeline.load(str(teacher), variant=None, attention="xla")
+    flow_pipe = dataclasses.replace(pipe, index=pipe.index | {"_class_name": "RectifiedFlowPipeline"})
+    config = read("reflow")
+    assert straighten.start_from(config, flow_pipe) is pipe.params["unet"]
+    started = straighten.start_from(config, pipe)
+    np.testing.assert_array_equal(started["conv_out.kernel"], -np.asarray(pipe.params["unet"]["conv_out.kernel"]))
+    config.warm_start = False
+    assert straighten.start_from(config, pipe) is pipe.params["unet"]

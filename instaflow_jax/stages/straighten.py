@@ -78,8 +78,16 @@ def fit(config: ConfigDict, directory: Path, pipe: pipeline.Pipeline, pairs: Pai
 
 
 def start_from(config: ConfigDict, pipe: pipeline.Pipeline) -> Params:
-    """The UNet's weights to start from; a teacher's are given a flow's sign and clock where the config asks for it."""
+    """The UNet's weights to start from; a teacher's are given a flow's sign and clock where the config asks for it.
+
+    Raises:
+      ValueError: a flow of another sign or clock than this trains.
+    """
     dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, "auto")
+    if isinstance(dynamics, sampling.Flow) and dynamics != sampling.Flow(1, CLOCK):
+        raise ValueError(f"the flow to start from predicts {dynamics.factor:g} of X1 − X0 by a clock of {dynamics.steps}, but "
+                         f"the sign here is +1 and the clock {CLOCK}: write it anew with configs/export.py, "
+                         "--config.formats=\"('diffusers',)\" --config.convention=released")
     if isinstance(dynamics, sampling.Flow) or not config.warm_start:
         return pipe.params["unet"]
     print("the teacher's weights are given a flow's sign and clock (config.warm_start)", flush=True)
