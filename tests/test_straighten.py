@@ -163,7 +163,7 @@ def test_pairs_of_another_teacher_are_refused(run, teacher):
 def test_a_flow_of_the_other_sign_is_refused_as_a_start(teacher):
     pipe = pipeline.load(str(teacher), variant=None, attention="xla")
     stock = dataclasses.replace(pipe, scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler"})
-    with pytest.raises(ValueError, match="predicts -1 of X1 − X0 .* convention=released"):
+    with pytest.raises(ValueError, match="predicts -1 of X1 − X0 .*convention=released"):
         straighten.start_from(read("reflow"), stock)
 
 
