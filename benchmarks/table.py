@@ -3,6 +3,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import statistics
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from benchmarks.timing import Row, Timing
 
 PACKAGES = ("jax", "flax", "torch", "diffusers", "transformers")
-HEAD = ("what", "ours", "peer", "the peer's", "ratio", "spread, ours / peer's", "ours, GFLOP/s", "peak GiB, ours / peer's",
+HEAD = ("what", "ours", "peer", "the peer's", "ratio", "core seconds, ours / peer's", "spread, ours / peer's", "ours, GFLOP/s", "peak GiB, ours / peer's",
         "first run, ours / peer's")
 
 
@@ -35,7 +36,7 @@ def render(rows: Sequence[Row], suite: str, repeats: int) -> str:
     """The table; a ratio above 1 says that we are faster."""
     today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     head = (f"Suite {suite}, {today}. Machine: {machine(suite)}. {versions()}.\n\nMedians of {repeats} repeats taken in turn; "
-            "ratio: the peer's median time by ours; spread: slowest minus fastest, of the median.\n\n")
+            "ratio: the peer's median time by ours; core seconds: what\nall cores together spent, and their ratio; spread: slowest minus fastest, of the median.\n\n")
     lines = [HEAD, ["---"] * len(HEAD), *(cells(row) for row in rows)]
     return head + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
@@ -44,7 +45,7 @@ def cells(row: Row) -> list[str]:
     """One line of the table."""
     ours, theirs = row.ours, row.theirs
     speed = f"{ours.flops / ours.median / 1e9:.0f}" if ours.flops else "–"
-    return [row.title, pace(ours), row.peer, pace(theirs), f"{row.ratio:.2f}", f"{ours.spread:.0%} / {theirs.spread:.0%}",
+    return [row.title, pace(ours), row.peer, pace(theirs), f"{row.ratio:.2f}", work(row), f"{ours.spread:.0%} / {theirs.spread:.0%}",
             speed, f"{gib(ours)} / {gib(theirs)}", f"{seconds(ours.first)} / {seconds(theirs.first)}"]
 
 
@@ -52,6 +53,12 @@ def pace(timing: Timing) -> str:
     """The median, and how many a second where a run makes several."""
     rate = f" ({timing.count / timing.median:.3g}/s)" if timing.count > 1 else ""
     return seconds(timing.median) + rate
+
+
+def work(row: Row) -> str:
+    """Medians of what all cores together spent, and their ratio."""
+    ours, theirs = (statistics.median(side.core_seconds) for side in (row.ours, row.theirs))
+    return f"{ours:.3g} / {theirs:.3g} ({theirs / ours:.2f})"
 
 
 def seconds(value: float) -> str:

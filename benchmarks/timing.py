@@ -64,10 +64,11 @@ class Spec:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """One side of a row: seconds of the first run (compilation included) and of each repeat, bytes at most."""
+    """One side of a row: seconds of the first run (compilation included), wall and core seconds of each repeat, bytes at most."""
 
     first: float
     seconds: tuple[float, ...]
+    core_seconds: tuple[float, ...]
     peak: int
     count: int = 1
     flops: float = 0.0
@@ -108,8 +109,8 @@ class Side:
         theirs.close()
         self.titles: dict[str, tuple[int, float]] = self._line.recv()
 
-    def run(self, title: str) -> tuple[float, int]:
-        """Seconds and peak bytes of one run.
+    def run(self, title: str) -> tuple[float, float, int]:
+        """Wall seconds, core seconds and peak bytes of one run.
 
         Raises:
           EOFError: the process ended.
@@ -132,9 +133,9 @@ def serve(spec: Spec, line: Connection) -> None:
     line.send({title: (call.count, call.flops) for title, call in calls.items()})
     while (title := line.recv()) is not None:
         forget_peak()
-        began = time.perf_counter()
+        began, cores = time.perf_counter(), core_seconds()
         calls[title].run()
-        line.send((time.perf_counter() - began, calls[title].memory()))
+        line.send((time.perf_counter() - began, core_seconds() - cores, calls[title].memory()))
 
 
 def compare(ours: Side, theirs: Side, peer: str, repeats: int) -> list[Row]:
@@ -146,10 +147,16 @@ def compare(ours: Side, theirs: Side, peer: str, repeats: int) -> list[Row]:
 def take_turns(sides: tuple[Side, Side], title: str, repeats: int) -> tuple[Timing, Timing]:
     first = [side.run(title)[0] for side in sides]
     runs = [[side.run(title) for side in sides] for _ in range(repeats)]
-    print(f"{title}: {[[round(r[0], 3) for r in pair] for pair in runs]}", file=sys.stderr, flush=True)
+    print(f"{title}: {[[(round(r[0], 3), round(r[1], 3)) for r in pair] for pair in runs]}", file=sys.stderr, flush=True)
     return tuple(
-        Timing(first[i], tuple(pair[i][0] for pair in runs), max(pair[i][1] for pair in runs), *side.titles[title])
+        Timing(first[i], *(tuple(pair[i][j] for pair in runs) for j in (0, 1)), max(pair[i][2] for pair in runs),
+               *side.titles[title])
         for i, side in enumerate(sides))
+
+
+def core_seconds() -> float:
+    """What all threads of this process and its finished children have used: on a shared machine steadier than the clock."""
+    return sum(used.ru_utime + used.ru_stime for used in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
 
 
 def process(arguments: list[str], environment: Mapping[str, str]) -> Call:

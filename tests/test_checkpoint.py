@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import resource
 
@@ -140,19 +141,24 @@ def test_the_state_may_be_donated_while_it_is_being_written(tmp_path, mesh):
         np.testing.assert_array_equal(values, saved[name], err_msg=name)
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk():
-    """No file may grow beyond 20 kB from here on, which the system reports as it does a full disk."""
+    """No file may grow beyond 20 kB in here, which the system reports as it does a full disk.
+
+    Nor may pytest's own output, if it goes to a file: hence as short as can be.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_is_one_error_and_older_checkpoints_stay_good(tmp_path, mesh, full_disk):
+def test_a_full_disk_is_one_error_and_older_checkpoints_stay_good(tmp_path, mesh):
     save(tmp_path, [3, 6])
     checkpoints = Checkpoints(tmp_path, keep_last=1, keep_every=0)
-    full_disk()
-    with pytest.raises(OSError, match=r"could not be written.*steps \[3, 6\] are whole"):
+    with full_disk(), pytest.raises(OSError, match=r"could not be written.*steps \[3, 6\] are whole"):
         checkpoints.save(9, some_state(), {}, {})
         checkpoints.wait()
     assert checkpoint.whole_steps(tmp_path) == [3, 6]
