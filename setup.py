@@ -55,6 +55,7 @@ setup(
             "playwright",
             "pyarrow",
             "pytest",
+            "pytest-xdist",
             "pytorch-fid==0.3.0",
             "resvg-py==0.5.*",
             "scipy",
