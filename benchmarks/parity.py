@@ -127,7 +127,7 @@ NETWORKS = {"unet": unet, "vae": vae, "encoder": encoder, "clip": clip}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("networks", nargs="*", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--latent", type=int, default=64, help="latents a side; 64 makes 512 pixels")
     parser.add_argument("--flax", action="store_true", help="also run the old Flax classes on the same weights")
     options = parser.parse_args()

@@ -160,7 +160,7 @@ def test_eight_devices_and_two_processes_make_the_same_bytes(made, teacher, tmp_
     assert data(tmp_path / "pairs") == data(made)
 
 
-def test_killed_again_and_again_it_ends_with_the_same_bytes(made, teacher, tmp_path, cache):
+def test_killed_again_and_again_it_ends_with_the_same_bytes(teacher, tmp_path, cache):
     """Once while a shard is being written, then once after some shards; the last run finds the rest."""
     directory = tmp_path / "pairs"
     for finished in (0, 2):
@@ -168,8 +168,9 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(made, teacher, tmp_p
         kill_when(run, directory, finished)
     notes = {path: path.stat().st_mtime_ns for path in directory.glob("*.json") if "train" in path.name}
     assert len(notes) < 5
-    main.run(configured(teacher), str(tmp_path))
-    assert data(directory) == data(made)
+    for workdir in (tmp_path, tmp_path / "unbroken"):
+        main.run(configured(teacher, batch=1), str(workdir))
+    assert data(directory) == data(tmp_path / "unbroken" / "pairs")
     assert {path: path.stat().st_mtime_ns for path in notes} == notes
     assert not list(directory.glob(".*"))
 

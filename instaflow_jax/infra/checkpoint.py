@@ -7,6 +7,7 @@ broken off is not seen.
 
 import contextlib
 import logging
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,8 @@ class Checkpoints:
         self._directory = Path(directory).absolute()
         policies = ocp.checkpoint_managers
         keep = [policies.LatestN(keep_last)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(keep), cleanup_tmp_directories=True
-        )
+        _clear_broken_off(self._directory)
+        options = ocp.CheckpointManagerOptions(preservation_policy=policies.AnyPreservationPolicy(keep))
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def latest(self) -> int | None:
@@ -106,6 +106,14 @@ class Checkpoints:
                 f"{whole_steps(self._directory)} are whole. Free some space and run again: training goes on from "
                 f"the newest. The system said: {str(error).split(' [')[0]}"
             ) from None
+
+
+def _clear_broken_off(directory: Path) -> None:
+    """Removes what a kill left half-written. (Orbax would, but in the background, where it can meet the next save.)"""
+    if jax.process_index() == 0:
+        for left in directory.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(left)
+    parallel.barrier("broken-off checkpoints cleared")
 
 
 def _worth_telling(record: logging.LogRecord) -> bool:
