@@ -112,7 +112,7 @@ def _clear_broken_off(directory: Path) -> None:
     """Removes what a kill left half-written. (Orbax would, but in the background, where it can meet the next save.)"""
     if jax.process_index() == 0:
         for left in directory.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(left)
+            shutil.rmtree(left, ignore_errors=True)  # its writer may not have died yet
     parallel.barrier("broken-off checkpoints cleared")
 
 
