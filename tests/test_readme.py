@@ -16,12 +16,16 @@ FENCES = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 MAIN = ["python", "-m", "instaflow_jax.main"]
 
 
+def commands_of(text: str, begin: list[str]) -> list[list[str]]:
+    """Words of the commands in a shell block that begin so, comments cut off."""
+    lines = [shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines()]
+    return [words for words in lines if words[:len(begin)] == begin]
+
+
 def commands(*begin: str) -> list[list[str]]:
-    """Words of the commands that begin so, in shell blocks (comments cut off) and in running text, each once."""
-    lines = [line for language, text in FENCES if language == "bash" for line in text.replace("\\\n", " ").splitlines()]
-    lines += re.findall(r"`(python -m [^`\n]+)`", README)
-    words = [shlex.split(line, comments=True) for line in lines]
-    return [list(kept) for kept in dict.fromkeys(tuple(line) for line in words if line[:len(begin)] == list(begin))]
+    """Words of the commands that begin so, in shell blocks and in running text, each once."""
+    text = "\n".join([text for language, text in FENCES if language == "bash"] + re.findall(r"`(python -m [^`\n]+)`", README))
+    return [list(words) for words in dict.fromkeys(tuple(words) for words in commands_of(text, list(begin)))]
 
 
 def parse(words: list[str], monkeypatch):

@@ -1,0 +1,136 @@
+"""README's commands, run as they stand: every shell block from its first line to its last, in one folder, on tiny networks.
+
+What is changed is what a reader would fill in (DIR, FILE, a hub id, COCO), and numbers: steps, pictures, channels.
+"""
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import safetensors.torch
+from conftest import references
+from test_coco import COUNT, folder, models, small_inception  # noqa: F401 (fixtures)
+from test_evaluate import make_tiny, no_drawing  # noqa: F401 (a fixture)
+from test_evaluate import shrink as shrink_evaluate
+from test_ldm import to_ldm
+from test_pretrain import shrunk
+from test_readme import FENCES, MAIN, commands_of, parse
+from test_serve import free_port
+from test_straighten import shrink as shrink_training
+from tiny_diffusion import make_directory
+
+from instaflow_jax import main
+from instaflow_jax.evals import features
+from instaflow_jax.stages import evaluate_coco_measure
+
+BLOCKS = [text for language, text in FENCES if language == "bash" and commands_of(text, MAIN)]
+
+
+# What a stage is run for, in its workdir.
+PRODUCTS = {
+    "sample": ("sample/*.png",), "generate": ("pairs/*.array_record*", "pairs/preview.png"),
+    "reflow": ("reflow/export/unet/*.safetensors",), "distill": ("distill/export/unet/*.safetensors",),
+    "evaluate": ("evaluate/table.md", "evaluate/grid.png"), "evaluate_coco": ("evaluate/coco/results.md",),
+    "export": ("export/orbax", "export/diffusers", "export/stablehlo/draw.py", "export/msgpack", "export/README.md"),
+    "serve": (), "demo": ("report.html",), "pretrain": ("export/unet/*.safetensors",),
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, folder, models):  # noqa: F811
+    """Everything that a reader of the README brings: models of random weights, files of prompts, COCO."""
+    references()
+    root = tmp_path_factory.mktemp("world")
+    pipe = make_directory(root / "sd", "sd1")
+    safetensors.torch.save_file(to_ldm(pipe, "sd1"), root / "sd.safetensors")
+    make_directory(root / "custom", "sd1", seed=11)
+    weight = pipe.unet.get_submodule("mid_block.resnets.0.conv1").weight
+    for i, name in enumerate(("FILE", "FILE2")):
+        down, up = np.random.default_rng(i).normal(size=(2, 2, 144)).astype(np.float32)
+        safetensors.numpy.save_file({
+            "lora_unet_mid_block_resnets_0_conv1.lora_down.weight": down.reshape(2, *weight.shape[1:]),
+            "lora_unet_mid_block_resnets_0_conv1.lora_up.weight": up[:, :16].T.reshape(16, 2, 1, 1).copy()},
+            root / f"{name}.safetensors")
+    (root / "prompts.txt").write_text("red apple\nhouse\n")
+    shutil.copytree(folder / "val", root / "COCO" / "val2017")
+    (root / "COCO" / "annotations").mkdir()
+    shutil.copy(folder / "annotations" / "captions_val.json", root / "COCO" / "annotations" / "captions_val2017.json")
+    (root / "pt_inception-2015-12-05-6726825d.pth").touch()
+    return SimpleNamespace(root=root, sd=root / "sd", emoji=make_tiny(root / "emoji"), clip=models / "clip")
+
+
+def filled_in(words, world, workdir):
+    """The command with the reader's own folders and files in it; hub ids are directories too."""
+    mine = {"DIR_OR_HUB_ID": world.sd, "FILE.safetensors": world.root / "sd.safetensors", "DIR": workdir,
+            "prompts.txt": world.root / "prompts.txt", "COCO/": f"{world.root}/COCO/", "FILE=": f"{world.root}/FILE.safetensors=",
+            "FILE2=": f"{world.root}/FILE2.safetensors=", "pt_inception": f"{world.root}/pt_inception"}
+    if any(word.startswith("--config.delta.custom=") for word in words):
+        mine["DIR"] = world.root / "custom"
+
+    def fill(word):
+        for name, own in mine.items():  # DIR_OR_HUB_ID comes before DIR
+            for before in "=|'":
+                word = word.replace(f"{before}{name}", f"{before}{own}")
+        return word
+
+    return [fill(word) for word in words]
+
+
+def smaller(config, world):
+    """What takes minutes, made to take seconds."""
+    tiny = str(world.emoji)
+    if config.stage == "sample":
+        config.seeds = (0,)
+        if "/" in config.model and not Path(config.model).exists():
+            config.model = str(world.sd)  # what the hub would give
+        if config.delta.custom:
+            config.delta.origin = str(world.sd)
+    if config.stage in ("reflow", "distill"):
+        smaller_training(config, tiny)
+    if config.stage == "distill":
+        smaller_training(config.reflow, tiny)
+    if config.stage == "generate":
+        config.update({"model": tiny, "count": 8, "shard_size": 8, "batch": 4, "N": 2, "preview": 1})
+    if config.stage == "evaluate":
+        shrink_evaluate(config, tiny)
+    if config.stage == "demo":
+        for name in ("reflow", "distill", "direct"):
+            smaller_training(config[name], tiny)
+        shrink_evaluate(config.evaluate, tiny)
+    if config.stage == "evaluate_coco":
+        config.update({"model": str(world.sd), "clip": str(world.clip), "size": 16, "batch": 4})
+        config.data.count = COUNT
+    if config.stage == "serve":
+        config.update({"teacher": tiny, "teacher_N": 2, "port": free_port(), "steps": (1,)})
+    if config.stage == "pretrain":
+        config.update(shrunk("diffusion"))
+        config.loop.steps = 2
+
+
+def smaller_training(config, tiny):
+    shrink_training(config, tiny).loop.update({"steps": 2, "save_every": 2})
+    if config.model == "openmoji":
+        config.model = tiny
+
+
+@pytest.fixture
+def quick(monkeypatch, no_drawing):  # noqa: F811
+    """Inception in six numbers, and a page that closes when it would wait."""
+    from gradio import Blocks
+    monkeypatch.setattr(features, "load_inception", small_inception)
+    monkeypatch.setattr(evaluate_coco_measure, "sha256_of_params", lambda weights: "of the six numbers")
+    monkeypatch.setattr(Blocks, "block_thread", lambda page: page.close())
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: commands_of(block, MAIN)[0][3])
+def test_every_line_of_a_block_runs(block, world, quick, tmp_path, monkeypatch):
+    for words in commands_of(block, MAIN):
+        command = filled_in(words, world, tmp_path)
+        config = parse(command, monkeypatch)
+        smaller(config, world)
+        monkeypatch.chdir(tmp_path)
+        workdir = next((word.partition("=")[2] for word in command if word.startswith("--workdir=")), str(tmp_path / "runs"))
+        main.run(config, workdir)
+        for product in PRODUCTS[config.stage]:
+            assert list(Path(workdir).glob(product)), f"{' '.join(words)} made no {product}"
