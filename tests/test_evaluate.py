@@ -121,7 +121,7 @@ def test_it_writes_table_numbers_and_pictures(run):
     assert list(rows) == [("real", 0), ("decoded", 0), ("teacher", 3), ("teacher", 1), ("reflow", 2), ("reflow", 1),
                           ("distill", 1)]
     for (model, N), row in rows.items():
-        keys = ["fd_emoji", "fd_teacher", "clip_score", "found", "kid", "precision", "recall"]
+        keys = ["fd_emoji", "fd_kinds", "fd_teacher", "clip_score", "found", "kid", "precision", "recall"]
         assert all(np.isfinite(row[key]) for key in keys + (["seconds", "fd_latents"] if N else [])), row
         assert ("S" in row) == ((model, N) in (("teacher", 3), ("reflow", 2), ("distill", 1)))
     assert rows["real", 0]["found"] == 1.0

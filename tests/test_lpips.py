@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from conftest import normal, randomize, references, relative
 
-from instaflow_jax.models import port
+import configs.distill
+from instaflow_jax.models import pipeline, port
 from instaflow_jax.models.lpips import LPIPS, PUBLISHED, VGGClassifier
+from instaflow_jax.stages.distill import make_distance
 
 HEADS = Path(importlib.util.find_spec("lpips").origin).parent / "weights" / "v0.1"
 
@@ -56,6 +58,25 @@ def test_distance_and_gradient_equal_the_package(pair):
     assert relative(distance, single) < 1e-5 and relative(distance, exact) < 1e-5
     assert relative(gradient, exact_gradient) < max(1e-4, relative(single_gradient, exact_gradient))
     assert exact.min() > 0
+
+
+def test_bfloat16_products_come_close_and_pairs_that_agree_stay_at_zero():
+    """What distillation in bfloat16 looks through (`stages.distill.make_distance` takes the recipe's type)."""
+    config = configs.distill.get_config().unlock()
+    config.update({"distance": "lpips", "dtype": "bfloat16"})
+    single, half = (LPIPS.from_pretrained(pipeline.locate("openmoji"), "lpips", dtype=t) for t in (np.float32, "bfloat16"))
+    a, b = (np.tanh(normal(i, 4, 32, 32, 3)) for i in (0, 1))
+    values, gradients = zip(*(jax.jit(jax.value_and_grad(lambda x, net=net, params=params: net.apply(params, x, b).sum()))(a)
+                              for net, params in (single, half)), strict=True)
+    assert relative(values[1], values[0]) < 0.01 and relative(gradients[1], gradients[0]) < 0.1
+    assert gradients[1].dtype == np.float32 and float(abs(half[0].apply(half[1], a, a)).max()) == 0
+    pipe = pipeline.load("openmoji", variant=None, attention="xla", dtype=jax.numpy.bfloat16)
+    distance, frozen = make_distance(config, pipe)
+    text = str(jax.make_jaxpr(distance)(frozen, normal(2, 1, 8, 8, 4), {"X1": normal(3, 1, 8, 8, 4)}, jax.random.key(0)))
+    convolutions = [line.split(" = ")[0] for line in text.splitlines() if "conv_general_dilated[" in line]
+    heads = [line for line in convolutions if line.endswith(",1]")]  # they weigh float32 differences of features
+    assert len(heads) == 4 and len(convolutions) > 40
+    assert all((":f32[" in line) == (line in heads) for line in convolutions), convolutions
 
 
 def test_small_trunks_go_through_the_disk_and_share_their_classifier(tmp_path):

@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 
 from instaflow_jax.models import pipeline
 from instaflow_jax.models.lpips import LPIPS
-from instaflow_jax.stages import reflow, straighten
+from instaflow_jax.stages import reflow, sample, straighten
 from instaflow_jax.train import objectives
 
 DISTANCES = ("l2", "lpips")
@@ -48,10 +48,11 @@ def make_distance(config: ConfigDict, pipe: pipeline.Pipeline):
     """The distance of Eq. 6 and the frozen weights that it looks through."""
     if config.distance == "l2":
         return objectives.latent_distance, {}
+    dtype = sample.DTYPES[config.dtype]  # of the trunk's products; its features are compared in float32
     if config.lpips.trunk:
-        lpips, params = LPIPS.from_files(config.lpips.trunk, config.lpips.heads, net=config.lpips.net)
+        lpips, params = LPIPS.from_files(config.lpips.trunk, config.lpips.heads, net=config.lpips.net, dtype=dtype)
     else:
-        lpips, params = LPIPS.from_pretrained(pipeline.locate(config.lpips.model), "lpips")
+        lpips, params = LPIPS.from_pretrained(pipeline.locate(config.lpips.model), "lpips", dtype=dtype)
     options = {name: config.lpips[name] for name in ("l2", "crop", "margin")}
     vae, lpips = pipe.nets["vae"].with_remat(config.remat.vae), lpips.with_remat(config.remat.lpips)
     return objectives.make_lpips_distance(vae, lpips, **options), {"vae": pipe.params["vae"], "lpips": params}

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from instaflow_jax import sampling
 from instaflow_jax.data import openmoji, prompts
+from instaflow_jax.data.captions import captions
 from instaflow_jax.data.noise import noise
 from instaflow_jax.data.pairs_manifest import sha256_of_json
 from instaflow_jax.evals import frechet, kernel, neighbours, straightness
@@ -23,14 +24,15 @@ from instaflow_jax.stages.evaluate_programs import Programs
 from instaflow_jax.stages.evaluate_store import Record, Store
 from instaflow_jax.stages.pretrain_recipe import to_pixels
 
-_VERSION = 1  # raise it when a measurement changes its meaning, so that kept ones are made again
+_VERSION = 2  # raise it when a measurement changes its meaning, so that kept ones are made again
 _LONGEST = 100  # solver steps that the compiled programs have room for
 _KID_SUBSETS = 20
 
 
 class Bench:
-    """Measures models on the same prompts, full names of emoji drawn without replacement, and the same noise.
+    """Measures models on the same prompts and the same noise: names of emoji drawn without replacement, and their kinds.
 
+    A name ("woman astronaut light skin tone") is one picture; a kind ("a person", "a flag") has hundreds of right ones.
     Of the seeds from `config.seed` on, the first is that noise's, the second that of the teacher's pictures which others
     are compared with, the third that of the pictures shown.
     """
@@ -43,10 +45,11 @@ class Bench:
         if not 2 <= config.count <= len(emoji):
             raise ValueError(f"config.count={config.count} must be 2 to the {len(emoji)} emoji there are")
         self._chosen = np.random.default_rng(config.seed).choice(len(emoji), config.count, replace=False)
-        names = [emoji[i].name for i in self._chosen]
-        self._ids = teacher.pipe.tokenizer([*config.show.prompts, *names])
+        words = [captions(emoji[i]) for i in self._chosen]
+        names, kinds = [each["full"] for each in words], [each["kind"] for each in words]
+        self._shown, self._names, self._kinds = map(teacher.pipe.tokenizer, (list(config.show.prompts), names, kinds))
         self._settings = {
-            "version": _VERSION, "count": config.count, "seed": config.seed, "prompts": prompts.sha256(names),
+            "version": _VERSION, "count": config.count, "seed": config.seed, "prompts": prompts.sha256(names + kinds),
             "shown": list(config.show.prompts), "judge": config.judge, "neighbours": config.neighbours,
             "teacher": teacher.weights, "teacher_alpha": teacher.alpha}
 
@@ -64,11 +67,14 @@ class Bench:
     def row(self, model: Model, N: int, alpha: float) -> tuple[Record, bool]:
         """Quality of one model at N steps; its array `shown` holds the pictures of the grid."""
         def make() -> Record:
-            shown = len(self._config.show.prompts)
-            X0 = np.concatenate([self._noise(self._config.seed + 2, shown), self._noise(self._config.seed, self._config.count)])
-            latents, pictures = self._programs.draw(model, model.table(N), alpha, self._ids, X0)
-            return Record(self._quality(pictures[shown:]) | self._latent_distance(latents[shown:]),
-                          {"shown": pictures[:shown]})
+            count, few = self._config.count, len(self._shown)
+            X0 = self._noise(self._config.seed, count)
+            ids, X0 = np.concatenate([self._names, self._kinds, self._shown]), np.concatenate(
+                [X0, X0, self._noise(self._config.seed + 2, few)])
+            latents, pictures = self._programs.draw(model, model.table(N), alpha, ids, X0)
+            named, of_kinds, shown = np.split(pictures, [count, 2 * count])
+            numbers = self._quality(named) | self._latent_distance(latents[:count])
+            return Record(numbers | {"fd_kinds": self._distance(self._judge.look(of_kinds))}, {"shown": shown})
 
         settings = {"what": "row", "weights": model.weights, "N": N, "alpha": alpha}
         return self._store.get(self._settings | settings, make)
@@ -77,7 +83,8 @@ class Bench:
         """The pictures of the prompted emoji themselves, or as the autoencoder gives them back: the best possible."""
         def make() -> Record:
             images = self._judge.data.images[self._chosen]
-            return Record(self._quality(self._through_autoencoder(images) if decoded else images), {})
+            numbers = self._quality(self._through_autoencoder(images) if decoded else images)
+            return Record(numbers | {"fd_kinds": numbers["fd_emoji"]}, {})  # they are of those kinds too
 
         return self._store.get(self._settings | {"what": "real", "decoded": decoded}, make)
 
@@ -86,9 +93,12 @@ class Bench:
         reference = self.reference()[0].arrays
         precision, recall = neighbours.precision_recall(real[self._chosen], features, self._config.neighbours)
         return self._judge.scores(features, self._chosen) | {
-            "fd_emoji": frechet.distance(_moments(features), _moments(real)),
+            "fd_emoji": self._distance(features),
             "fd_teacher": frechet.distance(_moments(features), _kept(reference, "pictures")),
             "kid": kernel.kid(features, real, subsets=_KID_SUBSETS)[0], "precision": precision, "recall": recall}
+
+    def _distance(self, features: Float[np.ndarray, "N D"]) -> float:
+        return frechet.distance(_moments(features), _moments(self._judge.pictures))
 
     def _latent_distance(self, latents: Float[np.ndarray, "N h w c"]) -> dict[str, float]:
         return {"fd_latents": frechet.distance(_moments(latents.reshape(len(latents), -1)),
@@ -98,8 +108,8 @@ class Bench:
         """Mean and covariance of the teacher's pictures (in CLIP) and latents from noise of the next seed."""
         def make() -> Record:
             model, count = self._teacher, self._config.count
-            ids, X0 = self._ids[-count:], self._noise(self._config.seed + 1, count)
-            latents, pictures = self._programs.draw(model, model.table(max(model.steps)), model.alpha, ids, X0)
+            X0 = self._noise(self._config.seed + 1, count)
+            latents, pictures = self._programs.draw(model, model.table(max(model.steps)), model.alpha, self._names, X0)
             found = {"pictures": _moments(self._judge.look(pictures)), "latents": _moments(latents.reshape(count, -1))}
             return Record({"count": count}, {f"{name}_{field}": getattr(each, field) for name, each in found.items()
                                              for field in ("count", "mean", "covariance")})
@@ -119,7 +129,7 @@ class Bench:
         N, count = self._config.straightness.N, min(self._config.straightness.count, self._config.count)
 
         def make() -> Record:
-            ids, X0 = self._ids[-self._config.count:][:count], self._noise(self._config.seed, count)
+            ids, X0 = self._names[:count], self._noise(self._config.seed, count)
             S, error = straightness.summary(self._programs.straightness(model, model.alpha, N, ids, X0))
             return Record({"S": S, "S_error": error, "S_samples": count, "S_steps": N}, {})
 
@@ -130,7 +140,7 @@ class Bench:
     def seconds(self, model: Model, N: int) -> tuple[Record, bool]:
         """Seconds a picture; the same for all weights of one kind, so measured once for each kind, N and guidance."""
         def make() -> Record:
-            ids, X0 = self._ids[:1], self._noise(self._config.seed + 2, 1)
+            ids, X0 = self._names[:1], self._noise(self._config.seed + 2, 1)
             return Record({"seconds": self._programs.seconds(model, model.table(N), model.alpha, ids, X0,
                                                              self._config.repeats)}, {})
 
