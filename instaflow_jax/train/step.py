@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, PyTree
 
 from instaflow_jax.arrays import Batch, Key, Params, Scalar
 from instaflow_jax.train import optim
@@ -61,28 +61,28 @@ def make_train_step(
 
     def update(state: TrainState, frozen: PyTree, batch: Batch, key: Key) -> tuple[TrainState, Metrics]:
         value, metrics, grads = gradient(state.params, frozen, batch, jax.random.fold_in(key, state.step))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = update_ema(state.ema, params, ema_decay_at(state.step, ema_decay))
+        old = state.params, state.ema, state.opt_state
+
+        def take():
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            ema = update_ema(state.ema, params, ema_decay_at(state.step, ema_decay))
+            return (params, ema, opt_state), optax.tree.norm(updates)
 
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
-        kept = choose(finite, (params, ema, opt_state), (state.params, state.ema, state.opt_state))
+        # Not a select, for which XLA copies the parameters and both moments before it overwrites them.
+        kept, update_norm = jax.lax.cond(finite, take, lambda: (old, jnp.zeros_like(grad_norm)))
         return TrainState(state.step + 1, *kept), metrics | {
             "loss": value,
             "grad_norm": grad_norm,
-            "update_norm": optax.tree.norm(updates),
+            "update_norm": update_norm,
             "param_norm": optax.tree.norm(kept[0]),
-            "learning_rate": optim.learning_rate(opt_state),
+            "learning_rate": optim.learning_rate(kept[2]),
             "skipped": 1 - finite.astype(jnp.float32),
         }
 
     return TrainStep(update, accumulate)
-
-
-def choose(condition: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
-    """`new` where the condition holds, else `old`; a select, which fuses into the update that made `new`."""
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
 def make_gradient(loss: Loss) -> Gradient:
