@@ -58,7 +58,8 @@ def test_large_scores_do_not_overflow():
     ((1, 8, 8, 1280), (3, 3, 1280, 1280), "by_columns"), ((1, 64, 64, 320), (3, 3, 320, 320), "winograd"),
     ((1, 64, 64, 640), (1, 1, 640, 320), "<lambda>"), ((16, 8, 8, 64), (3, 3, 64, 64), None),
     ((1, 63, 64, 320), (3, 3, 320, 320), None), ((1, 512, 512, 128), (3, 3, 128, 3), None),
-], ids=["small image", "large image", "1×1", "small work", "odd", "few outputs"])
+    ((1, 3, 2, 1280), (3, 3, 1280, 640), "by_columns"),
+], ids=["small image", "large image", "1×1", "small work", "odd", "few outputs", "large kernel for few pixels"])
 def test_the_shape_chooses(x, kernel, way):
     x, kernel = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (x, kernel))
     chosen = cpu._other_way(x, kernel, (1, 1), SAME)

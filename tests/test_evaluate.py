@@ -122,9 +122,10 @@ def test_it_writes_table_numbers_and_pictures(run):
                           ("distill", 1)]
     for (model, N), row in rows.items():
         keys = ["fd_emoji", "fd_kinds", "fd_teacher", "clip_score", "found", "kid", "precision", "recall"]
-        assert all(np.isfinite(row[key]) for key in keys + (["seconds", "fd_latents"] if N else [])), row
+        assert all(np.isfinite(row[key]) for key in keys + (["seconds", "fd_latents", "error_names"] if N else [])), row
         assert ("S" in row) == ((model, N) in (("teacher", 3), ("reflow", 2), ("distill", 1)))
     assert rows["real", 0]["found"] == 1.0
+    assert rows["teacher", 3]["error_names"] == rows["teacher", 3]["error_kinds"] == 0 < rows["teacher", 1]["error_kinds"]
     assert [row["alpha"] for row in found["guidance"]] == [1.0, 2.0]
     table = (run / "evaluate" / "table.md").read_text()
     assert all(words in table for words in ("teacher, 3 steps", "reflow + distil, 1 step", "8 prompts", "guidance 2"))

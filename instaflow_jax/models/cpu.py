@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 _WORTH = 5e8  # FLOP from which on a convolution is worth the longer compilation, up to a quarter of a second each
 _TILES = 1024  # of 2×2 pixels that Winograd takes at a time: what it makes of them stays in the cache
 _FEW_TILES = 128  # with fewer, transforming a kernel that no cache holds costs more than it saves
-_LARGE_KERNEL = 2**19  # inputs times outputs from which on no cache holds it
+_LARGE_KERNEL = 2**18  # inputs times outputs from which on no cache holds it
 _QUERIES = 256  # that attention takes at a time,
 _LONG = 1024  # ... from so many on
 
@@ -33,14 +33,15 @@ def convolve(x, kernel, strides, padding, **options):
 def _other_way(x, kernel, strides, padding) -> Callable | None:
     (batch, *size, _), (inputs, outputs) = x.shape, kernel.shape[2:]
     pixels = (batch if isinstance(batch, int) else 1) * math.prod(size)  # an exported program's batch is a symbol
-    if x.dtype != jnp.float32 or tuple(strides) != (1, 1) or 2 * pixels * kernel.size < _WORTH:
+    by_the_kernel = inputs * outputs >= _LARGE_KERNEL and pixels < _FEW_TILES * 4  # reading it is most of the work
+    if x.dtype != jnp.float32 or tuple(strides) != (1, 1) or not by_the_kernel and 2 * pixels * kernel.size < _WORTH:
         return None
     if kernel.shape[:2] == (1, 1):
         return lambda x, kernel: x @ kernel[0, 0]
     same = kernel.shape[:2] == (3, 3) and [tuple(p) for p in padding] == [(1, 1), (1, 1)]
-    if not same or min(inputs, outputs) < 32 or size[0] % 2 or size[1] % 2:
+    if not same or min(inputs, outputs) < 32 or not by_the_kernel and (size[0] % 2 or size[1] % 2):
         return None
-    return by_columns if pixels < _FEW_TILES * 4 and inputs * outputs >= _LARGE_KERNEL else winograd
+    return by_columns if by_the_kernel else winograd
 
 
 def by_columns(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W D"]:

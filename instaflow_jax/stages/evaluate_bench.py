@@ -51,7 +51,7 @@ class Bench:
         self._settings = {
             "version": _VERSION, "count": config.count, "seed": config.seed, "prompts": prompts.sha256(names + kinds),
             "shown": list(config.show.prompts), "judge": config.judge, "neighbours": config.neighbours,
-            "teacher": teacher.weights, "teacher_alpha": teacher.alpha}
+            "teacher": teacher.weights, "teacher_alpha": teacher.alpha, "teacher_N": max(teacher.steps)}
 
     @functools.cached_property
     def _programs(self) -> Programs:
@@ -66,15 +66,21 @@ class Bench:
 
     def row(self, model: Model, N: int, alpha: float) -> tuple[Record, bool]:
         """Quality of one model at N steps; its array `shown` holds the pictures of the grid."""
+        first = self._teacher, max(self._teacher.steps), self._teacher.alpha
+
         def make() -> Record:
-            count, few = self._config.count, len(self._shown)
+            count = self._config.count
             X0 = self._noise(self._config.seed, count)
             ids, X0 = np.concatenate([self._names, self._kinds, self._shown]), np.concatenate(
-                [X0, X0, self._noise(self._config.seed + 2, few)])
+                [X0, X0, self._noise(self._config.seed + 2, len(self._shown))])
             latents, pictures = self._programs.draw(model, model.table(N), alpha, ids, X0)
             named, of_kinds, shown = np.split(pictures, [count, 2 * count])
-            numbers = self._quality(named) | self._latent_distance(latents[:count])
-            return Record(numbers | {"fd_kinds": self._distance(self._judge.look(of_kinds))}, {"shown": shown})
+            is_first, latents = model is first[0] and (N, alpha) == first[1:], latents[:2 * count]
+            error = np.square(latents - (latents if is_first else self.row(*first)[0].arrays["latents"]))
+            numbers = self._quality(named) | self._latent_distance(latents[:count]) | {
+                "fd_kinds": self._distance(self._judge.look(of_kinds)),
+                "error_names": float(error[:count].mean()), "error_kinds": float(error[count:].mean())}
+            return Record(numbers, {"shown": shown} | ({"latents": latents} if is_first else {}))
 
         settings = {"what": "row", "weights": model.weights, "N": N, "alpha": alpha}
         return self._store.get(self._settings | settings, make)

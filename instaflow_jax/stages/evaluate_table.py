@@ -43,6 +43,10 @@ COLUMNS = (
 MORE = (
     Column("found_by_name", "found by name", ".1%", "more",
            "Share of pictures whose nearest full name, of all names, is the prompted one."),
+    Column("error_names", "error", ".3f", "less",
+           "Mean squared difference of latents, whose variance is about 1, from the teacher's first row, by the same noise: "
+           "how well the teacher's own way from noise to picture was learnt. No aim in itself, as a reflow may pair anew."),
+    Column("error_kinds", "error, kinds", ".3f", "less", "The same for kinds."),
     Column("kid", "KID", ".3f", "less", "Kernel distance to all real emoji, unbiased for small sets."),
     Column("precision", "precision", ".1%", "more", "Share of pictures that lie among the real pictures of the prompted emoji."),
     Column("recall", "recall", ".1%", "more",
