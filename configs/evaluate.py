@@ -4,13 +4,13 @@
     python -m instaflow_jax.main --config=configs/evaluate.py:coco5k --workdir=DIR       # the paper's protocols,
     python -m instaflow_jax.main --config=configs/evaluate.py:coco30k --workdir=DIR      # see configs/evaluate_coco.py
 
-The first judges the embedded world: the teacher and whichever of DIR/reflow/export, DIR/distill/export and
-DIR/direct/export is there. It writes DIR/evaluate/: results.json, table.md, few_steps.png, guidance.png,
-trajectories.png and grid.png. Started again it measures only what is new: another model, another number of steps.
+The first judges the embedded world: the teacher and whichever of DIR/reflow/export, DIR/distill/export,
+DIR/distill_lpips/export and DIR/direct/export is there. It writes DIR/evaluate/: results.json, table.md, few_steps.png,
+guidance.png, trajectories.png and grid.png. Started again it measures only what is new: another model, another number of steps.
 
 All rows draw the same prompts (full emoji names, without replacement) from the same noise, of a seed that no pairs used.
 Needs the package `matplotlib` (extra "demo"), as well as those that draw the emoji.
-Measured by configs/demo.py on two CPU cores: 3 min 39 s for 512 prompts; README.md has the table.
+Measured by configs/demo.py on two CPU cores: 6 min 5 s for 512 prompts of names and as many of kinds; README.md has the table.
 """
 from configs import common, evaluate_coco
 from ml_collections import ConfigDict
@@ -34,6 +34,7 @@ def openmoji() -> ConfigDict:
     config.teacher = {"model": "openmoji", "alpha": 0.0, "steps": (25, 8, 4, 2, 1)}  # alpha 0 is that of DIR/pairs
     config.reflow = {"alpha": 1.0, "steps": (25, 8, 4, 2, 1)}
     config.distill = {"alpha": 1.0, "steps": (1, 2, 4, 8)}
+    config.distill_lpips = {"alpha": 1.0, "steps": (1, 2, 4)}
     config.direct = {"alpha": 1.0, "steps": (1,)}
     config.judge = "openmoji"  # embedded model or directory with clip/
     config.data_dir = ""  # where the emoji are, or are drawn to; "" is WORKDIR/data

@@ -125,8 +125,8 @@ def markdown(results: dict[str, Any]) -> str:
 def conditions(config: dict[str, Any], found: dict[str, Any]) -> str:
     """In one paragraph, how the numbers were made."""
     device = found["machine"]
-    return (f"{config['count']} prompts, full names of emoji drawn without replacement (or their kinds); the same noise for every row, "
-            f"of seed {config['seed']}, which no training pair used (the prompts are names that training saw too). "
+    return (f"{config['count']} prompts, full names of emoji drawn without replacement, or their kinds; the same noise for every "
+            f"row, of seed {config['seed']}, which no training pair used (the prompts are names that training saw too). "
             f"Teacher: DPM-Solver, guidance {found['teacher_alpha']:g}, as in its pairs; flows: Euler, guidance "
             f"{config['reflow']['alpha']:g}. S: {config['straightness']['N']} Euler steps, "
             f"{min(config['straightness']['count'], config['count'])} samples. Seconds: {device['device']}, one of "

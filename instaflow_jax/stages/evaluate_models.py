@@ -11,8 +11,9 @@ from instaflow_jax.models import pipeline
 from instaflow_jax.stages import generate, straighten
 from instaflow_jax.teacher import Multistep, dpm_solver
 
-TITLES = {"teacher": "teacher", "reflow": "2-RF", "distill": "reflow + distil", "direct": "direct distil"}
-FLOWS = ("reflow", "distill", "direct")  # folders of the workdir, each with export/
+TITLES = {"teacher": "teacher", "reflow": "2-RF", "distill": "reflow + distil", "distill_lpips": "reflow + distil + LPIPS",
+          "direct": "direct distil"}
+FLOWS = ("reflow", "distill", "distill_lpips", "direct")  # folders of the workdir, each with export/
 
 
 @dataclasses.dataclass(frozen=True)

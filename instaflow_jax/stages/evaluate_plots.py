@@ -5,8 +5,8 @@ from pathlib import Path
 from instaflow_jax.infra import files
 from instaflow_jax.stages.evaluate_table import Row
 
-_COLOURS = {"teacher": "#666666", "reflow": "#1f6fb4", "distill": "#d1495b", "direct": "#edae49"}
-_MARKERS = {"teacher": "s", "reflow": "o", "distill": "D", "direct": "X"}
+_COLOURS = {"teacher": "#666666", "reflow": "#1f6fb4", "distill": "#d1495b", "distill_lpips": "#7b2d8b", "direct": "#edae49"}
+_MARKERS = {"teacher": "s", "reflow": "o", "distill": "D", "distill_lpips": "P", "direct": "X"}
 _DPI = 110
 
 

@@ -24,8 +24,8 @@ COLUMNS = (
            "a small one that was trained on all emoji and that nothing here is trained against. The paper's FID is the "
            "same formula on photographs and Inception features, so the numbers do not compare, only their order does."),
     Column("fd_kinds", "FD, kinds", ".1f", "less",
-           "The same distance for pictures of the same emoji's kinds alone (“a person”, “a flag”): one prompt, hundreds of "
-           "right answers, between which a regression averages."),
+           "The same distance where only the kind of each emoji is prompted (“a person”, “a flag”): one prompt, hundreds "
+           "of right answers, between which a regression averages."),
     Column("fd_teacher", "FD to teacher", ".1f", "less",
            "The first distance, but to the teacher's own 25-step pictures of the same prompts from other noise: what a "
            "student lost of its teacher. The teacher's first row shows how large it is for no loss at all."),

@@ -81,9 +81,9 @@ def headline(rows: Sequence[Row]) -> str:
         row = find(rows, model, N)
         if row:
             told.append(f"<tr><td>{what}</td><td>{row['found']:.0%}</td><td>{row['fd_emoji']:.1f}</td>"
-                        f"<td>{1000 * row['seconds']:.0f} ms</td></tr>")
+                        f"<td>{row['fd_kinds']:.1f}</td><td>{1000 * row['seconds']:.0f} ms</td></tr>")
     heads = ("", "pictures that show<br>what was asked for", "Fréchet distance<br>to real emoji",
-             "time for<br>a picture")
+             "… where only the kind<br>is prompted, “a flag”", "time for<br>a picture")
     return f"<table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>{''.join(told)}</table>"
 
 
