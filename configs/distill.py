@@ -11,8 +11,8 @@ Needs nothing: the flow and its pairs are made first where absent. Writes DIR/di
 Measured on two CPU cores with --cpu_devices=2 (by configs/demo.py): 4,096 pairs of the flow and 700 steps of 32 in 5 min
 14 s. Fréchet distance to real emoji at one step 4.2 (the flow 4.9, direct distillation 4.6, the teacher at 25 steps 4.4);
 when only kinds are prompted, 22.8 (30.3, 28.4, 15.7).
-lpips: 4 min 31 s more, and 21.9 for kinds. `--config.match=0.25` costs
-0.1 at one step (4.3) and keeps that at two and four (4.8 and 5.4 without). The paper's variants have not been run.
+lpips: 4 min 31 s more, and 21.9 for kinds. `--config.match=0.25` costs 0.1 at one step (4.3) and keeps that at two and
+four (4.8 and 5.4 without). The paper's variants have not been run.
 """
 from configs import common, generate, reflow
 from ml_collections import ConfigDict

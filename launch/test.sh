@@ -3,4 +3,4 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 install test
-exec env JAX_PLATFORMS=cpu python -m pytest -q -n 2 --dist loadfile "$@" # compiling keeps one core busy a process
+exec env JAX_PLATFORMS=cpu python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "$@" # compiling keeps one core busy a process

@@ -17,6 +17,14 @@ import pytest
 from benchmarks.references import randomize, references, relative  # noqa: F401 (tests take them from here)
 
 
+LONG = ("test_usage", "test_colab", "test_resume", "test_export")  # files of few tests that take minutes
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 @pytest.fixture(scope="session")
 def torch():
     return references()
