@@ -61,11 +61,10 @@ class Row:
 
 
 def make_nets(size: str, dtype: str) -> dict[str, Net]:
-    """The networks by part, without weights; LPIPS computes in float32, as the stage makes it."""
+    """The networks by part, without weights."""
     embedded = Path(pipeline.EMBEDDED) / "openmoji"
     raw = FULL if size == "sd15" else {name: json.loads((embedded / name / "config.json").read_text()) for name in CLASSES}
-    types = dict.fromkeys(CLASSES, jnp.dtype(dtype)) | {"lpips": jnp.dtype("float32")}
-    return {name: cls.from_config(raw[name], dtype=types[name]) for name, cls in CLASSES.items()}
+    return {name: cls.from_config(raw[name], dtype=jnp.dtype(dtype)) for name, cls in CLASSES.items()}
 
 
 def read_recipe(name: str):
