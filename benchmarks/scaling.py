@@ -34,7 +34,7 @@ from instaflow_jax.models.net import Net
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.models.vae import AutoencoderKL
 from instaflow_jax.stages import straighten
-from instaflow_jax.train import objectives, optim
+from instaflow_jax.train import loop, objectives, optim
 from instaflow_jax.train import state as train_state
 from instaflow_jax.train import step as train_step
 
@@ -117,9 +117,8 @@ def lower(config, nets: dict[str, Net], mesh: Mesh) -> tuple[jax.stages.Lowered,
     state = parallel.abstract(state, mesh)
     step = train_step.make_train_step(parallel.gathering(loss, mesh), optimizer, ema_decay=config.ema_decay,
                                       accumulate=config.accumulate)
-    out = jax.tree.map(lambda leaf: leaf.sharding, state), parallel.replicated(mesh)
-    inputs = state, replicated(frozen, mesh), abstract_batch(nets, config.batch_size, mesh), abstract_key(mesh)
-    return jax.jit(step.update, donate_argnums=0, out_shardings=out).lower(*inputs), state
+    inputs = replicated(frozen, mesh), abstract_batch(nets, config.batch_size, mesh), abstract_key(mesh)
+    return loop.lower_step(step, state, *inputs, mesh), state
 
 
 def measure(name: str, size: str, fsdp: int, remat: str, micro_batch: int) -> Row:

@@ -15,7 +15,7 @@ from instaflow_jax.models.clip import CLIPTextModel
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.stages import generate_job, generate_program, straighten
 from instaflow_jax.stages.distill import make_distance
-from instaflow_jax.train import objectives, optim, state, step
+from instaflow_jax.train import loop, objectives, optim, state, step
 
 
 def pairs(batch: int, latent: tuple[int, int, int], length: int) -> Batch:
@@ -34,9 +34,7 @@ def embedded(*, batch: int, devices: int) -> dict[str, Call]:
     """
     jax.config.update("jax_num_cpu_devices", devices)
     pipe = pipeline.load("openmoji", variant=None, attention="xla")
-    config = distill.get_config().unlock()
-    config.distance = "lpips"
-    distance, seen = make_distance(config, pipe)
+    distance, seen = make_distance(distill.get_config("lpips"), pipe)
     unet, text = pipe.nets["unet"], pipe.nets["text_encoder"]
     frozen = seen | {"text_encoder": pipe.params["text_encoder"], "null_ids": pipe.tokenizer([""])}
     recipe = reflow.get_config()
@@ -53,12 +51,11 @@ def training(loss, config, params, frozen, data: Batch) -> Call:
     """Steps of `train.loop`'s own program, each from the state that the one before left."""
     mesh = parallel.make_mesh(fsdp=1)
     optimizer = optim.make_optimizer(optim.make_schedule(**config.schedule), **config.optim)
-    update = step.make_train_step(loss, optimizer, ema_decay=config.ema_decay, accumulate=1).update
+    update = step.make_train_step(loss, optimizer, ema_decay=config.ema_decay, accumulate=1)
     now = parallel.shard(state.create(params, optimizer), mesh)
-    out = jax.tree.map(lambda leaf: leaf.sharding, now), parallel.replicated(mesh)
     inputs = (parallel.replicate(frozen, mesh), parallel.global_batch(data, mesh),
               parallel.replicate_key(jax.random.key(0), mesh))
-    lowered = jax.jit(update, donate_argnums=0, out_shardings=out).lower(now, *inputs)
+    lowered = loop.lower_step(update, now, *inputs, mesh)
     compiled, held = [], [now]
 
     def run():

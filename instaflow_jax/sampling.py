@@ -107,11 +107,16 @@ def make_generate(nets: Mapping[str, Any], solve: Solve) -> Callable[[Mapping[st
     Takes ids [B, L], null_ids [1, L] (the empty or negative prompt), X0 [B, h, w, c]; gives images [B, H, W, 3].
     """
     def generate(params, ids, null_ids, X0):
-        both = nets["text_encoder"].apply(params["text_encoder"], jnp.concatenate([null_ids, ids])).last_hidden_state
-        X1 = solve(params["unet"], X0, both[1:], both[:1])
+        X1 = solve(params["unet"], X0, *read_text(nets, params, ids, null_ids))
         return to_uint8(nets["vae"].apply(params["vae"], X1, method="decode"))
 
     return generate
+
+
+def read_text(nets: Mapping[str, Any], params: Mapping[str, Params], ids: Tokens, null_ids: Tokens) -> tuple[Context, Context]:
+    """What a solver is conditioned on: ids [B, L] and null_ids [1, L] → text [B, L, D] and null [1, L, D]."""
+    both = nets["text_encoder"].apply(params["text_encoder"], jnp.concatenate([null_ids, ids])).last_hidden_state
+    return both[1:], both[:1]
 
 
 def to_uint8(pixels: jax.Array) -> jax.Array:

@@ -20,13 +20,17 @@ def tiny(tmp_path_factory):
     return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
-def configured(tiny):
+def shrink(config, tiny):
     """The shipped config with small numbers."""
-    config = config_file.get_config()
     for name in ("reflow", "distill", "direct"):
         shrink_training(config[name], tiny).loop.update({"steps": 2, "save_every": 2})
     config.reflow.model = config.direct.model = str(tiny)
     shrink_evaluate(config.evaluate, tiny)
+    return config
+
+
+def configured(tiny):
+    config = shrink(config_file.get_config(), tiny)
     config.export.formats = ("orbax",)
     return config
 

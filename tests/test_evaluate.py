@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import normal, relative
+from tiny_diffusion import make_random
 
 from instaflow_jax import flow, main, sampling, teacher
 from instaflow_jax.data import openmoji
@@ -17,10 +18,7 @@ from instaflow_jax.data.captions import Emoji
 from instaflow_jax.evals.clip_score import make_clip_score
 from instaflow_jax.infra import images
 from instaflow_jax.models import pipeline
-from instaflow_jax.models.clip import CLIPModel, CLIPTextModel
-from instaflow_jax.models.tokenizer import Tokenizer
-from instaflow_jax.models.unet import UNet2DConditionModel
-from instaflow_jax.models.vae import AutoencoderKL
+from instaflow_jax.models.clip import CLIPModel
 from instaflow_jax.stages import evaluate_models, evaluate_path, evaluate_programs, straighten
 from instaflow_jax.stages.evaluate_judge import Judge, kinds_of
 from instaflow_jax.stages.evaluate_models import Model
@@ -33,25 +31,9 @@ NAMES = ("red apple", "cat face", "house", "astronaut", "rocket", "octopus", "gr
 
 def make_tiny(folder: Path) -> Path:
     """A Stable Diffusion of random weights: 32×32 pixels as the embedded CLIP takes them, 4×4 latents."""
-    tokenizer = Tokenizer.from_pretrained(pipeline.locate("openmoji"))
-    nets = {
-        "unet": UNet2DConditionModel.from_config({
-            "sample_size": 4, "block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "layers_per_block": 1,
-            "up_block_types": ("UpBlock2D",), "cross_attention_dim": 8, "attention_head_dim": 2, "norm_num_groups": 4}),
-        "vae": AutoencoderKL.from_config({
-            "block_out_channels": (4,) * 4, "down_block_types": ("DownEncoderBlock2D",) * 4, "norm_num_groups": 2,
-            "up_block_types": ("UpDecoderBlock2D",) * 4, "layers_per_block": 1, "sample_size": 32}),
-        "text_encoder": CLIPTextModel.from_config({
-            "vocab_size": len(tokenizer.vocab), "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
-            "num_attention_heads": 2, "max_position_embeddings": tokenizer.model_max_length,
-            "eos_token_id": tokenizer.eos_id}),
-    }
-    source = Path(pipeline.locate("openmoji"))
-    index, scheduler = (json.loads((source / name).read_text())
-                        for name in ("model_index.json", "scheduler/scheduler_config.json"))
-    params = {name: jax.device_get(net.init(jax.random.key(i))) for i, (name, net) in enumerate(nets.items())}
-    pipeline.save(pipeline.Pipeline(nets, params, tokenizer, scheduler, index), folder)
-    return folder
+    return make_random(folder, {
+        "block_out_channels": (4,) * 4, "down_block_types": ("DownEncoderBlock2D",) * 4, "norm_num_groups": 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 4, "layers_per_block": 1, "sample_size": 32})
 
 
 def make_emoji() -> openmoji.Arrays:

@@ -62,8 +62,8 @@ def test_distance_and_gradient_equal_the_package(pair):
 
 def test_bfloat16_products_come_close_and_pairs_that_agree_stay_at_zero():
     """What distillation in bfloat16 looks through (`stages.distill.make_distance` takes the recipe's type)."""
-    config = configs.distill.get_config().unlock()
-    config.update({"distance": "lpips", "dtype": "bfloat16"})
+    config = configs.distill.get_config("lpips")
+    config.dtype = "bfloat16"
     single, half = (LPIPS.from_pretrained(pipeline.locate("openmoji"), "lpips", dtype=t) for t in (np.float32, "bfloat16"))
     a, b = (np.tanh(normal(i, 4, 32, 32, 3)) for i in (0, 1))
     values, gradients = zip(*(jax.jit(jax.value_and_grad(lambda x, net=net, params=params: net.apply(params, x, b).sum()))(a)

@@ -85,16 +85,15 @@ import jax
 import toy_training as toy
 from benchmarks import collectives
 from instaflow_jax.infra import parallel
-from instaflow_jax.train import state, step
+from instaflow_jax.train import loop, step
 
 def advance(fsdp, accumulate):
     mesh = parallel.make_mesh(fsdp=fsdp)
     update = step.make_train_step(parallel.gathering(toy.quiet_loss, mesh), toy.optimizer(), ema_decay=0.9,
-                                  accumulate=accumulate).update
+                                  accumulate=accumulate)
     now, frozen = toy.new_state(mesh), parallel.replicate(toy.frozen(), mesh)
     batch, key = parallel.global_batch(next(toy.source()), mesh), parallel.replicate_key(jax.random.key(1), mesh)
-    out = jax.tree.map(lambda leaf: leaf.sharding, now), parallel.replicated(mesh)
-    compiled = jax.jit(update, donate_argnums=0, out_shardings=out).lower(now, frozen, batch, key).compile()
+    compiled = loop.lower_step(update, now, frozen, batch, key, mesh).compile()
     sharded = [p.shape for p in now.params.values() if not p.sharding.is_fully_replicated]
     sent = collectives.read(compiled.as_text())
     found = {"sent": collectives.sent_by_kind(sent), "unexpected": collectives.unexpected(sent, sharded, accumulate)}

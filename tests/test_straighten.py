@@ -5,16 +5,14 @@ import json
 import runpy
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
+from tiny_diffusion import make_random
+
 from instaflow_jax import main
 from instaflow_jax.models import pipeline
-from instaflow_jax.models.clip import CLIPTextModel
-from instaflow_jax.models.tokenizer import Tokenizer
 from instaflow_jax.models.unet import UNet2DConditionModel
-from instaflow_jax.models.vae import AutoencoderKL
 from instaflow_jax.stages import straighten
 
 ROOT = Path(__file__).parent.parent
@@ -24,27 +22,10 @@ WATCH = {"prompts": ("red apple",), "seeds": 1, "steps": (1,)}
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """One level each, 4×4 latents, weights drawn at random."""
-    tokenizer = Tokenizer.from_pretrained(pipeline.locate("openmoji"))
-    nets = {
-        "unet": UNet2DConditionModel.from_config({
-            "sample_size": 4, "block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "layers_per_block": 1,
-            "up_block_types": ("UpBlock2D",), "cross_attention_dim": 8, "attention_head_dim": 2, "norm_num_groups": 4}),
-        "vae": AutoencoderKL.from_config({
-            "block_out_channels": (8,), "down_block_types": ("DownEncoderBlock2D",), "norm_num_groups": 4,
-            "up_block_types": ("UpDecoderBlock2D",), "sample_size": 4}),
-        "text_encoder": CLIPTextModel.from_config({
-            "vocab_size": len(tokenizer.vocab), "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
-            "num_attention_heads": 2, "max_position_embeddings": tokenizer.model_max_length,
-            "eos_token_id": tokenizer.eos_id}),
-    }
-    source = Path(pipeline.locate("openmoji"))
-    index, scheduler = (json.loads((source / name).read_text())
-                        for name in ("model_index.json", "scheduler/scheduler_config.json"))
-    params = {name: jax.device_get(net.init(jax.random.key(i))) for i, (name, net) in enumerate(nets.items())}
-    folder = tmp_path_factory.mktemp("teacher")
-    pipeline.save(pipeline.Pipeline(nets, params, tokenizer, scheduler, index), folder)
-    return folder
+    """One level each, 4×4 latents and pixels."""
+    return make_random(tmp_path_factory.mktemp("teacher"), {
+        "block_out_channels": (8,), "down_block_types": ("DownEncoderBlock2D",), "norm_num_groups": 4,
+        "up_block_types": ("UpDecoderBlock2D",), "sample_size": 4})
 
 
 def read(stage, variant="openmoji"):

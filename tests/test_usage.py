@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 from conftest import references
 from test_coco import COUNT, folder, models, small_inception  # noqa: F401 (fixtures)
+from test_demo import shrink as shrink_demo
 from test_evaluate import make_tiny, no_drawing  # noqa: F401 (a fixture)
 from test_evaluate import shrink as shrink_evaluate
 from test_ldm import to_ldm
@@ -30,7 +31,7 @@ BLOCKS = [text for language, text in FENCES if language == "bash" and commands_o
 # What a stage is run for, in its workdir.
 PRODUCTS = {
     "sample": ("sample/*.png",), "generate": ("pairs/*.array_record*", "pairs/preview.png"),
-    "reflow": ("reflow/export/unet/*.safetensors",), "distill": ("distill/export/unet/*.safetensors",),
+    "reflow": ("reflow/export/unet/*.safetensors",), "distill": ("{into}/export/unet/*.safetensors",),
     "evaluate": ("evaluate/table.md", "evaluate/grid.png"), "evaluate_coco": ("evaluate/coco/results.md",),
     "export": ("export/orbax", "export/diffusers", "export/stablehlo/draw.py", "export/msgpack", "export/README.md"),
     "serve": (), "demo": ("report.html",), "pretrain": ("export/unet/*.safetensors",),
@@ -95,9 +96,7 @@ def smaller(config, world):
     if config.stage == "evaluate":
         shrink_evaluate(config, tiny)
     if config.stage == "demo":
-        for name in ("reflow", "distill", "direct"):
-            smaller_training(config[name], tiny)
-        shrink_evaluate(config.evaluate, tiny)
+        shrink_demo(config, tiny)
     if config.stage == "evaluate_coco":
         config.update({"model": str(world.sd), "clip": str(world.clip), "size": 16, "batch": 4})
         config.data.count = COUNT
@@ -133,4 +132,5 @@ def test_every_line_of_a_block_runs(block, world, quick, tmp_path, monkeypatch):
         workdir = next((word.partition("=")[2] for word in command if word.startswith("--workdir=")), str(tmp_path / "runs"))
         main.run(config, workdir)
         for product in PRODUCTS[config.stage]:
+            product = product.format(into=config.get("into"))
             assert list(Path(workdir).glob(product)), f"{' '.join(words)} made no {product}"

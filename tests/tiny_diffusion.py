@@ -1,10 +1,16 @@
-"""A whole Stable Diffusion of random weights and few channels, written by PyTorch diffusers."""
+"""A whole Stable Diffusion of random weights and few channels, written by PyTorch diffusers or by ourselves."""
+import json
 from pathlib import Path
 
+import jax
 import numpy as np
 from conftest import randomize, references
 
 from instaflow_jax.models import pipeline, port
+from instaflow_jax.models.clip import CLIPTextModel
+from instaflow_jax.models.tokenizer import Tokenizer
+from instaflow_jax.models.unet import UNet2DConditionModel
+from instaflow_jax.models.vae import AutoencoderKL
 
 TOKENIZER = Path(pipeline.EMBEDDED) / "openmoji" / "tokenizer"
 UNET = {"norm_num_groups": 4, "sample_size": 8, "cross_attention_dim": 16}
@@ -43,6 +49,26 @@ def make_directory(folder: Path, kind: str, seed: int = 1, **options):
                                    **filters | options)
     pipe.save_pretrained(folder, safe_serialization=not options)
     return pipe
+
+
+def make_random(folder: Path, vae: dict) -> Path:
+    """A Stable Diffusion of random weights without PyTorch: 4×4 latents, one level but for this autoencoder's."""
+    source, tokenizer = TOKENIZER.parent, Tokenizer.from_pretrained(TOKENIZER.parent)
+    nets = {
+        "unet": UNet2DConditionModel.from_config({
+            "sample_size": 4, "block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "layers_per_block": 1,
+            "up_block_types": ("UpBlock2D",), "cross_attention_dim": 8, "attention_head_dim": 2, "norm_num_groups": 4}),
+        "vae": AutoencoderKL.from_config(vae),
+        "text_encoder": CLIPTextModel.from_config({
+            "vocab_size": len(tokenizer.vocab), "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "max_position_embeddings": tokenizer.model_max_length,
+            "eos_token_id": tokenizer.eos_id}),
+    }
+    index, scheduler = (json.loads((source / name).read_text())
+                        for name in ("model_index.json", "scheduler/scheduler_config.json"))
+    params = {name: jax.device_get(net.init(jax.random.key(i))) for i, (name, net) in enumerate(nets.items())}
+    pipeline.save(pipeline.Pipeline(nets, params, tokenizer, scheduler, index), folder)
+    return folder
 
 
 def load(source, **options) -> pipeline.Pipeline:

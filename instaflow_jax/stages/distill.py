@@ -27,7 +27,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     with config.pairs.unlocked():
         config.pairs.model = source
     pairs = straighten.need_pairs(config.pairs, Path(workdir) / config.pairs_in)
-    pipe = straighten.load(config, config.start or source)
+    pipe = sample.load(config, config.start or source)
     distance, frozen = make_distance(config, pipe)
     unet = pipe.nets["unet"].with_remat(config.remat.unet)
     loss = objectives.make_distill_loss(unet, pipe.nets["text_encoder"], distance, match=config.match, drop=config.drop,

@@ -104,7 +104,11 @@ class Bench:
             "kid": kernel.kid(features, real, subsets=_KID_SUBSETS)[0], "precision": precision, "recall": recall}
 
     def _distance(self, features: Float[np.ndarray, "N D"]) -> float:
-        return frechet.distance(_moments(features), _moments(self._judge.pictures))
+        return frechet.distance(_moments(features), self._real)
+
+    @functools.cached_property
+    def _real(self) -> frechet.Moments:
+        return _moments(self._judge.pictures)
 
     def _latent_distance(self, latents: Float[np.ndarray, "N h w c"]) -> dict[str, float]:
         return {"fd_latents": frechet.distance(_moments(latents.reshape(len(latents), -1)),

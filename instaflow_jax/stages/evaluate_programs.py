@@ -72,7 +72,7 @@ def make_draw(nets: Mapping[str, Any], guided: bool) -> Callable:
     """`program((params, null_ids, solver), ids, X0) → (latents, pictures)`."""
     def program(fixed, ids, X0):
         params, null_ids, solver = fixed
-        text, null = _read(nets, params, null_ids, ids)
+        text, null = sampling.read_text(nets, params, ids, null_ids)
         X1 = make_solve(nets["unet"].apply, solver, guided)(params["unet"], X0, text, null)
         return X1, sampling.to_uint8(nets["vae"].apply(params["vae"], X1, method="decode"))
 
@@ -83,7 +83,7 @@ def make_straightness(nets: Mapping[str, Any], dynamics: sampling.Dynamics, alph
     """`program((params, null_ids), ids, X0) → S` [B]."""
     def program(fixed, ids, X0):
         params, null_ids = fixed
-        text, null = _read(nets, params, null_ids, ids)
+        text, null = sampling.read_text(nets, params, ids, null_ids)
 
         def network(Z, tau, context):
             return nets["unet"].apply(params["unet"], Z, tau, context)
@@ -103,12 +103,6 @@ def make_velocity(dynamics: sampling.Dynamics, network: Network, text: Context, 
         return dynamics.factor * network(Z, tau, context)
 
     return flow.flow_velocity(signed, text, null, alpha, dynamics.steps)
-
-
-def _read(nets, params, null_ids, ids):
-    ids = jnp.concatenate([null_ids, ids])
-    both = nets["text_encoder"].apply(params["text_encoder"], ids).last_hidden_state
-    return both[1:], both[:1]
 
 
 class Programs:

@@ -88,8 +88,7 @@ def make_rows(nets: Mapping[str, Any], solve: sampling.Solve) -> Rows:
     """
 
     def rows(params, null_ids, ids, X0):
-        context = nets["text_encoder"].apply(params["text_encoder"], jnp.concatenate([null_ids, ids])).last_hidden_state
-        return solve(params["unet"], X0.astype(jnp.float32), context[1:], context[:1]).astype(jnp.float16)
+        return solve(params["unet"], X0.astype(jnp.float32), *sampling.read_text(nets, params, ids, null_ids)).astype(jnp.float16)
 
     return rows
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from instaflow_jax.stages import straighten
+from instaflow_jax.stages import sample, straighten
 from instaflow_jax.train import objectives
 
 DIRECTORY = "reflow"
@@ -18,7 +18,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     """
     straighten.check(config)
     pairs = straighten.need_pairs(config.pairs, Path(workdir))
-    pipe = straighten.load(config, config.model)
+    pipe = sample.load(config, config.model)
     unet = pipe.nets["unet"].with_remat(config.remat.unet)
     loss = objectives.make_reflow_loss(unet, pipe.nets["text_encoder"], drop=config.drop, steps=straighten.CLOCK,
                                        **config.loss)

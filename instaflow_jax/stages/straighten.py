@@ -14,7 +14,7 @@ from instaflow_jax.data.pairs import PairBatches, Pairs
 from instaflow_jax.infra import images, parallel
 from instaflow_jax.models import pipeline
 from instaflow_jax.models.layers import REMAT
-from instaflow_jax.stages import generate, sample, training
+from instaflow_jax.stages import generate, training
 from instaflow_jax.stages.sample import check_dtype
 from instaflow_jax.train import warm_start
 from instaflow_jax.train.step import Loss
@@ -51,11 +51,6 @@ def need_pairs(config: ConfigDict, directory: Path) -> Pairs:
     recipe = pairs.manifest["recipe"]
     print(f"{len(pairs)} pairs by {recipe['solver']}, N={recipe['N']}, alpha={recipe['alpha']:g}", flush=True)
     return pairs
-
-
-def load(config: ConfigDict, source: str) -> pipeline.Pipeline:
-    """The pipeline to start from, with the changes of weights that the config asks for, computing as it says."""
-    return sample.load(config, source)
 
 
 def fit(config: ConfigDict, directory: Path, pipe: pipeline.Pipeline, pairs: Pairs, loss: Loss,

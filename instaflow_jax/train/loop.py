@@ -149,13 +149,18 @@ def compile_step(
     batch = parallel.abstract_batch(batches.spec(), mesh)
     batch_size = next(iter(batch.values())).shape[0]
     parallel.check_batch_size("batch_size", batch_size, mesh, step.accumulate)
-    out = jax.tree.map(lambda leaf: leaf.sharding, state), parallel.replicated(mesh)
     began = time.monotonic()
-    lowered = jax.jit(step.update, donate_argnums=0, out_shardings=out).lower(state, frozen, batch, key)
+    lowered = lower_step(step, state, frozen, batch, key, mesh)
     compiled = lowered.compile()
     flops = speed.step_flops(lowered, step.accumulate)
     log.info(speed.describe(compiled, flops, time.monotonic() - began))
     return compiled, batch_size, flops
+
+
+def lower_step(step: TrainStep, state: TrainState, frozen: PyTree, batch: PyTree, key: Key, mesh: Mesh) -> jax.stages.Lowered:
+    """The step that takes over the state's buffers and gives the next state in the same shards; shapes are enough."""
+    out = jax.tree.map(lambda leaf: leaf.sharding, state), parallel.replicated(mesh)
+    return jax.jit(step.update, donate_argnums=0, out_shardings=out).lower(state, frozen, batch, key)
 
 
 class Ledger:
