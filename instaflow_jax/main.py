@@ -44,6 +44,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; options are written --config.field=value")
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # which platforms it did not find
+    logging.getLogger("absl").addFilter(_worth_telling)
     if _CPU_DEVICES.value:
         jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
     try:
@@ -53,6 +54,11 @@ def main(argv: list[str]) -> None:
         if flags.FLAGS["v"].value > 0:  # absl's --verbosity=1 shows where it was raised
             raise
         sys.exit(f"error: {error}")
+
+
+def _worth_telling(record: logging.LogRecord) -> bool:
+    """Of TFDS' log the warnings alone: which file it reads is no news."""
+    return "tensorflow_datasets" not in record.pathname or record.levelno >= logging.WARNING
 
 
 if __name__ == "__main__":

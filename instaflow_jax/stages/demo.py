@@ -1,8 +1,9 @@
 """Stage `demo`: every stage of the method, one after the other, and a report at the end."""
+import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,8 +51,12 @@ def run(config: ConfigDict, workdir: str) -> None:
     """
     if jax.process_count() > 1:
         raise ValueError("the demo runs in one process, on all its devices: leave --processes away")
-    quieten()
-    directory = Path(workdir)
+    with undrawable_untold():
+        take_all(config, Path(workdir))
+
+
+def take_all(config: ConfigDict, directory: Path) -> None:
+    """What `run` does, all steps and the report."""
     settings = {step.name: json.loads(config[step.name].to_json_best_effort()) for step in STEPS}
     ledger = open_ledger(directory, settings)
     left = unfinished(directory, ledger, settings)
@@ -72,10 +77,16 @@ def run(config: ConfigDict, workdir: str) -> None:
           f"browser\n{page.absolute()}", flush=True)
 
 
-def quieten() -> None:
-    """Hides what is no news to who watches the demo: TFDS' talk, and the names of the emoji that cannot be drawn."""
-    logging.getLogger("absl").addFilter(lambda record: "tensorflow_datasets" not in record.pathname)
-    logging.getLogger(drawing.__name__).setLevel(logging.ERROR)
+@contextlib.contextmanager
+def undrawable_untold() -> Iterator[None]:
+    """Hides the names of the emoji that cannot be drawn: no news to who watches the demo."""
+    told = logging.getLogger(drawing.__name__)
+    level = told.level
+    told.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        told.setLevel(level)
 
 
 def take(step: Step, config: ConfigDict, directory: Path, ledger: dict[str, Any], settings: dict[str, Any]) -> None:
