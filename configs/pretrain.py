@@ -47,11 +47,12 @@ def training() -> ConfigDict:
 def autoencoder(config: ConfigDict) -> None:
     config.batch_size = 32
     config.ema_decay = 0.998
-    config.schedule.peak = 2e-3
-    config.loop.steps = 4000
+    config.schedule.peak = 3e-3
+    config.augment = {"max_shift": 2, "max_zoom": 0.15}  # and turned and recoloured, which no other network is shown
+    config.loop.steps = 8000
     config.loss = {"kl_weight": 1e-6, "l1_weight": 0.02}
     config.model = {
-        "block_out_channels": (16, 32, 64), "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 8,
+        "block_out_channels": (16, 32, 64), "layers_per_block": 1, "latent_channels": 8, "norm_num_groups": 8,
         "down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3,
         "sample_size": 32, "scaling_factor": 1.0, "act_fn": "silu",  # the factor is measured when training ends
     }
@@ -74,7 +75,7 @@ def diffusion(config: ConfigDict) -> None:
     }
     config.text_encoder = text_tower(layers=2)
     config.unet = {
-        "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (64, 96), "layers_per_block": 1,
+        "sample_size": 8, "in_channels": 8, "out_channels": 8, "block_out_channels": (64, 96), "layers_per_block": 1,
         "down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2,
         "cross_attention_dim": 128, "attention_head_dim": (2, 3), "norm_num_groups": 16, "act_fn": "silu",
         "use_linear_projection": True,

@@ -13,7 +13,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from instaflow_jax.data import drawing, openmoji
-from instaflow_jax.data.augment import augment
+from instaflow_jax.data.augment import augment, turn
 from instaflow_jax.data.captions import LEVELS, caption_table, captions, clean, draw, level_probabilities
 from instaflow_jax.data.emoji_groups import SUBGROUPS, subgroup_of
 
@@ -226,3 +226,11 @@ def test_augmentation_scales_about_the_centre():
     ink = (1 - moved).sum((1, 2, 3)) / (1 - picture()).sum()
     assert ink.min() < 0.8 and ink.max() > 1.2 and 0.6 < ink.min() and ink.max() < 1.5
     np.testing.assert_allclose(moved, moved[:, ::-1, ::-1], atol=1e-5)
+
+
+def test_turning_gives_all_symmetries_and_orders_of_colour():
+    one = jnp.arange(12.0).reshape(1, 2, 2, 3)
+    turned = np.asarray(turn(jax.random.key(3), jnp.tile(one, (2000, 1, 1, 1))))
+    assert np.array_equal(np.sort(turned.reshape(2000, -1)), np.tile(np.arange(12.0), (2000, 1)))
+    assert len(np.unique(turned.reshape(2000, -1), axis=0)) == 8 * 6
+    assert 0.5 < np.mean(np.all(turned[:, 0, 0] % 3 == [0, 1, 2], axis=-1)) < 0.65  # colours as they were

@@ -116,7 +116,7 @@ def test_diffusion_learns_and_is_written_as_a_pipeline(no_drawing, tmp_path):
     net.save_pretrained(net.init(jax.random.key(0)), tmp_path / "given" / "vae")
     export = trained("diffusion", tmp_path, autoencoder=str(tmp_path / "given"))
     pipe = pipeline.load(str(export), variant=None, attention="xla")
-    assert pipe.latent_shape == (8, 8, 4) and pipe.tokenizer(["a face"]).shape == (1, 16)
+    assert pipe.latent_shape == (8, 8, 8) and pipe.tokenizer(["a face"]).shape == (1, 16)
 
 
 def test_clip_learns_and_is_written(no_drawing, tmp_path):

@@ -1,4 +1,5 @@
-"""Small shifts and scalings of the pictures, filled with white: one emoji becomes many without becoming another."""
+"""One emoji becomes many: moved and scaled a little, it stays itself; turned and recoloured, it is another of its kind."""
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -31,3 +32,21 @@ def _place(image: Float[Array, "H W C"], shift: Float[Array, "2"], zoom: Float[A
         1 - image, image.shape, (0, 1), jnp.stack([zoom, zoom]), centre * (1 - zoom) + shift, method="linear"
     )
     return 1 - ink
+
+
+def turn(key: PRNGKeyArray, images: Float[Array, "B H H 3"]) -> Float[Array, "B H H 3"]:
+    """One of the square's eight symmetries for each picture, and for half of them another order of colour channels.
+
+    For networks that are to see shapes and read no names: after it, "red apple" may be blue and lie on its side.
+    """
+    keys = jax.random.split(key, 4)
+
+    def toss(key: PRNGKeyArray) -> Array:
+        return jax.random.bernoulli(key, 0.5, (len(images), 1, 1, 1))
+
+    images = jnp.where(toss(keys[0]), images[:, :, ::-1], images)
+    images = jnp.where(toss(keys[1]), images[:, ::-1], images)
+    images = jnp.where(toss(keys[2]), jnp.swapaxes(images, 1, 2), images)
+    orders = jnp.asarray(list(itertools.permutations(range(3))))  # the first is the order as it is
+    chosen = orders[jnp.maximum(jax.random.randint(keys[3], (len(images),), -len(orders), len(orders)), 0)]
+    return jnp.take_along_axis(images, chosen[:, None, None, :], axis=3)

@@ -1,4 +1,4 @@
-"""The embedded autoencoder: 32×32 pixels ⇄ 8×8×4 latents."""
+"""The embedded autoencoder: 32×32 pixels ⇄ 8×8×8 latents."""
 import dataclasses
 from pathlib import Path
 
@@ -6,10 +6,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from instaflow_jax.data.augment import turn
 from instaflow_jax.infra import images
 from instaflow_jax.models.vae import AutoencoderKL
 from instaflow_jax.stages.pretrain_recipe import Recipe, in_batches, load, make_augment, to_pixels
 from instaflow_jax.train import pretraining
+from instaflow_jax.train.pretraining import Augment
 
 _SHOWN = 64  # held-out emoji in the grid
 
@@ -37,5 +39,16 @@ def make(config: ConfigDict, workdir: str) -> Recipe:
         raw = net.raw_config | {"scaling_factor": round(float(1 / latents.std()), 5)}
         dataclasses.replace(net, raw_config=raw).save_pretrained(params, directory / "vae", dtype=np.float16)
 
-    loss = pretraining.make_autoencoder_loss(net, make_augment(config), **config.loss)
+    loss = pretraining.make_autoencoder_loss(net, make_turned(config), **config.loss)
     return Recipe(net.init, loss, {"image": known}, watch, export)
+
+
+def make_turned(config: ConfigDict) -> Augment:
+    """Moved, scaled and turned: 3,600 emoji are few, and an autoencoder is to know shapes and edges of any kind."""
+    move = make_augment(config)
+
+    def change(key, pixels):
+        move_key, turn_key = jax.random.split(key)
+        return turn(turn_key, move(move_key, pixels))
+
+    return change
