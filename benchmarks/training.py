@@ -1,4 +1,5 @@
 """Our side of training: the steps of reflow and of distillation by LPIPS, the full-size gradient, and pair generation."""
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ from benchmarks.sd15 import call
 from benchmarks.timing import Call
 from configs import distill, generate, reflow
 from instaflow_jax.arrays import Batch
-from instaflow_jax.infra import parallel, speed
+from instaflow_jax.infra import memory, parallel, speed
 from instaflow_jax.models import pipeline
 from instaflow_jax.models.clip import CLIPTextModel
 from instaflow_jax.models.unet import UNet2DConditionModel
@@ -18,7 +19,7 @@ from instaflow_jax.stages.distill import make_distance
 from instaflow_jax.train import loop, objectives, optim, state, step
 
 
-def pairs(batch: int, latent: tuple[int, int, int], length: int) -> Batch:
+def pairs(batch: int, latent: Sequence[int], length: int) -> Batch:
     """Random pairs, the same for either side: latents float32 [batch, *latent], ids of a short prompt."""
     rng = np.random.default_rng(0)
     X0, X1 = rng.standard_normal((2, batch, *latent), np.float32)
@@ -32,6 +33,7 @@ def embedded(*, batch: int, devices: int) -> dict[str, Call]:
       batch: of all devices together.
       devices: that the CPU is split into.
     """
+    memory.keep()
     jax.config.update("jax_num_cpu_devices", devices)
     pipe = pipeline.load("openmoji", variant=None, attention="xla")
     distance, seen = make_distance(distill.get_config("lpips"), pipe)
@@ -69,6 +71,7 @@ def training(loss, config, params, frozen, data: Batch) -> Call:
 
 def gradient(*, configs: dict[str, Any], latent: int, batch: int, dtype: str, attention: str, remat: str) -> dict[str, Call]:
     """Loss and gradient of reflow at full size; a whole step's state does not fit beside the peer's on a small machine."""
+    memory.keep()
     options = {"dtype": jnp.dtype(dtype), "attention": attention}
     unet = UNet2DConditionModel.from_config(configs["unet"], **options).with_remat(remat)
     text = CLIPTextModel.from_config(configs["text_encoder"], **options)
@@ -84,10 +87,11 @@ def gradient(*, configs: dict[str, Any], latent: int, batch: int, dtype: str, at
 
 def generation(*, batch: int, devices: int) -> dict[str, Call]:
     """One call of the program of configs/generate.py: guided DPM-Solver++(2M), 25 steps, latents only."""
+    memory.keep()
     jax.config.update("jax_num_cpu_devices", devices)
     config = generate.get_config().unlock()
     config.batch, config.count = batch // devices, batch
-    sampler = generate_program.Sampler(generate_job.prepare(config))
-    data = pairs(batch, (8, 8, 4), 16)
+    job = generate_job.prepare(config)
+    sampler, data = generate_program.Sampler(job), pairs(batch, job.recipe["latent_shape"], job.recipe["tokens"])
     X0 = data["X0"].astype(np.float16)
     return {f"{batch} pairs, embedded": call(lambda: sampler(data["ids"], X0), 0.0, batch)}

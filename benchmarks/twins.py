@@ -19,6 +19,10 @@ def random_pairs(batch: int, latent: tuple[int, int, int], length: int) -> dict:
     return {"X0": X0, "X1": X1, "ids": torch.tensor(rng.integers(1, 2000, (batch, length)))}
 
 
+def latent_shape(unet) -> tuple[int, int, int]:
+    return unet.config.sample_size, unet.config.sample_size, unet.config.in_channels
+
+
 def load() -> tuple[Any, Any, Any]:
     """The embedded UNet, text encoder and autoencoder; all but the first frozen."""
     references()
@@ -93,7 +97,7 @@ def embedded(*, batch: int) -> dict[str, Call]:
     (unet, text, vae), lpips = load(), make_lpips()
     length = text.config.max_position_embeddings
     null_ids = torch.full((1, length), text.config.eos_token_id)
-    pairs = random_pairs(batch, (8, 8, 4), length)
+    pairs = random_pairs(batch, latent_shape(unet), length)
     losses = {"reflow step": lambda: reflow_loss(unet, text, pairs, torch.rand(batch), null_ids, 0.05),
               "LPIPS step": lambda: lpips_loss(unet, text, vae, lpips, pairs)}
     return {f"{name}, embedded, batch {batch}": training(unet, loss, batch) for name, loss in losses.items()}
@@ -143,7 +147,7 @@ def generation(*, batch: int, steps: int = 25, alpha: float = 3.0) -> dict[str, 
     from diffusers import DPMSolverMultistepScheduler
     unet, text, _ = load()
     scheduler = DPMSolverMultistepScheduler.from_pretrained(ASSETS / "scheduler")
-    pairs = random_pairs(batch, (8, 8, 4), text.config.max_position_embeddings)
+    pairs = random_pairs(batch, latent_shape(unet), text.config.max_position_embeddings)
     null_ids = torch.full((batch, text.config.max_position_embeddings), text.config.eos_token_id)
 
     @torch.no_grad()

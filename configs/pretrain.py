@@ -65,7 +65,7 @@ def diffusion(config: ConfigDict) -> None:
     config.toned_copies = 1  # ... one with a skin tone in its name: these are half of all
     config.augment = {"max_shift": 0, "max_zoom": 0.03}
     config.loss = {"min_snr": 5.0}
-    config.loop.steps = 6000
+    config.loop.steps = 8000
     config.watch_every = 500
     config.watch = {"prompts": PROMPTS, "seeds": 8, "N": 25, "alpha": 4.0}
     config.scheduler = {

@@ -115,8 +115,8 @@ def test_every_call_of_inference_runs_on_both_sides():
 def test_the_twin_computes_the_same_losses():
     torch = references()
     pipe = pipeline.load("openmoji", variant=None, attention="xla")
-    batch = training.pairs(4, (8, 8, 4), 16)
-    (unet, text, _), pairs = twins.load(), twins.random_pairs(4, (8, 8, 4), 16)
+    batch, (unet, text, _) = training.pairs(4, pipe.latent_shape, 16), twins.load()
+    pairs = twins.random_pairs(4, twins.latent_shape(unet), 16)
     t = np.linspace(0.1, 0.9, 4).astype(np.float32)
 
     context = pipe.nets["text_encoder"].apply(pipe.params["text_encoder"], batch["ids"]).last_hidden_state

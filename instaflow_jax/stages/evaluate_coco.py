@@ -26,8 +26,7 @@ from instaflow_jax.infra import files, images, parallel
 from instaflow_jax.infra.speed import clock_time
 from instaflow_jax.models import pipeline
 from instaflow_jax.stages import evaluate_coco_measure as measure
-from instaflow_jax.stages import sample
-from instaflow_jax.stages.sample import check_dtype, check_guidance, latent_shape
+from instaflow_jax.stages.sample import check_dtype, check_guidance, latent_shape, load
 
 _LEAST = 4  # pictures; with fewer there are no third neighbours
 _TELL_EVERY = 30  # seconds
@@ -95,7 +94,7 @@ def prepare(config: ConfigDict, photos: list[coco.Photo], directory: Path) -> Jo
     Raises:
       ValueError, FileNotFoundError: a file of it is wrong, or its pictures are smaller than `config.size`.
     """
-    pipe = sample.load(config, config.model)
+    pipe = load(config, config.model)
     shape = latent_shape(pipe, config.height, config.width)
     height, width = (side * pipe.nets["vae"].config.factor for side in shape[:2])
     if min(height, width) < config.size:
