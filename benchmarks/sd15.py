@@ -7,7 +7,6 @@ import numpy as np
 
 from benchmarks.timing import Call, peak_memory
 from instaflow_jax import sampling
-from instaflow_jax.infra import memory
 from instaflow_jax.models.clip import CLIPTextModel
 from instaflow_jax.models.net import Net
 from instaflow_jax.models.unet import UNet2DConditionModel
@@ -32,7 +31,6 @@ def ours(*, configs: dict[str, Any], flops: dict[str, float], latent: int, batch
       steps: of the guided teacher.
       attention: "xla" or "cudnn".
     """
-    memory.keep()
     nets = {name: cls.from_config(configs[name], dtype=jnp.dtype(dtype), attention=attention)
             for name, cls in CLASSES.items()}
     params = jax.block_until_ready({name: net.init(jax.random.key(0)) for name, net in nets.items()})

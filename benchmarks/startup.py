@@ -14,7 +14,7 @@ torch.set_num_threads(2)
 pipe = StableDiffusionPipeline.from_pretrained({model!r}, safety_checker=None)
 pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
 pipe.set_progress_bar_config(disable=True)
-pipe("red apple", num_inference_steps=25, guidance_scale=4.0, height=32, width=32).images[0].save({to!r})
+pipe("red apple", num_inference_steps=25, guidance_scale=3.0, height=32, width=32).images[0].save({to!r})
 """
 _PLAIN = "import benchmarks.references as r; r.references()\n"  # makes a torchvision of another build importable
 

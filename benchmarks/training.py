@@ -10,7 +10,7 @@ from benchmarks.sd15 import call
 from benchmarks.timing import Call
 from configs import distill, generate, reflow
 from instaflow_jax.arrays import Batch
-from instaflow_jax.infra import memory, parallel, speed
+from instaflow_jax.infra import parallel, speed
 from instaflow_jax.models import pipeline
 from instaflow_jax.models.clip import CLIPTextModel
 from instaflow_jax.models.unet import UNet2DConditionModel
@@ -33,7 +33,6 @@ def embedded(*, batch: int, devices: int) -> dict[str, Call]:
       batch: of all devices together.
       devices: that the CPU is split into.
     """
-    memory.keep()
     jax.config.update("jax_num_cpu_devices", devices)
     pipe = pipeline.load("openmoji", variant=None, attention="xla")
     distance, seen = make_distance(distill.get_config("lpips"), pipe)
@@ -71,7 +70,6 @@ def training(loss, config, params, frozen, data: Batch) -> Call:
 
 def gradient(*, configs: dict[str, Any], latent: int, batch: int, dtype: str, attention: str, remat: str) -> dict[str, Call]:
     """Loss and gradient of reflow at full size; a whole step's state does not fit beside the peer's on a small machine."""
-    memory.keep()
     options = {"dtype": jnp.dtype(dtype), "attention": attention}
     unet = UNet2DConditionModel.from_config(configs["unet"], **options).with_remat(remat)
     text = CLIPTextModel.from_config(configs["text_encoder"], **options)
@@ -87,7 +85,6 @@ def gradient(*, configs: dict[str, Any], latent: int, batch: int, dtype: str, at
 
 def generation(*, batch: int, devices: int) -> dict[str, Call]:
     """One call of the program of configs/generate.py: guided DPM-Solver++(2M), 25 steps, latents only."""
-    memory.keep()
     jax.config.update("jax_num_cpu_devices", devices)
     config = generate.get_config().unlock()
     config.batch, config.count = batch // devices, batch

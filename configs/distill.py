@@ -44,7 +44,7 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
 def openmoji(config: ConfigDict) -> None:
     config.pairs = generate.get_config("openmoji")
     config.pairs.update({"kind": "flow", "alpha": 1.0})  # the teacher's pairs were guided already
-    reflow.emoji_budget(config, steps=700)
+    reflow.emoji_budget(config, steps=900)
 
 
 def lpips(config: ConfigDict) -> None:

@@ -6,8 +6,9 @@
     python -m instaflow_jax.main --config=configs/pretrain.py:classifier --workdir=DIR
 
 Each may be killed and started again, and writes DIR/export/..., which is what `instaflow_jax/assets/openmoji` holds
-(`cp -r DIR/export/* instaflow_jax/assets/openmoji/` puts a new one there; the READMEs stay). On two busy CPU cores the
-four train 60, 60, 250 and 410 pictures/s. Measured on what is shipped: see the cards; longer is better.
+(`cp -r DIR/export/* instaflow_jax/assets/openmoji/` puts a new one there; the READMEs stay). On two CPU cores the
+four train 146, 210, 250 and 410 pictures/s (the last two beside other work): an hour each for the first and second, less
+for the others. Measured on what is shipped: see the cards.
 """
 from configs import common
 from ml_collections import ConfigDict
@@ -65,7 +66,7 @@ def diffusion(config: ConfigDict) -> None:
     config.toned_copies = 1  # ... one with a skin tone in its name: these are half of all
     config.augment = {"max_shift": 0, "max_zoom": 0.03}
     config.loss = {"min_snr": 5.0}
-    config.loop.steps = 8000
+    config.loop.steps = 12000
     config.watch_every = 500
     config.watch = {"prompts": PROMPTS, "seeds": 8, "N": 25, "alpha": 4.0}
     config.scheduler = {

@@ -47,7 +47,7 @@ def training() -> ConfigDict:
 def openmoji(config: ConfigDict) -> None:
     config.model = "openmoji"
     config.pairs = generate.get_config("openmoji")
-    emoji_budget(config, steps=1200)
+    emoji_budget(config, steps=1500)
     config.drop = 0.05
 
 

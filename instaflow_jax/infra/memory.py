@@ -9,8 +9,8 @@ def keep() -> None:
     """Has the C library keep what is freed, where it would give it back to the system.
 
     XLA asks for a program's temporaries at every call. From 32 MiB on glibc maps them anew each time, and the system
-    clears every page when it is touched: a quarter of the embedded training step. Call it before jax computes, since
-    a thread that has its own heap already keeps little. Does nothing without glibc.
+    clears every page when it is touched: a quarter of the embedded training step. Call it early, before the large
+    imports: a thread that has a heap of its own by then is not reached. Does nothing without glibc.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt

@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--data_dir", default="runs/data", help="where the emoji are, or are drawn to")
     parser.add_argument("--count", type=int, default=500, help="teacher pictures")
     parser.add_argument("--N", type=int, default=25, help="solver steps")
-    parser.add_argument("--alpha", type=float, nargs="+", default=[4.0], help="guidance scales to try")
+    parser.add_argument("--alpha", type=float, nargs="+", default=[3.0], help="guidance scales to try")
     args = parser.parse_args()
     pipe = pipeline.load(args.model, variant=None, attention="xla")
     source = pipeline.locate(args.model)
