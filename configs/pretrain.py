@@ -68,7 +68,7 @@ def diffusion(config: ConfigDict) -> None:
     config.loss = {"min_snr": 5.0}
     config.loop.steps = 12000
     config.watch_every = 500
-    config.watch = {"prompts": PROMPTS, "seeds": 8, "N": 25, "alpha": 4.0}
+    config.watch = {"prompts": PROMPTS, "seeds": 8, "N": 25, "alpha": 3.0}
     config.scheduler = {
         "_class_name": "PNDMScheduler", "_diffusers_version": "0.39.0", "beta_start": 0.00085, "beta_end": 0.012,
         "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "set_alpha_to_one": False, "steps_offset": 1,
