@@ -6,7 +6,8 @@
 Pairs → reflow → distillation → distillation without reflow, the paper's baseline → evaluation → export → DIR/report.html.
 It may be killed at any moment: started again it goes on, and what is finished is not made again. Every stage's own config
 is in here: `--config.reflow.loop.steps=2000`, `--config.generate.count=8192`.
-Measured on two CPU cores: 26½ minutes, installation included; README.md has the table.
+Measured on two CPU cores: 28 min 36 s, installation included, from which distillation's cheaper pairs have since taken two
+minutes; README.md has the table.
 """
 from configs import distill, evaluate, export, reflow
 from ml_collections import ConfigDict

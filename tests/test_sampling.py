@@ -161,12 +161,12 @@ def config(tiny, **fields):
 def test_stage_writes_pictures_and_a_grid(tiny, tmp_path):
     main.run(config(tiny), str(tmp_path))
     made = sorted(p.name for p in (tmp_path / "sample").iterdir())
-    assert len(made) == 7 and "grid.png" in made and "001_house_seed6_N2_alpha4.png" in made
-    picture = Image.open(tmp_path / "sample" / "001_house_seed6_N2_alpha4.png")
+    assert len(made) == 7 and "grid.png" in made and "001_house_seed6_N2_alpha3.png" in made
+    picture = Image.open(tmp_path / "sample" / "001_house_seed6_N2_alpha3.png")
     assert picture.size == (16, 16)
     assert picture.text["prompt"] == "house" and picture.text["seed"] == "6" and picture.text["N"] == "2"
     main.run(config(tiny, prompts="house", seeds=(6,)), str(tmp_path / "alone"))
-    alone = Image.open(tmp_path / "alone" / "sample" / "000_house_seed6_N2_alpha4.png")
+    alone = Image.open(tmp_path / "alone" / "sample" / "000_house_seed6_N2_alpha3.png")
     assert np.abs(np.asarray(alone, int) - np.asarray(picture, int)).max() <= 1
 
 
