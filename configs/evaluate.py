@@ -10,7 +10,7 @@ guidance.png, trajectories.png and grid.png. Started again it measures only what
 
 All rows draw the same prompts (full emoji names, without replacement) from the same noise, of a seed that no pairs used.
 Needs the package `matplotlib` (extra "demo"), as well as those that draw the emoji.
-Measured by configs/demo.py on two CPU cores: 6 min 10 s for 512 prompts of names and as many of kinds; README.md has the table.
+Measured by configs/demo.py on two CPU cores: 7 min 26 s for 512 prompts of names and as many of kinds; README.md has the table.
 """
 from configs import common, evaluate_coco
 from ml_collections import ConfigDict
@@ -45,5 +45,5 @@ def openmoji() -> ConfigDict:
     config.guidance = {"N": 4, "alphas": (1.0, 1.5, 2.0, 3.0, 4.0)}  # of the 2-rectified flow
     config.show = {"prompts": PROMPTS, "path": "woman astronaut", "points": 6}  # of the grid, and of the trajectories
     config.batch = 16  # pictures a device and call of the compiled program
-    config.repeats = 7  # runs that the seconds per image are the median of
+    config.repeats = 51  # runs that the seconds per image are the median of
     return config
