@@ -23,7 +23,6 @@ CONFIGS = {"unet": SD15_UNET, "vae": SD15_VAE, "text_encoder": CLIP_L_TEXT}
 FLOPS = {"unet": 0.803e12, "vae": 2.51e12, "text_encoder": 0.013e12}  # forward, batch 1, 64×64 latents, 77 tokens
 FULL = {"configs": CONFIGS, "latent": 64}
 STEPS = 25  # of the guided teacher
-OURS = ("sd15", "training")  # modules whose processes are ours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Group:
 def spec(place: str, **options: Any) -> Spec:
     """`spec("sd15.ours", …)` is that function of benchmarks.sd15."""
     module, function = place.split(".")
-    return Spec(f"benchmarks.{module}", function, options, ours=module in OURS)
+    return Spec(f"benchmarks.{module}", function, options)
 
 
 def cpu(compiled: bool) -> dict[str, Group]:

@@ -16,8 +16,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self
 
-from instaflow_jax.infra import memory
-
 
 def peak_memory() -> int:
     """Bytes: the most this process has held since `forget_peak`, or in its life where the system cannot forget."""
@@ -53,14 +51,12 @@ class Call:
 class Spec:
     """How a side is made: `function(**options)` of a module, called in the side's own process, gives its calls by title.
 
-    A name and not the function, so that one side's process never imports what the other needs. `ours` asks the C library
-    for what `instaflow_jax.main` asks it.
+    A name and not the function, so that one side's process never imports what the other needs.
     """
 
     module: str
     function: str
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    ours: bool = False
 
     def make(self) -> dict[str, Call]:
         return getattr(importlib.import_module(self.module), self.function)(**self.options)
@@ -133,8 +129,6 @@ class Side:
 
 def serve(spec: Spec, line: Connection) -> None:
     """What a side's process does: makes its calls, then runs whichever it is sent the title of, until it is sent None."""
-    if spec.ours:
-        memory.keep()
     calls = spec.make()
     line.send({title: (call.count, call.flops) for title, call in calls.items()})
     while (title := line.recv()) is not None:

@@ -7,8 +7,8 @@
 
 Each may be killed and started again, and writes DIR/export/..., which is what `instaflow_jax/assets/openmoji` holds
 (`cp -r DIR/export/* instaflow_jax/assets/openmoji/` puts a new one there; the READMEs stay). On two CPU cores the
-four train 146, 210, 250 and 410 pictures/s (the last two beside other work): an hour each for the first and second, less
-for the others. Measured on what is shipped: see the cards.
+four train 146, some 150 to 200, 250 and 410 pictures/s (the last two beside other work): an hour each for the first and
+second, less for the others. Measured on what is shipped: see the cards.
 """
 from configs import common
 from ml_collections import ConfigDict

@@ -14,7 +14,7 @@ import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
-from instaflow_jax.infra import memory, parallel
+from instaflow_jax.infra import parallel
 
 STAGES = ("pretrain", "generate", "reflow", "distill", "sample", "evaluate", "demo", "export", "evaluate_coco", "serve")
 
@@ -36,7 +36,6 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     """
     if config.stage not in STAGES:
         raise ValueError(f"config.stage={config.stage!r} is not one of {', '.join(STAGES)}")
-    memory.keep()
     importlib.import_module(f"instaflow_jax.stages.{config.stage}").run(config, workdir)
 
 

@@ -15,9 +15,7 @@ import numpy as np
 import pytest
 
 from benchmarks.references import randomize, references, relative  # noqa: F401 (tests take them from here)
-from instaflow_jax.infra import memory
 
-memory.keep()
 LONG = ("test_usage", "test_colab", "test_resume", "test_export")  # files of few tests that take minutes
 
 
