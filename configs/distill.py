@@ -8,10 +8,9 @@
 
 Needs nothing: the flow and its pairs are made first where absent. Writes DIR/distill/export, a one-step generator
 (DIR/direct, DIR/distill_lpips for those variants).
-Measured on two CPU cores with --cpu_devices=2 (by configs/demo.py): 12,288 pairs of the flow and 900 steps of 32 in 6 min
-47 s (4 min 44 s in a faster hour of that machine). Fréchet distance to real emoji at one step 3.4 (the flow 3.7, direct
-distillation 3.3, the teacher at 25 steps 3.1); when only kinds are prompted, 22.0 (35.2, 26.2, 12.7). The paper's variants
-have not been run.
+Measured on two CPU cores with --cpu_devices=2 (by configs/demo.py): 12,288 pairs of the flow and 900 steps of 32 in 5 min
+42 s. Fréchet distance to real emoji at one step 3.4 (the flow 3.7, direct distillation 3.3, the teacher at 25 steps 3.1);
+when only kinds are prompted, 22.0 (35.2, 26.2, 12.7). The paper's variants have not been run.
 """
 from configs import common, generate, reflow
 from ml_collections import ConfigDict

@@ -10,7 +10,7 @@ guidance.png, trajectories.png and grid.png. Started again it measures only what
 
 All rows draw the same prompts (full emoji names, without replacement) from the same noise, of a seed that no pairs used.
 Needs the package `matplotlib` (extra "demo"), as well as those that draw the emoji.
-Measured by configs/demo.py on two CPU cores: 7 min 26 s for 512 prompts of names and as many of kinds; README.md has the table.
+Measured by configs/demo.py on two CPU cores: 5 min 13 s for 512 prompts of names and as many of kinds; README.md has the table.
 """
 from configs import common, evaluate_coco
 from ml_collections import ConfigDict

@@ -5,7 +5,7 @@
     python -m instaflow_jax.main --config=configs/reflow.py:sd15_2 --workdir=DIR      # its second
 
 Needs nothing: pairs that are absent are generated first. Writes DIR/reflow/export, which `configs/sample.py` draws from.
-Measured on two CPU cores with --cpu_devices=2 (by configs/demo.py): 1,500 steps of 32 in 7 min 1 s, 128 samples/s. S of
+Measured on two CPU cores with --cpu_devices=2 (by configs/demo.py): 1,500 steps of 32 in 6 min 27 s, 136 samples/s. S of
 the teacher, seen as a flow, 0.463; of this flow 0.029. Fréchet distance to real emoji at one step 3.7, the teacher's 46.5.
 The paper's variants have not been run; sd15 has been compiled at full size (benchmarks/scaling.py).
 """
