@@ -103,26 +103,79 @@ def teacher(draw: Draw, steps: int) -> Call:
     return draw.call(run)
 
 
-def flax(*, configs: dict[str, Any], latent: int) -> dict[str, Call]:
-    """UNet and decoder by the Flax classes that diffusers had until 0.39."""
+def flax(*, configs: dict[str, Any], latent: int, batches: list[int], steps: int) -> dict[str, Call]:
+    """The same calls by the Flax classes that diffusers had until 0.39 and transformers until 4.57, float32."""
     references()
     import jax
+    import jax.numpy as jnp
     from diffusers import FlaxAutoencoderKL, FlaxUNet2DConditionModel
+    from transformers import CLIPTextConfig, FlaxCLIPTextModel
     rng = np.random.default_rng(0)
     unet, vae = FlaxUNet2DConditionModel(**configs["unet"]), FlaxAutoencoderKL(**configs["vae"])
-    params = [random_weights(net, rng) for net in (unet, vae)]
-    z = jax.device_put(rng.standard_normal((1, 4, latent, latent), np.float32))
-    text = jax.device_put(rng.standard_normal((1, 77, configs["unet"]["cross_attention_dim"]), np.float32))
-    tau = np.full(1, 1000.0, np.float32)
-    predict = jax.jit(lambda p, *inputs: unet.apply({"params": p}, *inputs).sample)
-    decode = jax.jit(lambda p, z: vae.apply({"params": p}, z / 0.18215, method=vae.decode).sample)
-    return {"UNet": Call(lambda: jax.block_until_ready(predict(params[0], z, tau, text))),
-            "VAE decoder": Call(lambda: jax.block_until_ready(decode(params[1], z)))}
+    text_encoder = FlaxCLIPTextModel(CLIPTextConfig(**configs["text_encoder"]), _do_init=False)
+    params = [random_weights(net.init_weights, rng) for net in (unet, vae)]
+    params.append(random_weights(lambda key: text_encoder.init_weights(key, (1, 1)), rng))
+    length = text_encoder.config.max_position_embeddings
+
+    def draw(*shape: int):
+        return jax.device_put(rng.standard_normal(shape, np.float32))
+
+    def encode(p, ids):
+        return text_encoder(ids, params=p)[0]
+
+    def predict(p, z, tau, text):
+        return unet.apply({"params": p}, z, tau, text).sample
+
+    def decode(p, z):
+        return vae.apply({"params": p}, z / vae.config.scaling_factor, method=vae.decode).sample
+
+    def draw_image(params, X0, ids):
+        X1 = X0 + predict(params[0], X0, jnp.full(len(X0), 1000.0), encode(params[2], ids))
+        return jnp.round(255 * jnp.clip(decode(params[1], X1) / 2 + 0.5, 0, 1)).astype(jnp.uint8)
+
+    def call(function, *inputs, count: int = 1) -> Call:
+        compute = jax.jit(function)
+        return Call(lambda: jax.block_until_ready(compute(*inputs)), count)
+
+    def z(batch: int):
+        return draw(batch, unet.config.in_channels, latent, latent)
+
+    def ids(batch: int):
+        return np.ones((batch, length), np.int32)
+
+    context = draw(2, length, unet.config.cross_attention_dim)
+    calls = {"CLIP text": call(encode, params[2], ids(1)),
+             "UNet": call(predict, params[0], z(1), np.full(1, 1000.0, np.float32), context[:1]),
+             "VAE decoder": call(decode, params[1], z(1))}
+    for batch in batches:
+        calls[f"one-step image, batch {batch}"] = call(draw_image, params, z(batch), ids(batch), count=batch)
+    return calls | {f"{steps} guided teacher step{'s' * (steps > 1)}":
+                    call(flax_teacher(predict, steps, z(1).shape), params[0], z(1), context)}
 
 
-def random_weights(net, rng: np.random.Generator):
+def flax_teacher(predict, steps: int, shape):
+    """diffusers' own DPM-Solver++(2M) and guidance, in a loop of the compiled program as its Flax pipeline had it."""
+    import jax
+    import jax.numpy as jnp
+    from diffusers import FlaxDPMSolverMultistepScheduler
+    scheduler = FlaxDPMSolverMultistepScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    beginning = scheduler.set_timesteps(scheduler.create_state(), steps, shape)
+
+    def step(i, carry, params, context):
+        z, state = carry
+        tau = jnp.asarray(state.timesteps)[i]
+        null, text = jnp.split(predict(params, jnp.concatenate([z, z]), jnp.full(2, tau), context), 2)
+        return scheduler.step(state, null + ALPHA * (text - null), tau, z).to_tuple()
+
+    def solve(params, z, context):
+        return jax.lax.fori_loop(0, steps, lambda i, carry: step(i, carry, params, context), (z, beginning))[0]
+
+    return solve
+
+
+def random_weights(init, rng: np.random.Generator):
     """As large as fan-in wants; their own initialisation takes minutes at full size."""
     import jax
-    shapes = jax.eval_shape(lambda: net.init_weights(jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
     return jax.tree.map(lambda s: jax.device_put(
         rng.standard_normal(s.shape, np.float32) / np.sqrt(max(1, np.prod(s.shape[:-1])))), shapes)

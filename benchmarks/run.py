@@ -46,7 +46,7 @@ def cpu(compiled: bool) -> dict[str, Group]:
     slope = {"configs": CONFIGS, "latent": 16, "batch": 1, "dtype": "float32"}
     groups = {
         "sd15": Group(ours, {"PyTorch eager": spec("peers.pytorch", **peer)}),
-        "flax": Group(ours, {"diffusers' Flax": spec("peers.flax", **FULL)}),
+        "flax": Group(ours, {"diffusers' Flax": spec("peers.flax", batches=[1], steps=1, **FULL)}),
         "gradient": Group(spec("training.gradient", attention="xla", remat="none", **slope),
                           {"PyTorch": spec("twins.gradient", device="cpu", **slope)}),
         "training": Group(spec("training.embedded", batch=32, devices=2), {"PyTorch": spec("twins.embedded", batch=32)}),

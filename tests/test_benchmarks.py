@@ -112,6 +112,17 @@ def test_every_call_of_inference_runs_on_both_sides():
         torch.set_grad_enabled(True)
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_old_flax_classes_run_every_call_too(steps):
+    size = {"configs": TINY, "latent": 8, "batches": [2], "steps": steps}
+    theirs = peers.flax(**size)
+    assert list(theirs) == list(sd15.ours(flops=dict.fromkeys(TINY, 1.0), attention="xla", dtype="float32", **size))
+    assert theirs["CLIP text"].run().shape == (1, 5, 16)
+    image, solved = (theirs[name].run() for name in ("one-step image, batch 2", list(theirs)[-1]))
+    assert image.shape == (2, 3, 8, 8) and image.dtype == np.uint8 and np.ptp(np.asarray(image)) > 0
+    assert solved.shape == (1, 4, 8, 8) and np.isfinite(solved).all()
+
+
 def test_the_twin_computes_the_same_losses():
     torch = references()
     pipe = pipeline.load("openmoji", variant=None, attention="xla")

@@ -16,6 +16,10 @@ def plain(x, kernel):
     return lax.conv_general_dilated(x, kernel, (1, 1), SAME, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
+def doubled_then_convolved(x, kernel):
+    return plain(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2), kernel)
+
+
 def with_gradients(function, *inputs):
     """Value and gradients of a function, of which every output counts differently."""
     def loss(*inputs):
@@ -39,6 +43,31 @@ def test_winograd_takes_strips_that_fill_the_image(monkeypatch):
     monkeypatch.setattr(cpu, "_TILES", 20)  # at most 5 rows of 4 tiles, of which 3 divide the 6 that there are
     x, kernel = normal(0, 2, 12, 8, 3), normal(1, 3, 3, 3, 4)
     assert relative(jax.jit(cpu.winograd)(x, kernel), plain(x, kernel)) < 3e-6
+
+
+def without_bias(x, kernel):
+    conv = layers.Make(nnx.Rngs(0)).conv(*kernel.shape[2:], 3, padding=1)
+    conv.kernel[...] = kernel
+    return conv.doubled(x)
+
+
+@pytest.mark.parametrize("way,shape", [
+    (without_bias, (2, 3, 5, 6)), (without_bias, (1, 1, 1, 3)), (cpu.doubled, (2, 3, 5, 6)), (cpu.doubled, (1, 6, 512, 3)),
+], ids=["four kernels", "one pixel", "differences", "strips"])
+def test_a_doubled_image_is_convolved_without_being_made(way, shape):
+    x, kernel = normal(0, *shape), normal(1, 3, 3, shape[-1], 4)
+    wants = with_gradients(doubled_then_convolved, x, kernel)
+    for ours, theirs in zip(with_gradients(way, x, kernel), wants, strict=True):
+        assert relative(ours, theirs) < 3e-6
+
+
+def test_a_doubled_image_costs_less():
+    """By XLA's count, the products alone: 4/9 in general (but for the frame), 1/4 where the CPU's way is taken."""
+    x, kernel = jnp.ones((1, 64, 64, 32)), jnp.ones((3, 3, 32, 32))
+    want, four, differences = (jax.jit(way).lower(x, kernel).cost_analysis()["flops"] for way in (
+        doubled_then_convolved, without_bias, cpu.doubled))
+    assert four < 0.5 * want
+    assert differences < 0.3 * want
 
 
 @pytest.mark.parametrize("context", [512, 77])
@@ -66,6 +95,17 @@ def test_the_shape_chooses(x, kernel, way):
     assert getattr(chosen, "__name__", None) == way
     assert cpu._other_way(x, kernel, (2, 2), SAME) is None
     assert cpu._other_way(x.update(dtype=jnp.bfloat16), kernel, (1, 1), SAME) is None
+
+
+def test_only_large_doubled_images_go_by_differences():
+    def chosen(*shape, dtype=jnp.float32):
+        x, kernel = (jax.ShapeDtypeStruct(s, dtype) for s in (shape, (3, 3, shape[-1], shape[-1])))
+        conv = jax.jit(lambda x, k: cpu.convolve_doubled(x, k, lambda x, k: jnp.zeros((x.shape[0], 2 * x.shape[1], 2 * x.shape[2], k.shape[3]), x.dtype))).trace(x, kernel)
+        return "dot_general" in conv.lower(lowering_platforms=("cpu",)).as_text()
+
+    assert chosen(1, 64, 64, 512) and chosen(1, 8, 8, 1280)
+    assert not chosen(16, 8, 8, 64)
+    assert not chosen(1, 64, 64, 512, dtype=jnp.bfloat16)
 
 
 def test_other_platforms_keep_their_convolution_and_attention(monkeypatch):

@@ -47,5 +47,6 @@ class Upsample2D(Recomputed):
         self.conv = make.conv(channels, channels, 3, padding=1)
 
     def __call__(self, x, size: tuple[int, int] | None = None):
-        size = size or (2 * x.shape[1], 2 * x.shape[2])
+        if size in (None, (2 * x.shape[1], 2 * x.shape[2])):
+            return self.again(self.conv.doubled)(x)
         return self.again(lambda x: self.conv(resize_nearest(x, size)))(x)

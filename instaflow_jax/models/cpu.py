@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 _WORTH = 5e8  # FLOP from which on a convolution is worth the longer compilation, up to a quarter of a second each
-_TILES = 1024  # of 2×2 pixels that Winograd takes at a time: what it makes of them stays in the cache
+_TILES = 1024  # of 2×2 pixels that are made at a time: what lies between stays in the cache
 _FEW_TILES = 128  # with fewer, transforming a kernel that no cache holds costs more than it saves
 _LARGE_KERNEL = 2**18  # inputs times outputs from which on no cache holds it
 _QUERIES = 256  # that attention takes at a time,
@@ -44,6 +44,15 @@ def _other_way(x, kernel, strides, padding) -> Callable | None:
     return by_columns if by_the_kernel else winograd
 
 
+def convolve_doubled(x, kernel, plain: Callable):
+    """`plain(x, kernel)`: a 3×3 convolution of [B, h, w, C], which nearest neighbours double first, to [B, 2h, 2w, D]."""
+    batch = x.shape[0] if isinstance(x.shape[0], int) else 1
+    work = 8 * batch * x.shape[1] * x.shape[2] * kernel.size
+    if x.dtype != jnp.float32 or min(kernel.shape[2:]) < 32 or work < _WORTH:
+        return plain(x, kernel)
+    return lax.platform_dependent(x, kernel, cpu=doubled, default=plain)
+
+
 def by_columns(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W D"]:
     """A 3×3 convolution as one product of the nine shifted images, side by side, and the kernel."""
     height, width = x.shape[1:3]
@@ -57,16 +66,31 @@ def winograd(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Flo
 
     Strips of rows one after another, since what lies between their products is four times the image.
     """
-    height, width = x.shape[1:3]
-    rows = max(1, min(height // 2, _TILES // (width // 2)))
-    while height // 2 % rows:
+    height, width = x.shape[1] // 2, x.shape[2] // 2
+    U = [u for row in _kernel_parts(*kernel) for u in _kernel_parts(*row)]
+    return _by_strips(lambda strip: _winograd_strip(strip, U), _framed(x), 2, height, width)
+
+
+def doubled(x: Float[Array, "B h w C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W D"]:
+    """A 3×3 convolution of the image that nearest neighbours double, H = 2h, W = 2w, by a quarter of the products.
+
+    Along a line, with a kernel (a, b, c) whose sum is s, pixels 2i and 2i + 1 become s·x[i] − a·(x[i] − x[i − 1]) and
+    s·x[i] + c·(x[i + 1] − x[i]): three products for two pixels, where six were, and the same down the columns.
+    """
+    parts = [_doubling_parts(*row) for row in _doubling_parts(*kernel)]
+    return _by_strips(lambda strip: _doubled_strip(strip, parts), _framed(x), 1, *x.shape[1:3])
+
+
+def _by_strips(function: Callable, x, step: int, height: int, width: int):
+    """`function` of some rows of tiles at a time, `step` rows of the framed image x each; x has height × width tiles."""
+    rows = max(1, min(height, _TILES // width))
+    while height % rows:
         rows -= 1
-    U, x = [u for row in _kernel_parts(*kernel) for u in _kernel_parts(*row)], _framed(x)
-    strips = [x[:, i:i + 2 * rows + 2] for i in range(0, height, 2 * rows)]
+    strips = [x[:, i:i + step * rows + 2] for i in range(0, step * height, step * rows)]
     if len(strips) == 1:
-        return _strip(strips[0], U)
-    y = lax.map(lambda strip: _strip(strip, U), jnp.stack(strips))
-    return jnp.moveaxis(y, 0, 1).reshape(x.shape[0], height, width, -1)
+        return function(strips[0])
+    y = lax.map(function, jnp.stack(strips))
+    return jnp.moveaxis(y, 0, 1).reshape(x.shape[0], 2 * height, 2 * width, -1)
 
 
 def _framed(x):
@@ -74,15 +98,39 @@ def _framed(x):
     return jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
 
 
-def _strip(x, U):
+def interleave(tiles):
+    """[[a, b], [c, d]], each [B, h, w, D], as tiles of 2×2 pixels: [B, 2h, 2w, D]."""
+    batch, h, w, _ = tiles[0][0].shape
+    rows = [jnp.concatenate([pixel.reshape(batch, h, 1, w, 1, -1) for pixel in row], 4) for row in tiles]
+    return jnp.concatenate(rows, 2).reshape(batch, 2 * h, 2 * w, -1)
+
+
+def _doubled_strip(x, parts):
+    """Rows [B, h + 2, w + 2, C] by the kernel's nine parts [C, D] → [B, 2h, 2w, D]."""
+    def columns(x, s, a, c):
+        slope = x[:, :, 1:] - x[:, :, :-1]
+        middle = x[:, :, 1:-1] @ s
+        return middle - slope[:, :, :-1] @ a, middle + slope[:, :, 1:] @ c
+
+    slope = x[:, 1:] - x[:, :-1]
+    middle, above, below = (columns(*each) for each in (
+        (x[:, 1:-1], *parts[0]), (slope[:, :-1], *parts[1]), (slope[:, 1:], *parts[2])))
+    return interleave([[m - a for m, a in zip(middle, above, strict=True)],
+                       [m + b for m, b in zip(middle, below, strict=True)]])
+
+
+def _doubling_parts(a, b, c):
+    return a + b + c, a, c
+
+
+def _winograd_strip(x, U):
     """Rows [B, 2h + 2, 2w + 2, C] by the kernel's sixteen parts [C, D] → [B, 2h, 2w, D]."""
     h, w = x.shape[1] // 2 - 1, x.shape[2] // 2 - 1
     V = [v.reshape(-1, v.shape[-1]) for row in _image_parts(x, 1) for v in _image_parts(row, 2)]
     M = [v @ u for v, u in zip(V, U, strict=True)]
     rows = zip(*(_sums(*M[i:i + 4]) for i in range(0, 16, 4)), strict=True)  # by column of a tile
     columns = [_sums(*row) for row in rows]
-    tiles = [[columns[j][i].reshape(x.shape[0], h, 1, w, 1, -1) for j in range(2)] for i in range(2)]
-    return jnp.concatenate([jnp.concatenate(row, 4) for row in tiles], 2).reshape(x.shape[0], 2 * h, 2 * w, -1)
+    return interleave([[columns[j][i].reshape(x.shape[0], h, w, -1) for j in range(2)] for i in range(2)])
 
 
 def _image_parts(x, axis: int):
