@@ -143,6 +143,16 @@ def test_a_second_run_measures_only_what_is_new(run, tiny, no_drawing, tmp_path,
     assert asked == [3]
 
 
+def test_other_folders_are_judged_as_distillation_is(run, tiny, no_drawing, tmp_path):
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    shutil.copytree(copy / "distill", copy / "distill300")
+    main.run(configured(tiny, also="distill300"), str(copy))
+    rows = {row["model"]: row for row in results(copy)["rows"]}
+    assert rows["distill300"] == rows["distill"] | {"model": "distill300", "title": "distill300"}
+    assert images.load_png(copy / "evaluate" / "grid.png")[1]["columns"].endswith("reflow + distil, 1|distill300, 1")
+    assert "distill300, 1 step" in (copy / "evaluate" / "table.md").read_text()
+
+
 def test_the_teacher_alone_is_a_table_too(tiny, no_drawing, tmp_path, capsys):
     main.run(configured(tiny), str(tmp_path))
     assert {row["model"] for row in results(tmp_path)["rows"]} == {"real", "decoded", "teacher"}
@@ -155,6 +165,9 @@ def test_the_teacher_alone_is_a_table_too(tiny, no_drawing, tmp_path, capsys):
     (lambda config: config.update({"batch": 0}), ValueError, "config.batch=0 must be at least 1"),
     (lambda config: config.reflow.update({"steps": (0,)}), ValueError, "config.reflow.steps=(0,) must be"),
     (lambda config: config.show.update({"points": 1}), ValueError, "config.show.points=1"),
+    (lambda config: config.update({"also": "mine|direct"}), ValueError, "config.also='mine|direct': 'direct' is empty, there"),
+    (lambda config: config.update({"also": "mine|mine"}), ValueError, "config.also='mine|mine': 'mine' is"),
+    (lambda config: config.update({"also": "mine"}), FileNotFoundError, "holds no model: train it with"),
     (lambda config: config.teacher.update({"alpha": 0.0}), FileNotFoundError, "set --config.teacher.alpha"),
 ])  # fmt: skip
 def test_bad_settings_end_in_one_clear_message(change, error, words, tiny, no_drawing, tmp_path):

@@ -2,7 +2,7 @@
 import jax
 from flax import nnx
 
-from instaflow_jax.models.layers import Make, Recomputed, resize_nearest
+from instaflow_jax.models.layers import Make, Recomputed
 
 
 class ResnetBlock2D(Recomputed):
@@ -47,6 +47,5 @@ class Upsample2D(Recomputed):
         self.conv = make.conv(channels, channels, 3, padding=1)
 
     def __call__(self, x, size: tuple[int, int] | None = None):
-        if size in (None, (2 * x.shape[1], 2 * x.shape[2])):
-            return self.again(self.conv.doubled)(x)
-        return self.again(lambda x: self.conv(resize_nearest(x, size)))(x)
+        size = size or (2 * x.shape[1], 2 * x.shape[2])
+        return self.again(lambda x: self.conv.enlarged(x, size))(x)

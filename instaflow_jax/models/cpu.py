@@ -44,13 +44,11 @@ def _other_way(x, kernel, strides, padding) -> Callable | None:
     return by_columns if by_the_kernel else winograd
 
 
-def convolve_doubled(x, kernel, plain: Callable):
-    """`plain(x, kernel)`: a 3×3 convolution of [B, h, w, C], which nearest neighbours double first, to [B, 2h, 2w, D]."""
+def doubling_pays(x, kernel) -> bool:
+    """Whether `doubled` is the CPU's way to double these images [B, h, w, C] and convolve them by [3, 3, C, D]."""
     batch = x.shape[0] if isinstance(x.shape[0], int) else 1
     work = 8 * batch * x.shape[1] * x.shape[2] * kernel.size
-    if x.dtype != jnp.float32 or min(kernel.shape[2:]) < 32 or work < _WORTH:
-        return plain(x, kernel)
-    return lax.platform_dependent(x, kernel, cpu=doubled, default=plain)
+    return x.dtype == jnp.float32 and min(kernel.shape[2:]) >= 32 and work >= _WORTH
 
 
 def by_columns(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W D"]:
@@ -98,7 +96,7 @@ def _framed(x):
     return jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
 
 
-def interleave(tiles):
+def _interleaved(tiles):
     """[[a, b], [c, d]], each [B, h, w, D], as tiles of 2×2 pixels: [B, 2h, 2w, D]."""
     batch, h, w, _ = tiles[0][0].shape
     rows = [jnp.concatenate([pixel.reshape(batch, h, 1, w, 1, -1) for pixel in row], 4) for row in tiles]
@@ -115,8 +113,8 @@ def _doubled_strip(x, parts):
     slope = x[:, 1:] - x[:, :-1]
     middle, above, below = (columns(*each) for each in (
         (x[:, 1:-1], *parts[0]), (slope[:, :-1], *parts[1]), (slope[:, 1:], *parts[2])))
-    return interleave([[m - a for m, a in zip(middle, above, strict=True)],
-                       [m + b for m, b in zip(middle, below, strict=True)]])
+    return _interleaved([[m - a for m, a in zip(middle, above, strict=True)],
+                         [m + b for m, b in zip(middle, below, strict=True)]])
 
 
 def _doubling_parts(a, b, c):
@@ -130,7 +128,7 @@ def _winograd_strip(x, U):
     M = [v @ u for v, u in zip(V, U, strict=True)]
     rows = zip(*(_sums(*M[i:i + 4]) for i in range(0, 16, 4)), strict=True)  # by column of a tile
     columns = [_sums(*row) for row in rows]
-    return interleave([[columns[j][i].reshape(x.shape[0], h, w, -1) for j in range(2)] for i in range(2)])
+    return _interleaved([[columns[j][i].reshape(x.shape[0], h, w, -1) for j in range(2)] for i in range(2)])
 
 
 def _image_parts(x, axis: int):

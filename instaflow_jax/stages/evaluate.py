@@ -56,6 +56,7 @@ def check(config: ConfigDict) -> None:
     for name in ("teacher", *evaluate_models.FLOWS):
         if not config[name].steps or min(config[name].steps) < 1:
             raise ValueError(f"config.{name}.steps={tuple(config[name].steps)} must be numbers of steps, 1 or more")
+    evaluate_models.folders(config)
     if config.show.points < 2 or config.straightness.count < 2:
         raise ValueError(f"config.show.points={config.show.points} and config.straightness.count="
                          f"{config.straightness.count} must be at least 2")

@@ -41,7 +41,7 @@ def trajectories(path: Path, config: ConfigDict, bench: Bench, models: list[Mode
     """For teacher, 2-RF and one-step model two rows: Z_t, t growing to the right, and where its velocity points."""
     rows, labels = [], []
     for model in models:
-        if model.name in ("direct", "distill_lpips"):
+        if model.name not in ("teacher", "reflow", "distill"):
             continue
         N = 1 if model.name == "distill" else max(model.steps)
         road = bench.path(model, N)[0].arrays

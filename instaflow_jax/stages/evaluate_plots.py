@@ -1,4 +1,5 @@
 """The curves of `evaluate`; the only file that knows matplotlib."""
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,11 +19,11 @@ def few_steps(path: Path, rows: Sequence[Row]) -> None:
     floor = {row["model"]: row for row in rows}["decoded"]
     for axis, key, scale, title in ((axes[0], "fd_emoji", 1, "Fréchet distance to real emoji (less is better)"),
                                     (axes[1], "found", 100, "pictures that show their prompt, % (more is better)")):
-        for name, colour in _COLOURS.items():
+        others = itertools.count()
+        for name in dict.fromkeys(row["model"] for row in rows if row["N"]):
             line = sorted((row["N"], scale * row[key]) for row in rows if row["model"] == name)
-            if line:
-                axis.plot(*zip(*line, strict=True), color=colour, marker=_MARKERS[name], linewidth=2,
-                          markersize=7, label=_title(rows, name))
+            axis.plot(*zip(*line, strict=True), color=_COLOURS.get(name) or f"C{next(others)}",
+                      marker=_MARKERS.get(name, "v"), linewidth=2, markersize=7, label=_title(rows, name))
         axis.axhline(scale * floor[key], color="black", linestyle=":", linewidth=1,
                      label="emoji through the autoencoder: the best possible")
         steps = sorted({row["N"] for row in rows if row["N"]})

@@ -10,7 +10,7 @@ from instaflow_jax.data.openmoji import ATTRIBUTION
 from instaflow_jax.data.pairs_manifest import read_json
 from instaflow_jax.infra import files
 from instaflow_jax.infra.speed import clock_time
-from instaflow_jax.stages import evaluate, evaluate_pictures
+from instaflow_jax.stages import evaluate, evaluate_models, evaluate_pictures
 from instaflow_jax.stages.evaluate_table import COLUMNS, MORE, Column, Row, cell, label
 
 PAGE, LEDGER = "report.html", "demo.json"
@@ -29,7 +29,6 @@ HEADLINE = (
     ("direct", 1, "distilled directly, one step"), ("distill", 1, "<b>reflow, then distilled, one step</b>"),
 )  # fmt: skip
 BESIDE = ("seconds", "fd_emoji", "clip_score")  # of our columns, in their order, those that the paper's table has too
-BARE = {"real", "decoded"}  # rows that are no model's
 
 
 def write(workdir: Path) -> Path:
@@ -91,7 +90,7 @@ def table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     """The rows as HTML, a rule where another model begins."""
     lines, before = [_line("th", ["", *(column.heading for column in columns)])], None
     for row in rows:
-        kind = "real" if row["model"] in BARE else row["model"]
+        kind = "real" if row["model"] in evaluate_models.NO_MODELS else row["model"]
         attribute = ' class="first"' if kind != before else ""
         lines.append(_line("td", [label(row), *(cell(row, column) for column in columns)], attribute))
         before = kind
