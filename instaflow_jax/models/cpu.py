@@ -31,8 +31,7 @@ def convolve(x, kernel, strides, padding, **options):
 
 
 def _other_way(x, kernel, strides, padding) -> Callable | None:
-    (batch, *size, _), (inputs, outputs) = x.shape, kernel.shape[2:]
-    pixels = (batch if isinstance(batch, int) else 1) * math.prod(size)  # an exported program's batch is a symbol
+    size, (inputs, outputs), pixels = x.shape[1:3], kernel.shape[2:], _pixels(x)
     by_the_kernel = inputs * outputs >= _LARGE_KERNEL and pixels < _FEW_TILES * 4  # reading it is most of the work
     if x.dtype != jnp.float32 or tuple(strides) != (1, 1) or not by_the_kernel and 2 * pixels * kernel.size < _WORTH:
         return None
@@ -46,9 +45,14 @@ def _other_way(x, kernel, strides, padding) -> Callable | None:
 
 def doubling_pays(x, kernel) -> bool:
     """Whether `doubled` is the CPU's way to double these images [B, h, w, C] and convolve them by [3, 3, C, D]."""
-    batch = x.shape[0] if isinstance(x.shape[0], int) else 1
-    work = 8 * batch * x.shape[1] * x.shape[2] * kernel.size
+    work = 2 * 4 * _pixels(x) * kernel.size
     return x.dtype == jnp.float32 and min(kernel.shape[2:]) >= 32 and work >= _WORTH
+
+
+def _pixels(x) -> int:
+    """Of all images; of one, in an exported program, whose batch is a symbol."""
+    batch, *size, _ = x.shape
+    return (batch if isinstance(batch, int) else 1) * math.prod(size)
 
 
 def by_columns(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W D"]:
