@@ -1,6 +1,6 @@
 """Speed and memory beside the peers, in one table.
 
-    python -m benchmarks.run --suite=cpu [--only=sd15,training] [--repeats=5] [--compile] [--out=FILE.md]
+    python -m benchmarks.run --suite=cpu [--only=sd15,training] [--repeats=5] [--compile] [--huge_pages] [--out=FILE.md]
     python -m benchmarks.run --suite=gpu
 
 Groups of the CPU suite: sd15 (full size, about 12 GB of memory), flax, gradient (full size, 18 GB), training, pairs,
@@ -11,13 +11,14 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.references import CLIP_L_TEXT, SD15_UNET, SD15_VAE
 from benchmarks.table import render
 from benchmarks.timing import Row, Side, Spec, compare
+from instaflow_jax.infra import huge_pages
 
 CONFIGS = {"unet": SD15_UNET, "vae": SD15_VAE, "text_encoder": CLIP_L_TEXT}
 FLOPS = {"unet": 0.803e12, "vae": 2.51e12, "text_encoder": 0.013e12}  # forward, batch 1, 64×64 latents, 77 tokens
@@ -80,23 +81,24 @@ def gpu(compiled: bool) -> dict[str, Group]:
 SUITES = {"cpu": cpu, "gpu": gpu}
 
 
-def measure(name: str, group: Group, repeats: int) -> tuple[list[Row], list[str]]:
-    """A group's rows, and a line on each side that did not run."""
-    rows, failed = [], []
+def measure(name: str, group: Group, repeats: int, huge: bool = False) -> tuple[list[Row], list[str]]:
+    """A group's rows, and a line on each side that did not run. Our side asks for huge pages, as every stage does."""
+    wish, rows, failed = huge_pages.wish(), [], []
     try:
-        with Side(group.ours) as ours:
+        with Side(group.ours, wish) as ours:
             for peer, theirs in group.peers.items():
-                found, told = against(ours, name, peer, theirs, repeats)
+                found, told = against(ours, name, peer, theirs, repeats, wish if huge else {})
                 rows, failed = rows + found, failed + told
     except EOFError:
         failed.append(f"{name}: our side ended early")
     return rows, failed
 
 
-def against(ours: Side, name: str, peer: str, theirs: Spec, repeats: int) -> tuple[list[Row], list[str]]:
+def against(ours: Side, name: str, peer: str, theirs: Spec, repeats: int,
+            environment: Mapping[str, str]) -> tuple[list[Row], list[str]]:
     """The rows of one peer, or a line that says it ended."""
     try:
-        with Side(theirs) as side:
+        with Side(theirs, environment) as side:
             rows = compare(ours, side, peer, repeats)
     except EOFError:
         return [], [f"{name}: {peer} ended early"]
@@ -138,6 +140,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--only", default="", help="groups, separated by commas; all without it")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="CPU: also torch.compile, which compiles for minutes")
+    parser.add_argument("--huge_pages", action="store_true", help="the peers' processes ask for huge pages too, as ours do")
     parser.add_argument("--out", type=Path, help="file for the table")
     options = parser.parse_args(arguments)
     try:
@@ -150,7 +153,7 @@ def main(arguments: Sequence[str]) -> None:
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the peer needs memory too
     rows, failed = [], []
     for name, group in groups.items():
-        found, told = measure(name, group, options.repeats)
+        found, told = measure(name, group, options.repeats, options.huge_pages)
         rows, failed = rows + found, failed + told
         text = render(rows, options.suite, options.repeats) + teacher_image(rows) + "".join(f"\n{line}\n" for line in failed)
         if options.out:

@@ -11,10 +11,12 @@ import resource
 import statistics
 import sys
 import time
+import types
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self
+from unittest import mock
 
 
 def peak_memory() -> int:
@@ -99,13 +101,14 @@ class Row:
 
 
 class Side:
-    """A process that holds one side's models and runs a call when told to."""
+    """A process that holds one side's models and runs a call when told to; `environment` is added to its own."""
 
-    def __init__(self, spec: Spec):
+    def __init__(self, spec: Spec, environment: Mapping[str, str] = types.MappingProxyType({})):
         context = multiprocessing.get_context("spawn")
         self._line, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(spec, theirs), daemon=False)
-        self._process.start()
+        with mock.patch.dict(os.environ, environment):
+            self._process.start()
         theirs.close()
         self.titles: dict[str, tuple[int, float]] = self._line.recv()
 

@@ -9,6 +9,11 @@ import importlib
 import logging
 import sys
 
+from instaflow_jax.infra import huge_pages
+
+if __name__ == "__main__":
+    huge_pages.ask()  # before all that takes a second to import
+
 import jax
 import ml_collections
 from absl import app, flags

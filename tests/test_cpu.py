@@ -45,6 +45,19 @@ def test_winograd_takes_strips_that_fill_the_image(monkeypatch):
     assert relative(jax.jit(cpu.winograd)(x, kernel), plain(x, kernel)) < 3e-6
 
 
+def test_results_of_strips_take_memory_only_when_their_turn_comes(monkeypatch):
+    monkeypatch.setattr(cpu, "_TILES", 32)
+
+    def network(x, kernel):
+        for _ in range(8):
+            x = cpu.winograd(x, kernel)
+        return jnp.sum(x)
+
+    x, kernel = jnp.ones((1, 32, 32, 16)), jnp.ones((3, 3, 16, 16))
+    temporary = jax.jit(network).lower(x, kernel).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 6 * x.nbytes
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 5, 6), (1, 1, 1, 3), (1, 6, 512, 3)], ids=["small", "one pixel", "strips"])
 def test_a_doubled_image_is_convolved_without_being_made(shape):
     x, kernel = normal(0, *shape), normal(1, 3, 3, shape[-1], 4)

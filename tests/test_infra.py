@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from instaflow_jax.infra import images, metrics, speed
+from instaflow_jax.infra import huge_pages, images, metrics, speed
 
 
 class Terminal(io.StringIO):
@@ -216,3 +216,36 @@ def test_a_png_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         images.save_png(path, np.ones((2, 2, 3), np.uint8), {})
     assert (images.load_png(path)[0] == 0).all()
+
+
+@pytest.mark.parametrize("given,said,wish", [
+    ("always [madvise] never", None, "glibc.malloc.hugetlb=1"),
+    ("always [madvise] never", "glibc.malloc.arena_max=2", "glibc.malloc.arena_max=2:glibc.malloc.hugetlb=1"),
+    ("always [madvise] never", "glibc.malloc.hugetlb=0", None),
+    ("[always] madvise never", None, None), ("always madvise [never]", None, None), (None, None, None),
+])
+def test_huge_pages_are_asked_for_where_the_system_waits_for_it(given, said, wish, tmp_path, monkeypatch):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setattr(huge_pages, "_GIVEN", tmp_path / "enabled")
+    if given:
+        (tmp_path / "enabled").write_text(given)
+    if said:
+        monkeypatch.setenv("GLIBC_TUNABLES", said)
+    assert huge_pages.wish() == ({"GLIBC_TUNABLES": wish} if wish else {})
+
+
+def test_asking_for_huge_pages_keeps_process_arguments_and_environment(tmp_path):
+    (tmp_path / "enabled").write_text("always [madvise] never")
+    program = f"""if True:
+        import os, pathlib, sys
+        from instaflow_jax.infra import huge_pages
+        print(os.getpid(), sys.argv[1:], os.environ["KEPT"], os.environ.get("GLIBC_TUNABLES"), flush=True)
+        huge_pages._GIVEN = pathlib.Path({str(tmp_path / "enabled")!r})
+        huge_pages.ask()
+        sys.exit(3)
+    """
+    with subprocess.Popen([sys.executable, "-c", program, "a b", "--c"], stdout=subprocess.PIPE, text=True,
+                          env={"PATH": "", "PYTHONPATH": ":".join(sys.path), "KEPT": "yes"}) as child:
+        lines = child.stdout.read().splitlines()
+    assert lines == [f"{child.pid} ['a b', '--c'] yes None", f"{child.pid} ['a b', '--c'] yes glibc.malloc.hugetlb=1"]
+    assert child.returncode == 3

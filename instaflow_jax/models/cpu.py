@@ -91,8 +91,17 @@ def _by_strips(function: Callable, x, step: int, height: int, width: int):
     strips = [x[:, i:i + step * rows + 2] for i in range(0, step * height, step * rows)]
     if len(strips) == 1:
         return function(strips[0])
-    y = lax.map(function, jnp.stack(strips))
-    return jnp.moveaxis(y, 0, 1).reshape(x.shape[0], 2 * height, 2 * width, -1)
+    depth = jax.eval_shape(function, strips[0]).shape[-1]
+
+    def one(y, strip):
+        i, x = strip
+        return lax.dynamic_update_slice_in_dim(y, function(x), 2 * rows * i, 1), None
+
+    # Every row will be overwritten. lax.map would begin with zeros, which XLA makes, and keeps, for all convolutions of a
+    # network before its first operation; a value of x can only be had when its turn comes.
+    anything = lax.stop_gradient(x[0, 1, 1, 0])
+    start = jnp.broadcast_to(anything, (x.shape[0], 2 * height, 2 * width, depth))
+    return lax.scan(one, start, (jnp.arange(len(strips)), jnp.stack(strips)))[0]
 
 
 def _framed(x):
