@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,24 +81,23 @@ def gpu(compiled: bool) -> dict[str, Group]:
 SUITES = {"cpu": cpu, "gpu": gpu}
 
 
-def measure(name: str, group: Group, repeats: int, huge: bool = False) -> tuple[list[Row], list[str]]:
+def measure(name: str, group: Group, repeats: int) -> tuple[list[Row], list[str]]:
     """A group's rows, and a line on each side that did not run. Our side asks for huge pages, as every stage does."""
-    wish, rows, failed = huge_pages.wish(), [], []
+    rows, failed = [], []
     try:
-        with Side(group.ours, wish) as ours:
+        with Side(dataclasses.replace(group.ours, environment=huge_pages.wish())) as ours:
             for peer, theirs in group.peers.items():
-                found, told = against(ours, name, peer, theirs, repeats, wish if huge else {})
+                found, told = against(ours, name, peer, theirs, repeats)
                 rows, failed = rows + found, failed + told
     except EOFError:
         failed.append(f"{name}: our side ended early")
     return rows, failed
 
 
-def against(ours: Side, name: str, peer: str, theirs: Spec, repeats: int,
-            environment: Mapping[str, str]) -> tuple[list[Row], list[str]]:
+def against(ours: Side, name: str, peer: str, theirs: Spec, repeats: int) -> tuple[list[Row], list[str]]:
     """The rows of one peer, or a line that says it ended."""
     try:
-        with Side(theirs, environment) as side:
+        with Side(theirs) as side:
             rows = compare(ours, side, peer, repeats)
     except EOFError:
         return [], [f"{name}: {peer} ended early"]
@@ -151,9 +150,11 @@ def main(arguments: Sequence[str]) -> None:
                        "JAX_ENABLE_COMPILATION_CACHE": "false"})  # first runs compile; "compiling" and "warm" turn it on
     if options.suite == "gpu":
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the peer needs memory too
+    if options.huge_pages:
+        os.environ.update(huge_pages.wish())
     rows, failed = [], []
     for name, group in groups.items():
-        found, told = measure(name, group, options.repeats, options.huge_pages)
+        found, told = measure(name, group, options.repeats)
         rows, failed = rows + found, failed + told
         text = render(rows, options.suite, options.repeats) + teacher_image(rows) + "".join(f"\n{line}\n" for line in failed)
         if options.out:

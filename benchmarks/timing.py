@@ -11,7 +11,6 @@ import resource
 import statistics
 import sys
 import time
-import types
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -53,12 +52,14 @@ class Call:
 class Spec:
     """How a side is made: `function(**options)` of a module, called in the side's own process, gives its calls by title.
 
-    A name and not the function, so that one side's process never imports what the other needs.
+    A name and not the function, so that one side's process never imports what the other needs. `environment` is added to
+    that process' own.
     """
 
     module: str
     function: str
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def make(self) -> dict[str, Call]:
         return getattr(importlib.import_module(self.module), self.function)(**self.options)
@@ -101,13 +102,13 @@ class Row:
 
 
 class Side:
-    """A process that holds one side's models and runs a call when told to; `environment` is added to its own."""
+    """A process that holds one side's models and runs a call when told to."""
 
-    def __init__(self, spec: Spec, environment: Mapping[str, str] = types.MappingProxyType({})):
+    def __init__(self, spec: Spec):
         context = multiprocessing.get_context("spawn")
         self._line, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(spec, theirs), daemon=False)
-        with mock.patch.dict(os.environ, environment):
+        with mock.patch.dict(os.environ, spec.environment):
             self._process.start()
         theirs.close()
         self.titles: dict[str, tuple[int, float]] = self._line.recv()

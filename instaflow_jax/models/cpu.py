@@ -70,7 +70,7 @@ def winograd(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Flo
     """
     height, width = x.shape[1] // 2, x.shape[2] // 2
     U = [u for row in _kernel_parts(*kernel) for u in _kernel_parts(*row)]
-    return _by_strips(lambda strip: _winograd_strip(strip, U), _framed(x), 2, height, width)
+    return _by_strips(lambda strip: _winograd_strip(strip, U), _framed(x), 2, (height, width, kernel.shape[-1]))
 
 
 def doubled(x: Float[Array, "B h w C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W D"]:
@@ -80,18 +80,18 @@ def doubled(x: Float[Array, "B h w C"], kernel: Float[Array, "3 3 C D"]) -> Floa
     s·x[i] + c·(x[i + 1] − x[i]): three products for two pixels, where six were, and the same down the columns.
     """
     parts = [_doubling_parts(*row) for row in _doubling_parts(*kernel)]
-    return _by_strips(lambda strip: _doubled_strip(strip, parts), _framed(x), 1, *x.shape[1:3])
+    return _by_strips(lambda strip: _doubled_strip(strip, parts), _framed(x), 1, (*x.shape[1:3], kernel.shape[-1]))
 
 
-def _by_strips(function: Callable, x, step: int, height: int, width: int):
-    """`function` of some rows of tiles at a time, `step` rows of the framed image x each; x has height × width tiles."""
+def _by_strips(function: Callable, x, step: int, tiles: tuple[int, int, int]):
+    """`function` of some rows of tiles at a time, `step` rows of the framed image x each; `tiles`: high, wide, outputs."""
+    height, width, depth = tiles
     rows = max(1, min(height, _TILES // width))
     while height % rows:
         rows -= 1
     strips = [x[:, i:i + step * rows + 2] for i in range(0, step * height, step * rows)]
     if len(strips) == 1:
         return function(strips[0])
-    depth = jax.eval_shape(function, strips[0]).shape[-1]
 
     def one(y, strip):
         i, x = strip
