@@ -32,7 +32,8 @@ def with_gradients(function, *inputs):
 
 @pytest.mark.parametrize("way,shape", [
     (cpu.by_columns, (2, 3, 5, 6)), (cpu.winograd, (2, 4, 6, 5)), (cpu.winograd, (1, 12, 1024, 3)),
-], ids=["columns", "one strip", "strips"])
+    (cpu.winograd, (2, 12, 1024, 4)),
+], ids=["columns", "one strip", "strips", "strips in place"])
 def test_convolutions_equal_xlas(way, shape):
     x, kernel = normal(0, *shape), normal(1, 3, 3, shape[-1], 4)
     for ours, theirs in zip(with_gradients(way, x, kernel), with_gradients(plain, x, kernel), strict=True):
@@ -55,7 +56,7 @@ def test_results_of_strips_take_memory_only_when_their_turn_comes(monkeypatch):
 
     x, kernel = jnp.ones((1, 32, 32, 16)), jnp.ones((3, 3, 16, 16))
     temporary = jax.jit(network).lower(x, kernel).compile().memory_analysis().temp_size_in_bytes
-    assert temporary < 6 * x.nbytes
+    assert temporary < 4 * x.nbytes
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 6), (1, 1, 1, 3), (1, 6, 512, 3)], ids=["small", "one pixel", "strips"])

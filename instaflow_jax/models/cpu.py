@@ -68,9 +68,7 @@ def winograd(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Flo
 
     Strips of rows one after another, since what lies between their products is four times the image.
     """
-    height, width = x.shape[1] // 2, x.shape[2] // 2
-    U = [u for row in _kernel_parts(*kernel) for u in _kernel_parts(*row)]
-    return _by_strips(lambda strip: _winograd_strip(strip, U), _framed(x), 2, (height, width, kernel.shape[-1]))
+    return _by_strips(_winograd_strip, 2, x, [u for row in _kernel_parts(*kernel) for u in _kernel_parts(*row)])
 
 
 def doubled(x: Float[Array, "B h w C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W D"]:
@@ -79,29 +77,76 @@ def doubled(x: Float[Array, "B h w C"], kernel: Float[Array, "3 3 C D"]) -> Floa
     Along a line, with a kernel (a, b, c) whose sum is s, pixels 2i and 2i + 1 become s·x[i] − a·(x[i] − x[i − 1]) and
     s·x[i] + c·(x[i + 1] − x[i]): three products for two pixels, where six were, and the same down the columns.
     """
-    parts = [_doubling_parts(*row) for row in _doubling_parts(*kernel)]
-    return _by_strips(lambda strip: _doubled_strip(strip, parts), _framed(x), 1, (*x.shape[1:3], kernel.shape[-1]))
+    return _by_strips(_doubled_strip, 1, x, [part for row in _doubling_parts(*kernel) for part in _doubling_parts(*row)])
 
 
-def _by_strips(function: Callable, x, step: int, tiles: tuple[int, int, int]):
-    """`function` of some rows of tiles at a time, `step` rows of the framed image x each; `tiles`: high, wide, outputs."""
-    height, width, depth = tiles
-    rows = max(1, min(height, _TILES // width))
-    while height % rows:
-        rows -= 1
-    strips = [x[:, i:i + step * rows + 2] for i in range(0, step * height, step * rows)]
-    if len(strips) == 1:
-        return function(strips[0])
+def _by_strips(function: Callable, step: int, x, parts: list):
+    """`function(strip, parts)` of the image x, framed: of all of it, or of some rows of tiles at a time if it is large.
 
-    def one(y, strip):
-        i, x = strip
-        return lax.dynamic_update_slice_in_dim(y, function(x), 2 * rows * i, 1), None
+    Args:
+      function: makes tiles of 2×2 pixels, [B, step·h + 2, step·w + 2, C] → [B, 2h, 2w, D].
+      step: pixels of x that a tile replaces, in each direction.
+      parts: of the kernel, each [C, D].
+    """
+    if _rows(x, step) == x.shape[1]:
+        return function(_framed(x), parts)
+    return _in_turn(function, step, x, parts)
 
-    # Every row will be overwritten. lax.map would begin with zeros, which XLA makes, and keeps, for all convolutions of a
-    # network before its first operation; a value of x can only be had when its turn comes.
-    anything = lax.stop_gradient(x[0, 1, 1, 0])
-    start = jnp.broadcast_to(anything, (x.shape[0], 2 * height, 2 * width, depth))
-    return lax.scan(one, start, (jnp.arange(len(strips)), jnp.stack(strips)))[0]
+
+def _rows(x, step: int) -> int:
+    """Of x, that are taken at a time."""
+    tiles, width = x.shape[1] // step, x.shape[2] // step
+    return step * next(rows for rows in range(max(1, min(tiles, _TILES // width)), 0, -1) if tiles % rows == 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _in_turn(function, step, x, parts):
+    """`_by_strips` of several. Its gradient is its own: jax's would add to a whole image at each strip."""
+    (batch, height, width, depth), rows, D = x.shape, _rows(x, step), parts[0].shape[-1]
+    framed = _framed_above_and_below(x)
+    in_place = step == 2 and D == depth  # a strip's result may lie where its first rows were: none of them is wanted again
+
+    def one(i, y):
+        strip = function(_strip(y if in_place else framed, rows, i), parts)
+        return lax.dynamic_update_slice_in_dim(y, strip, 2 // step * rows * i, 1)
+
+    # Every row will be overwritten. Zeros would be made, and kept, for all convolutions of a network before its first
+    # operation; a value of x can only be had when its turn comes.
+    start = framed if in_place else jnp.broadcast_to(x[0, 0, 0, 0], (batch, 2 // step * height, 2 // step * width, D))
+    return lax.fori_loop(0, height // rows, one, start)[:, :2 // step * height]
+
+
+def _in_turn_forward(function, step, x, parts):
+    return _in_turn(function, step, x, parts), (x, parts)
+
+
+def _in_turn_backward(function, step, saved, slope):
+    x, parts = saved
+    height, rows = x.shape[1], _rows(x, step)
+    framed = _framed_above_and_below(x)
+
+    def one(i, sums):
+        _, back = jax.vjp(function, _strip(framed, rows, i), parts)
+        of_strip, of_parts = back(lax.dynamic_slice_in_dim(slope, 2 // step * rows * i, 2 // step * rows, 1))
+        before = lax.dynamic_slice_in_dim(sums[0], rows * i, rows + 2, 1)
+        of_x = lax.dynamic_update_slice_in_dim(sums[0], before + of_strip[:, :, 1:-1], rows * i, 1)
+        return of_x, jax.tree.map(jnp.add, sums[1], of_parts)
+
+    of_x, of_parts = lax.fori_loop(0, height // rows, one, jax.tree.map(jnp.zeros_like, (framed, parts)))
+    return of_x[:, 1:-1], of_parts
+
+
+_in_turn.defvjp(_in_turn_forward, _in_turn_backward)
+
+
+def _strip(framed, rows: int, i):
+    """The i-th of an image framed above and below: its `rows` and one more on every side."""
+    strip = lax.dynamic_slice_in_dim(framed, rows * i, rows + 2, 1)
+    return jnp.pad(strip, ((0, 0), (0, 0), (1, 1), (0, 0)))
+
+
+def _framed_above_and_below(x):
+    return jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0)))
 
 
 def _framed(x):
@@ -125,7 +170,7 @@ def _doubled_strip(x, parts):
 
     slope = x[:, 1:] - x[:, :-1]
     middle, above, below = (columns(*each) for each in (
-        (x[:, 1:-1], *parts[0]), (slope[:, :-1], *parts[1]), (slope[:, 1:], *parts[2])))
+        (x[:, 1:-1], *parts[:3]), (slope[:, :-1], *parts[3:6]), (slope[:, 1:], *parts[6:])))
     return _interleaved([[m - a for m, a in zip(middle, above, strict=True)],
                          [m + b for m, b in zip(middle, below, strict=True)]])
 
