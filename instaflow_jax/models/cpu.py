@@ -102,18 +102,19 @@ def _rows(x, step: int) -> int:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _in_turn(function, step, x, parts):
     """`_by_strips` of several. Its gradient is its own: jax's would add to a whole image at each strip."""
-    (batch, height, width, depth), rows, D = x.shape, _rows(x, step), parts[0].shape[-1]
+    (batch, height, width, depth), D = x.shape, parts[0].shape[-1]
+    rows, scale = _rows(x, step), 2 // step
     framed = _framed_above_and_below(x)
     in_place = step == 2 and D == depth  # a strip's result may lie where its first rows were: none of them is wanted again
 
     def one(i, y):
         strip = function(_strip(y if in_place else framed, rows, i), parts)
-        return lax.dynamic_update_slice_in_dim(y, strip, 2 // step * rows * i, 1)
+        return lax.dynamic_update_slice_in_dim(y, strip, scale * rows * i, 1)
 
     # Every row will be overwritten. Zeros would be made, and kept, for all convolutions of a network before its first
     # operation; a value of x can only be had when its turn comes.
-    start = framed if in_place else jnp.broadcast_to(x[0, 0, 0, 0], (batch, 2 // step * height, 2 // step * width, D))
-    return lax.fori_loop(0, height // rows, one, start)[:, :2 // step * height]
+    start = framed if in_place else jnp.broadcast_to(x[0, 0, 0, 0], (batch, scale * height, scale * width, D))
+    return lax.fori_loop(0, height // rows, one, start)[:, :scale * height]
 
 
 def _in_turn_forward(function, step, x, parts):
@@ -122,12 +123,12 @@ def _in_turn_forward(function, step, x, parts):
 
 def _in_turn_backward(function, step, saved, slope):
     x, parts = saved
-    height, rows = x.shape[1], _rows(x, step)
+    height, rows, scale = x.shape[1], _rows(x, step), 2 // step
     framed = _framed_above_and_below(x)
 
     def one(i, sums):
         _, back = jax.vjp(function, _strip(framed, rows, i), parts)
-        of_strip, of_parts = back(lax.dynamic_slice_in_dim(slope, 2 // step * rows * i, 2 // step * rows, 1))
+        of_strip, of_parts = back(lax.dynamic_slice_in_dim(slope, scale * rows * i, scale * rows, 1))
         before = lax.dynamic_slice_in_dim(sums[0], rows * i, rows + 2, 1)
         of_x = lax.dynamic_update_slice_in_dim(sums[0], before + of_strip[:, :, 1:-1], rows * i, 1)
         return of_x, jax.tree.map(jnp.add, sums[1], of_parts)
