@@ -1,4 +1,6 @@
 """The CPU's own ways to convolve and attend: equal to XLA's operations, gradients too, and left to the CPU."""
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,19 +14,19 @@ from instaflow_jax.models import cpu, layers
 SAME = ((1, 1), (1, 1))
 
 
-def plain(x, kernel):
-    return lax.conv_general_dilated(x, kernel, (1, 1), SAME, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+def plain(x, kernel, stride=1):
+    return lax.conv_general_dilated(x, kernel, (stride, stride), SAME, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def doubled_then_convolved(x, kernel):
-    return plain(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2), kernel)
+def doubled_then_convolved(x, kernel, bias):
+    return plain(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2), kernel) + bias
 
 
 def with_gradients(function, *inputs):
     """Value and gradients of a function, of which every output counts differently."""
     def loss(*inputs):
         y = function(*inputs)
-        return jnp.sum(y * jnp.cos(jnp.arange(y.size)).reshape(y.shape)), y
+        return jnp.sum(y * (1 + jnp.cos(jnp.arange(y.size))).reshape(y.shape)), y
 
     (_, y), grads = jax.jit(jax.value_and_grad(loss, tuple(range(len(inputs))), has_aux=True))(*inputs)
     return y, *grads
@@ -61,16 +63,16 @@ def test_results_of_strips_take_memory_only_when_their_turn_comes(monkeypatch):
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 6), (1, 1, 1, 3), (1, 6, 512, 3)], ids=["small", "one pixel", "strips"])
 def test_a_doubled_image_is_convolved_without_being_made(shape):
-    x, kernel = normal(0, *shape), normal(1, 3, 3, shape[-1], 4)
-    wants = with_gradients(doubled_then_convolved, x, kernel)
-    for ours, theirs in zip(with_gradients(cpu.doubled, x, kernel), wants, strict=True):
+    inputs = normal(0, *shape), normal(1, 3, 3, shape[-1], 4), normal(2, 4)
+    wants = with_gradients(doubled_then_convolved, *inputs)
+    for ours, theirs in zip(with_gradients(cpu.doubled, *inputs), wants, strict=True):
         assert relative(ours, theirs) < 3e-6
 
 
 def test_a_doubled_image_costs_a_quarter():
     """By XLA's count, additions and all."""
-    x, kernel = jnp.ones((1, 64, 64, 32)), jnp.ones((3, 3, 32, 32))
-    want, ours = (jax.jit(way).lower(x, kernel).cost_analysis()["flops"] for way in (doubled_then_convolved, cpu.doubled))
+    inputs = jnp.ones((1, 64, 64, 32)), jnp.ones((3, 3, 32, 32)), jnp.ones(32)
+    want, ours = (jax.jit(way).lower(*inputs).cost_analysis()["flops"] for way in (doubled_then_convolved, cpu.doubled))
     assert ours < 0.3 * want
 
 
@@ -96,18 +98,32 @@ def test_large_scores_do_not_overflow():
     assert relative(cpu.in_pieces(q, k, v), jax.nn.dot_product_attention(q, k, v)) < 1e-4
 
 
-@pytest.mark.parametrize("x,kernel,way", [
-    ((1, 8, 8, 1280), (3, 3, 1280, 1280), "by_columns"), ((1, 64, 64, 320), (3, 3, 320, 320), "winograd"),
-    ((1, 64, 64, 640), (1, 1, 640, 320), "<lambda>"), ((16, 8, 8, 64), (3, 3, 64, 64), None),
-    ((1, 63, 64, 320), (3, 3, 320, 320), None), ((1, 512, 512, 128), (3, 3, 128, 3), None),
-    ((1, 3, 2, 1280), (3, 3, 1280, 640), "by_columns"),
-], ids=["small image", "large image", "1×1", "small work", "odd", "few outputs", "large kernel for few pixels"])
-def test_the_shape_chooses(x, kernel, way):
+@pytest.mark.parametrize("size", [(4, 6), (5, 7)], ids=["even", "odd"])
+def test_halving_by_columns_equals_xlas(size):
+    inputs = normal(0, 2, *size, 6), normal(1, 3, 3, 6, 4)
+    ours, theirs = (with_gradients(functools.partial(way, stride=2), *inputs) for way in (cpu.by_columns, plain))
+    for one, other in zip(ours, theirs, strict=True):
+        assert relative(one, other) < 3e-6
+
+
+COLUMNS, HALVED = "by_columns, stride 1", "by_columns, stride 2"
+
+
+@pytest.mark.parametrize("x,kernel,way,halving", [
+    ((1, 8, 8, 1280), (3, 3, 1280, 1280), COLUMNS, HALVED), ((1, 64, 64, 320), (3, 3, 320, 320), "winograd", None),
+    ((1, 64, 64, 640), (1, 1, 640, 320), "<lambda>", None), ((16, 8, 8, 64), (3, 3, 64, 64), None, None),
+    ((1, 63, 64, 320), (3, 3, 320, 320), None, None), ((1, 512, 512, 128), (3, 3, 128, 3), None, None),
+    ((1, 3, 2, 1280), (3, 3, 1280, 640), COLUMNS, HALVED), ((1, 32, 32, 640), (3, 3, 640, 640), "winograd", HALVED),
+], ids=["small image", "large image", "1×1", "small work", "odd", "few outputs", "large kernel for few pixels", "… once halved"])
+def test_the_shape_chooses(x, kernel, way, halving):
     x, kernel = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (x, kernel))
-    chosen = cpu._other_way(x, kernel, (1, 1), SAME)
-    assert getattr(chosen, "__name__", None) == way
-    assert cpu._other_way(x, kernel, (2, 2), SAME) is None
-    assert cpu._other_way(x.update(dtype=jnp.bfloat16), kernel, (1, 1), SAME) is None
+
+    def chosen(x, *strides):
+        way = cpu._other_way(x, kernel, strides, SAME)
+        return f"{way.func.__name__}, stride {way.keywords['stride']}" if hasattr(way, "func") else way and way.__name__
+
+    assert (chosen(x, 1, 1), chosen(x, 2, 2)) == (way, halving)
+    assert chosen(x, 2, 1) is chosen(x.update(dtype=jnp.bfloat16), 1, 1) is None
 
 
 @pytest.mark.parametrize("x,dtype,pays", [

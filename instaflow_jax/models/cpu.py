@@ -31,16 +31,17 @@ def convolve(x, kernel, strides, padding, **options):
 
 
 def _other_way(x, kernel, strides, padding) -> Callable | None:
-    size, (inputs, outputs), pixels = x.shape[1:3], kernel.shape[2:], _pixels(x)
+    size, (inputs, outputs), stride = x.shape[1:3], kernel.shape[2:], strides[0]
+    pixels = _pixels(x) // stride**2  # of the result
     by_the_kernel = inputs * outputs >= _LARGE_KERNEL and pixels < _FEW_TILES * 4  # reading it is most of the work
-    if x.dtype != jnp.float32 or tuple(strides) != (1, 1) or not by_the_kernel and 2 * pixels * kernel.size < _WORTH:
+    if x.dtype != jnp.float32 or len(set(strides)) > 1 or not by_the_kernel and 2 * pixels * kernel.size < _WORTH:
         return None
-    if kernel.shape[:2] == (1, 1):
+    if kernel.shape[:2] == (1, 1) and stride == 1:
         return lambda x, kernel: x @ kernel[0, 0]
-    same = kernel.shape[:2] == (3, 3) and [tuple(p) for p in padding] == [(1, 1), (1, 1)]
-    if not same or min(inputs, outputs) < 32 or not by_the_kernel and (size[0] % 2 or size[1] % 2):
-        return None
-    return by_columns if by_the_kernel else winograd
+    framed = kernel.shape[:2] == (3, 3) and [tuple(p) for p in padding] == [(1, 1), (1, 1)]
+    if by_the_kernel and framed:
+        return functools.partial(by_columns, stride=stride)
+    return winograd if framed and stride == 1 and min(inputs, outputs) >= 32 and not (size[0] % 2 or size[1] % 2) else None
 
 
 def doubling_pays(x, kernel) -> bool:
@@ -55,11 +56,11 @@ def _pixels(x) -> int:
     return (batch if isinstance(batch, int) else 1) * math.prod(size)
 
 
-def by_columns(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W D"]:
-    """A 3×3 convolution as one product of the nine shifted images, side by side, and the kernel."""
+def by_columns(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"], stride: int = 1) -> Float[Array, "B h w D"]:
+    """A 3×3 convolution as one product of the nine shifted images, side by side, and the kernel; h is ⌈H / stride⌉."""
     height, width = x.shape[1:3]
     x = _framed(x)
-    columns = [x[:, i:i + height, j:j + width] for i in range(3) for j in range(3)]
+    columns = [x[:, i:i + height:stride, j:j + width:stride] for i in range(3) for j in range(3)]
     return jnp.concatenate(columns, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
@@ -71,13 +72,16 @@ def winograd(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Flo
     return _by_strips(_winograd_strip, 2, x, [u for row in _kernel_parts(*kernel) for u in _kernel_parts(*row)])
 
 
-def doubled(x: Float[Array, "B h w C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W D"]:
+def doubled(x: Float[Array, "B h w C"], kernel: Float[Array, "3 3 C D"], bias: Float[Array, "D"]) -> Float[Array, "B H W D"]:
     """A 3×3 convolution of the image that nearest neighbours double, H = 2h, W = 2w, by a quarter of the products.
+
+    With the bias, which would be a pass over a large image of its own.
 
     Along a line, with a kernel (a, b, c) whose sum is s, pixels 2i and 2i + 1 become s·x[i] − a·(x[i] − x[i − 1]) and
     s·x[i] + c·(x[i + 1] − x[i]): three products for two pixels, where six were, and the same down the columns.
     """
-    return _by_strips(_doubled_strip, 1, x, [part for row in _doubling_parts(*kernel) for part in _doubling_parts(*row)])
+    parts = [part for row in _doubling_parts(*kernel) for part in _doubling_parts(*row)]
+    return _by_strips(_doubled_strip, 1, x, [*parts, bias])
 
 
 def _by_strips(function: Callable, step: int, x, parts: list):
@@ -86,7 +90,7 @@ def _by_strips(function: Callable, step: int, x, parts: list):
     Args:
       function: makes tiles of 2×2 pixels, [B, step·h + 2, step·w + 2, C] → [B, 2h, 2w, D].
       step: pixels of x that a tile replaces, in each direction.
-      parts: of the kernel, each [C, D].
+      parts: of the kernel, each [C, D], and what else it needs.
     """
     if _rows(x, step) == x.shape[1]:
         return function(_framed(x), parts)
@@ -112,8 +116,9 @@ def _in_turn(function, step, x, parts):
         return lax.dynamic_update_slice_in_dim(y, strip, scale * rows * i, 1)
 
     # Every row will be overwritten. Zeros would be made, and kept, for all convolutions of a network before its first
-    # operation; a value of x can only be had when its turn comes.
-    start = framed if in_place else jnp.broadcast_to(x[0, 0, 0, 0], (batch, scale * height, scale * width, D))
+    # operation; a value of the image can only be had when its turn comes. Of the framed one, lest XLA, asked for x twice,
+    # write down both; of its frame too, lest XLA see that x has it.
+    start = framed if in_place else jnp.broadcast_to(framed[0, :2, 0, 0].sum(), (batch, scale * height, scale * width, D))
     return lax.fori_loop(0, height // rows, one, start)[:, :scale * height]
 
 
@@ -163,15 +168,15 @@ def _interleaved(tiles):
 
 
 def _doubled_strip(x, parts):
-    """Rows [B, h + 2, w + 2, C] by the kernel's nine parts [C, D] → [B, 2h, 2w, D]."""
-    def columns(x, s, a, c):
+    """Rows [B, h + 2, w + 2, C] by the kernel's nine parts [C, D], plus the bias [D] → [B, 2h, 2w, D]."""
+    def columns(x, s, a, c, bias=0):
         slope = x[:, :, 1:] - x[:, :, :-1]
-        middle = x[:, :, 1:-1] @ s
+        middle = x[:, :, 1:-1] @ s + bias
         return middle - slope[:, :, :-1] @ a, middle + slope[:, :, 1:] @ c
 
     slope = x[:, 1:] - x[:, :-1]
     middle, above, below = (columns(*each) for each in (
-        (x[:, 1:-1], *parts[:3]), (slope[:, :-1], *parts[3:6]), (slope[:, 1:], *parts[6:])))
+        (x[:, 1:-1], *parts[:3], parts[9]), (slope[:, :-1], *parts[3:6]), (slope[:, 1:], *parts[6:9])))
     return _interleaved([[m - a for m, a in zip(middle, above, strict=True)],
                          [m + b for m, b in zip(middle, below, strict=True)]])
 

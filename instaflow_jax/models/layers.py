@@ -78,15 +78,15 @@ class Conv(nnx.Conv):
 
     def enlarged(self, x, size: tuple[int, int]):
         """[B, h, w, C], enlarged to `size` by nearest neighbours and convolved: [B, *size, D]."""
-        kernel = self.kernel[...].astype(self.dtype)
+        kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
         if size != (2 * x.shape[1], 2 * x.shape[2]) or not cpu.doubling_pays(x, kernel):
             return self(resize_nearest(x, size))
 
-        def plain(x, kernel):
-            return lax.conv_general_dilated(resize_nearest(x, size), kernel, (1, 1), ((1, 1), (1, 1)),
-                                            dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        def plain(x, kernel, bias):
+            return bias + lax.conv_general_dilated(resize_nearest(x, size), kernel, (1, 1), ((1, 1), (1, 1)),
+                                                   dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
-        return lax.platform_dependent(x, kernel, cpu=cpu.doubled, default=plain) + self.bias[...].astype(self.dtype)
+        return lax.platform_dependent(x, kernel, bias, cpu=cpu.doubled, default=plain)
 
 
 class GroupNorm(nnx.GroupNorm):
