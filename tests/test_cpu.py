@@ -9,7 +9,7 @@ from conftest import normal, relative
 from flax import nnx
 from jax import lax
 
-from instaflow_jax.models import cpu, layers
+from instaflow_jax.models import convolutions, cpu, layers
 
 SAME = ((1, 1), (1, 1))
 
@@ -34,8 +34,9 @@ def with_gradients(function, *inputs):
 
 @pytest.mark.parametrize("way,shape", [
     (cpu.by_columns, (2, 3, 5, 6)), (cpu.winograd, (2, 4, 6, 5)), (cpu.winograd, (1, 12, 1024, 3)),
-    (cpu.winograd, (2, 12, 1024, 4)),
-], ids=["columns", "one strip", "strips", "strips in place"])
+    (cpu.winograd, (2, 12, 1024, 4)), (cpu.winograd_of_fours, (2, 8, 12, 5)), (cpu.winograd_of_fours, (1, 12, 1024, 3)),
+    (cpu.winograd_of_fours, (2, 12, 1024, 4)),
+], ids=["columns", "one strip", "strips", "strips in place", "fours, one strip", "fours, strips", "fours, strips in place"])
 def test_convolutions_equal_xlas(way, shape):
     x, kernel = normal(0, *shape), normal(1, 3, 3, shape[-1], 4)
     for ours, theirs in zip(with_gradients(way, x, kernel), with_gradients(plain, x, kernel), strict=True):
@@ -43,13 +44,13 @@ def test_convolutions_equal_xlas(way, shape):
 
 
 def test_winograd_takes_strips_that_fill_the_image(monkeypatch):
-    monkeypatch.setattr(cpu, "_TILES", 20)  # at most 5 rows of 4 tiles, of which 3 divide the 6 that there are
+    monkeypatch.setattr(convolutions, "_TILES", 20)  # at most 5 rows of 4 tiles, of which 3 divide the 6 that there are
     x, kernel = normal(0, 2, 12, 8, 3), normal(1, 3, 3, 3, 4)
     assert relative(jax.jit(cpu.winograd)(x, kernel), plain(x, kernel)) < 3e-6
 
 
 def test_results_of_strips_take_memory_only_when_their_turn_comes(monkeypatch):
-    monkeypatch.setattr(cpu, "_TILES", 32)
+    monkeypatch.setattr(convolutions, "_TILES", 32)
 
     def network(x, kernel):
         for _ in range(8):
@@ -114,7 +115,10 @@ COLUMNS, HALVED = "by_columns, stride 1", "by_columns, stride 2"
     ((1, 64, 64, 640), (1, 1, 640, 320), "<lambda>", None), ((16, 8, 8, 64), (3, 3, 64, 64), None, None),
     ((1, 63, 64, 320), (3, 3, 320, 320), None, None), ((1, 512, 512, 128), (3, 3, 128, 3), None, None),
     ((1, 3, 2, 1280), (3, 3, 1280, 640), COLUMNS, HALVED), ((1, 32, 32, 640), (3, 3, 640, 640), "winograd", HALVED),
-], ids=["small image", "large image", "1×1", "small work", "odd", "few outputs", "large kernel for few pixels", "… once halved"])
+    ((1, 64, 64, 512), (3, 3, 512, 256), "winograd_of_fours", None), ((1, 62, 66, 512), (3, 3, 512, 256), "winograd", None),
+    ((1, 512, 512, 128), (3, 3, 128, 128), "winograd", None),
+], ids=["small image", "large image", "1×1", "small work", "odd", "few outputs", "large kernel for few pixels", "… once halved",
+        "large and deep", "… but not of fours", "large but shallow"])
 def test_the_shape_chooses(x, kernel, way, halving):
     x, kernel = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (x, kernel))
 
