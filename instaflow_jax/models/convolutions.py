@@ -1,7 +1,7 @@
 """3×3 convolutions of float32 images by fewer products, or by one large one; of large images some rows at a time.
 
-Winograd's algorithms F(m×m, 3×3) (arXiv 1509.09308) make a tile of m×m pixels by (m + 2)² products for each pair of channels,
-where m²·9 were, out of sums of its pixels; `models/cpu.py` knows when they pay.
+Winograd's algorithms F(m×m, 3×3) (arXiv 1509.09308) make a tile of m×m pixels from sums of its neighbourhood by (m + 2)²
+products for each pair of channels, where 9m² were; `models/cpu.py` knows when they pay.
 """
 import functools
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-_TILES = 1024  # of 2×2 pixels, or as many pixels in other tiles, that are made at a time: what lies between stays in the cache
+_TILES = 1024  # of 2×2 pixels, or as much in others, that are made at a time: what lies between stays in the cache
 
 
 def by_columns(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"], stride: int = 1) -> Float[Array, "B h w D"]:
@@ -31,96 +31,19 @@ def winograd(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Flo
     return _by_strips(_winograd_strip, 2, x, [u for row in _kernel_parts(*kernel) for u in _kernel_parts(*row)])
 
 
-def _interpolation(points: Sequence[float]) -> tuple[list, list, list]:
-    """The matrices of F(m, 3) from n = m + 1 points and infinity: image [n + 1, n + 1], kernel [n + 1, 3], result [m, n + 1].
-
-    A product of polynomials from its values at the points, transposed: result · ((kernel · g) ∘ (image · d)) is d convolved by g.
-    """
-    n, m = len(points), len(points) - 1
-    image, kernel, result = np.zeros((n + 1, n + 1)), np.zeros((n + 1, 3)), np.zeros((m, n + 1))
-    for i, point in enumerate(points):
-        others = [other for other in points if other != point]
-        image[i, :n] = np.poly(others)[::-1]
-        kernel[i] = point ** np.arange(3) / np.prod(np.subtract(point, others))
-        result[:, i] = point ** np.arange(m)
-    image[n], kernel[n, 2], result[m - 1, n] = np.poly(points)[::-1], 1, 1
-    return image.tolist(), kernel.tolist(), result.tolist()
-
-
-_IMAGE, _KERNEL, _RESULT = _interpolation((0.0, 0.75, -0.75, 1.5, -1.5))  # of F(4, 3); 0, ±1, ±2 would round twice as badly
-
-
-def _sum(weights, terms):
-    """Σ weight · term, without those whose weight is known to be 0."""
-    return functools.reduce(jnp.add, [w * x for w, x in zip(weights, terms, strict=True) if not isinstance(w, float) or w])
-
-
-@jax.custom_vjp
-def winograd_of_fours(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W D"]:
-    """A 3×3 convolution of images of multiples of four by F(4×4, 3×3): 1/4 of the products. The gradient goes by F(2×2, 3×3).
-
-    Of a strip, sums down the columns come first (`R`), then, of each of their six rows, sums along it, products and sums of those
-    (`Z`). Loops hold these apart: XLA would make R again for each product, and compile for seconds. They share two buffers.
-    """
-    (batch, height, width, depth), D = x.shape, kernel.shape[-1]
-    rows, w = _rows(x, 4), width // 4
-    h, in_place = rows // 4, D == depth
-    image = jnp.asarray(_IMAGE, x.dtype)
-    U = (np.kron(_KERNEL, _KERNEL).astype(x.dtype) @ kernel.reshape(9, -1)).reshape(6, 6, depth, D)
-    framed = jnp.pad(x, ((0, 0), (1, 3), (0, 0), (0, 0)))
-
-    def one(i, buffers):
-        y, R, Z = buffers
-        strip = lax.dynamic_slice_in_dim(y if in_place else framed, rows * i, rows + 4, 1)
-        strip = jnp.pad(strip, ((0, 0), (0, 0), (1, 3), (0, 0))).reshape(batch, h + 1, 4, -1)
-        lines = _six(strip, h, 1)
-        R = lax.fori_loop(0, 6, lambda u, R: R.at[u].set(_sum(image[u], lines)), R)
-
-        def along(u, Z):
-            columns = _six(R[u].reshape(batch * h, w + 1, 4, depth), w, 1)
-            M = [_sum(v, columns).reshape(-1, depth) @ part for v, part in zip(_IMAGE, U[u], strict=True)]
-            return Z.at[u].set(jnp.stack([_sum(pixel, M) for pixel in _RESULT], 1))
-
-        Z = lax.fori_loop(0, 6, along, Z)
-        sums = list(Z.reshape(6, batch, h, 1, -1))
-        strip = jnp.concatenate([_sum(row, sums) for row in _RESULT], 2).reshape(batch, rows, width, D)
-        return lax.dynamic_update_slice_in_dim(y, strip, rows * i, 1), R, Z
-
-    y = framed if in_place else _to_be_overwritten(framed, batch, height, width, D)
-    R, Z = (_to_be_overwritten(framed, *shape) for shape in ((6, batch, h, 4 * (w + 1) * depth), (6, batch * h * w, 4, D)))
-    return lax.fori_loop(0, height // rows, one, (y, R, Z))[0][:, :height]
-
-
-winograd_of_fours.defvjp(lambda x, kernel: (winograd_of_fours(x, kernel), (x, kernel)),
-                         lambda saved, slope: jax.vjp(winograd, *saved)[1](slope))
-
-
-def _six(x, count: int, axis: int):
-    """Of `count` + 1 fours along an axis, the lines that lie in each six which begins with a four."""
-    fours = [lax.index_in_dim(x, i, axis + 1, keepdims=False) for i in range(4)]
-    return [lax.slice_in_dim(fours[i % 4], i // 4, count + i // 4, axis=axis) for i in range(6)]
-
-
-def _to_be_overwritten(framed, *shape: int):
-    """An array of any values.
-
-    Zeros would be made, and kept, for all convolutions of a network before its first operation; a value of the image can only
-    be had when its turn comes. Of the framed one, lest XLA, asked for an image twice, write down both; of its frame too, lest
-    XLA see that the image has it.
-    """
-    return jnp.broadcast_to(framed[0, :2, 0, 0].sum(), shape)
-
-
-def doubled(x: Float[Array, "B h w C"], kernel: Float[Array, "3 3 C D"], bias: Float[Array, "D"]) -> Float[Array, "B H W D"]:
+def doubled(x: Float[Array, "B h w C"], kernel: Float[Array, "3 3 C D"], bias: Float[Array, "D"],
+            ) -> Float[Array, "B H W D"]:
     """A 3×3 convolution of the image that nearest neighbours double, H = 2h, W = 2w, by a quarter of the products.
 
-    With the bias, which would be a pass over a large image of its own.
-
     Along a line, with a kernel (a, b, c) whose sum is s, pixels 2i and 2i + 1 become s·x[i] − a·(x[i] − x[i − 1]) and
-    s·x[i] + c·(x[i + 1] − x[i]): three products for two pixels, where six were, and the same down the columns.
+    s·x[i] + c·(x[i + 1] − x[i]): three products for two pixels, where six were, and the same down the columns. The bias
+    is added on the way; after it, that would be another pass over a large image.
     """
     parts = [part for row in _doubling_parts(*kernel) for part in _doubling_parts(*row)]
     return _by_strips(_doubled_strip, 1, x, [*parts, bias])
+
+
+# ---------------------------------------------------------------- strips
 
 
 def _by_strips(function: Callable, step: int, x, parts: list):
@@ -182,6 +105,16 @@ def _in_turn_backward(function, step, saved, slope):
 _in_turn.defvjp(_in_turn_forward, _in_turn_backward)
 
 
+def _to_be_overwritten(framed, *shape: int):
+    """An array of any values.
+
+    Zeros would be made, and kept, for all convolutions of a network before its first operation; a value of the image can
+    only be had when its turn comes. The framed image is asked, since XLA would write down the other too if both were; and
+    of the frame as well, since XLA would see that the other has the value.
+    """
+    return jnp.broadcast_to(framed[0, :2, 0, 0].sum(), shape)
+
+
 def _strip(framed, rows: int, i):
     """The i-th of an image framed above and below: its `rows` and one more on every side."""
     strip = lax.dynamic_slice_in_dim(framed, rows * i, rows + 2, 1)
@@ -195,6 +128,9 @@ def _framed_above_and_below(x):
 def _framed(x):
     """With a row or column of zeros on every side."""
     return jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+
+
+# ---------------------------------------------------------------- what becomes of a strip
 
 
 def _interleaved(tiles):
@@ -244,3 +180,78 @@ def _kernel_parts(a, b, c):
 
 def _sums(a, b, c, d):
     return a + b + c, b - c - d
+
+
+# ---------------------------------------------------------------- tiles of 4×4
+
+
+def _interpolation(points: Sequence[float]) -> tuple[list, list, list]:
+    """The matrices of F(m, 3) from n = m + 1 points and infinity: [n + 1, n + 1], [n + 1, 3] and [m, n + 1].
+
+    They turn a product of polynomials, known by its values at the points, around: m pixels of the pixels d convolved by g
+    are result · ((kernel · g) ∘ (image · d)).
+    """
+    n, m = len(points), len(points) - 1
+    image, kernel, result = np.zeros((n + 1, n + 1)), np.zeros((n + 1, 3)), np.zeros((m, n + 1))
+    for i, point in enumerate(points):
+        others = [other for other in points if other != point]
+        image[i, :n] = np.poly(others)[::-1]
+        kernel[i] = point ** np.arange(3) / np.prod(np.subtract(point, others))
+        result[:, i] = point ** np.arange(m)
+    image[n], kernel[n, 2], result[m - 1, n] = np.poly(points)[::-1], 1, 1
+    return image.tolist(), kernel.tolist(), result.tolist()
+
+
+_IMAGE, _KERNEL, _RESULT = _interpolation((0.0, 0.75, -0.75, 1.5, -1.5))  # of F(4, 3); 0, ±1, ±2 would round twice as badly
+
+
+def _sum(weights, terms):
+    """Σ weight · term, without those whose weight is known to be 0."""
+    return functools.reduce(jnp.add, [w * x for w, x in zip(weights, terms, strict=True) if not isinstance(w, float) or w])
+
+
+@jax.custom_vjp
+def winograd_of_fours(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W D"]:
+    """A 3×3 convolution of images of multiples of four by F(4×4, 3×3): 1/4 of the products. Its gradient is `winograd`'s.
+
+    Of each strip, sums down the columns come first (`R`, six rows of them for four of pixels); then, for each of the six,
+    sums along it, products, and sums of these (`Z`). Loops hold the two apart, or XLA would make R again for each product,
+    and compile for seconds; all strips use the same two buffers.
+    """
+    (batch, height, width, depth), D = x.shape, kernel.shape[-1]
+    rows, w = _rows(x, 4), width // 4
+    h, in_place = rows // 4, D == depth
+    image = jnp.asarray(_IMAGE, x.dtype)
+    U = (np.kron(_KERNEL, _KERNEL).astype(x.dtype) @ kernel.reshape(9, -1)).reshape(6, 6, depth, D)
+    framed = jnp.pad(x, ((0, 0), (1, 3), (0, 0), (0, 0)))
+
+    def one(i, buffers):
+        y, R, Z = buffers
+        strip = lax.dynamic_slice_in_dim(y if in_place else framed, rows * i, rows + 4, 1)
+        strip = jnp.pad(strip, ((0, 0), (0, 0), (1, 3), (0, 0))).reshape(batch, h + 1, 4, -1)
+        lines = _six(strip, h, 1)
+        R = lax.fori_loop(0, 6, lambda u, R: R.at[u].set(_sum(image[u], lines)), R)
+
+        def along(u, Z):
+            columns = _six(R[u].reshape(batch * h, w + 1, 4, depth), w, 1)
+            M = [_sum(v, columns).reshape(-1, depth) @ part for v, part in zip(_IMAGE, U[u], strict=True)]
+            return Z.at[u].set(jnp.stack([_sum(pixel, M) for pixel in _RESULT], 1))
+
+        Z = lax.fori_loop(0, 6, along, Z)
+        sums = list(Z.reshape(6, batch, h, 1, -1))
+        strip = jnp.concatenate([_sum(row, sums) for row in _RESULT], 2).reshape(batch, rows, width, D)
+        return lax.dynamic_update_slice_in_dim(y, strip, rows * i, 1), R, Z
+
+    y = framed if in_place else _to_be_overwritten(framed, batch, height, width, D)
+    R, Z = (_to_be_overwritten(framed, *shape) for shape in ((6, batch, h, 4 * (w + 1) * depth), (6, batch * h * w, 4, D)))
+    return lax.fori_loop(0, height // rows, one, (y, R, Z))[0][:, :height]
+
+
+winograd_of_fours.defvjp(lambda x, kernel: (winograd_of_fours(x, kernel), (x, kernel)),
+                         lambda saved, slope: jax.vjp(winograd, *saved)[1](slope))
+
+
+def _six(x, count: int, axis: int):
+    """Of `count` + 1 fours along an axis, the lines that lie in each six which begins with a four."""
+    fours = [lax.index_in_dim(x, i, axis + 1, keepdims=False) for i in range(4)]
+    return [lax.slice_in_dim(fours[i % 4], i // 4, count + i // 4, axis=axis) for i in range(6)]
