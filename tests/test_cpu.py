@@ -62,6 +62,23 @@ def test_results_of_strips_take_memory_only_when_their_turn_comes(monkeypatch):
     assert temporary < 4 * x.nbytes
 
 
+@pytest.mark.parametrize("way,parts,scale", [
+    (cpu.winograd, 16, 1), (cpu.winograd_of_fours, 36, 1), (lambda x, kernel: cpu.doubled(x, kernel, kernel[0, 0, 0]), 9, 2),
+], ids=["winograd", "fours", "doubled"])
+@pytest.mark.parametrize("tiles", [1024, 4], ids=["one strip", "strips"])
+def test_kernels_are_transformed_only_when_their_turn_comes(way, parts, scale, tiles, monkeypatch):
+    monkeypatch.setattr(convolutions, "_TILES", tiles)
+
+    def network(x, kernels):
+        for kernel in kernels:
+            x = way(nnx.silu(x), kernel)[:, ::scale, ::scale]
+        return x
+
+    x, kernels = jnp.ones((1, 8, 8, 64)), list(jnp.ones((8, 3, 3, 64, 64)))
+    temporary = jax.jit(network).lower(x, kernels).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 2.5 * parts * 64 * 64 * 4
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 5, 6), (1, 1, 1, 3), (1, 6, 512, 3)], ids=["small", "one pixel", "strips"])
 def test_a_doubled_image_is_convolved_without_being_made(shape):
     inputs = normal(0, *shape), normal(1, 3, 3, shape[-1], 4), normal(2, 4)

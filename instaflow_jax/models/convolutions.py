@@ -28,7 +28,8 @@ def winograd(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Flo
 
     Strips of rows one after another, since what lies between their products is four times the image.
     """
-    return _by_strips(_winograd_strip, 2, x, [u for row in _kernel_parts(*kernel) for u in _kernel_parts(*row)])
+    return _by_strips(_winograd_strip, 2, x, kernel,
+                      lambda kernel: [u for row in _kernel_parts(*kernel) for u in _kernel_parts(*row)])
 
 
 def doubled(x: Float[Array, "B h w C"], kernel: Float[Array, "3 3 C D"], bias: Float[Array, "D"],
@@ -39,24 +40,25 @@ def doubled(x: Float[Array, "B h w C"], kernel: Float[Array, "3 3 C D"], bias: F
     s·x[i] + c·(x[i + 1] − x[i]): three products for two pixels, where six were, and the same down the columns. The bias
     is added on the way; after it, that would be another pass over a large image.
     """
-    parts = [part for row in _doubling_parts(*kernel) for part in _doubling_parts(*row)]
-    return _by_strips(_doubled_strip, 1, x, [*parts, bias])
+    return _by_strips(_doubled_strip, 1, x, kernel,
+                      lambda kernel: [*(part for row in _doubling_parts(*kernel) for part in _doubling_parts(*row)), bias])
 
 
 # ---------------------------------------------------------------- strips
 
 
-def _by_strips(function: Callable, step: int, x, parts: list):
-    """`function(strip, parts)` of the image x, framed: of all of it, or of some rows of tiles at a time if it is large.
+def _by_strips(function: Callable, step: int, x, kernel, parts: Callable):
+    """`function(strip, parts(kernel))` of the image x, framed: of all of it, or, if it is large, of some rows at a time.
 
     Args:
       function: makes tiles of 2×2 pixels, [B, step·h + 2, step·w + 2, C] → [B, 2h, 2w, D].
       step: pixels of x that a tile replaces, in each direction.
-      parts: of the kernel, each [C, D], and what else it needs.
+      parts: of the kernel, each [C, D], and what else the function needs.
     """
     if _rows(x, step) == x.shape[1]:
-        return function(_framed(x), parts)
-    return _in_turn(function, step, x, parts)
+        framed = _framed(x)
+        return function(framed, parts(_when_had(framed, kernel)))
+    return _in_turn(function, step, x, parts(_when_had(_framed_above_and_below(x), kernel)))
 
 
 def _rows(x, step: int) -> int:
@@ -105,14 +107,24 @@ def _in_turn_backward(function, step, saved, slope):
 _in_turn.defvjp(_in_turn_forward, _in_turn_backward)
 
 
-def _to_be_overwritten(framed, *shape: int):
-    """An array of any values.
+# XLA's CPU compiler computes what depends on no image as soon as it can: zeros to begin with, and what is made of kernels,
+# for all convolutions of a network before its first operation, and keeps it until then. So these ask for a value of theirs.
 
-    Zeros would be made, and kept, for all convolutions of a network before its first operation; a value of the image can
-    only be had when its turn comes. The framed image is asked, since XLA would write down the other too if both were; and
-    of the frame as well, since XLA would see that the other has the value.
-    """
-    return jnp.broadcast_to(framed[0, :2, 0, 0].sum(), shape)
+
+def _to_be_overwritten(framed, *shape: int):
+    """An array of any values, which can only be had when the image can."""
+    return jnp.broadcast_to(_value(framed), shape)
+
+
+def _when_had(framed, kernel):
+    """The kernel, which can only be had when the image can: times a 1 that XLA does not know."""
+    return kernel * ((lax.stop_gradient(_value(framed)) > 0).astype(jnp.int32) | 1).astype(kernel.dtype)
+
+
+def _value(framed):
+    """One of a framed image's values. XLA would write down the other image too if both were asked for one; and of the frame
+    as well, since XLA would see that the other has the value."""
+    return framed[0, :2, framed.shape[2] // 2, 0].sum()
 
 
 def _strip(framed, rows: int, i):
@@ -222,8 +234,8 @@ def winograd_of_fours(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"
     rows, w = _rows(x, 4), width // 4
     h, in_place = rows // 4, D == depth
     image = jnp.asarray(_IMAGE, x.dtype)
-    U = (np.kron(_KERNEL, _KERNEL).astype(x.dtype) @ kernel.reshape(9, -1)).reshape(6, 6, depth, D)
     framed = jnp.pad(x, ((0, 0), (1, 3), (0, 0), (0, 0)))
+    U = (np.kron(_KERNEL, _KERNEL).astype(x.dtype) @ _when_had(framed, kernel).reshape(9, -1)).reshape(6, 6, depth, D)
 
     def one(i, buffers):
         y, R, Z = buffers
