@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from instaflow_jax.models import hub
-from instaflow_jax.models.layers import Make, activation, attend
+from instaflow_jax.models.layers import DRAWN, Make, activation, attend
 from instaflow_jax.models.net import Config, Model, Net
 
 _LEGACY_EOS = 2  # what older files state instead of the true end-of-text id
@@ -160,7 +160,7 @@ class VisionEmbeddings(nnx.Module):
     def __init__(self, config: CLIPVisionConfig, make: Make):
         self.image_size, width = config.image_size, config.hidden_size
         patches = (config.image_size // config.patch_size) ** 2
-        self.class_embedding = nnx.Param(0.02 * make.rngs.params.normal((width,)))
+        self.class_embedding = nnx.Param(jnp.zeros(width), **{DRAWN: True})
         self.patch_embedding = make.conv(config.num_channels, width, config.patch_size, config.patch_size, bias=False)
         self.position_embedding = make.embed(patches + 1, width)
 

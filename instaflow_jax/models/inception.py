@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from instaflow_jax.models import hub, port
-from instaflow_jax.models.layers import Make
+from instaflow_jax.models.layers import LATER, NO_KEYS, Make
 from instaflow_jax.models.net import Config, Model, Net, Params
 
 
@@ -41,7 +41,7 @@ class BasicConv2d(nnx.Module):
     def __init__(self, make: Make, inputs: int, outputs: int, kernel, stride: int = 1, padding=0):
         kernel, padding = (p if isinstance(p, tuple) else (p, p) for p in (kernel, padding))
         self.conv = nnx.Conv(inputs, outputs, kernel, stride, padding=[(p, p) for p in padding], use_bias=False,
-                             dtype=make.dtype, rngs=make.rngs)
+                             dtype=make.dtype, **LATER, rngs=NO_KEYS)
         self.bn = FrozenBatchNorm(outputs)
 
     def __call__(self, x):

@@ -24,8 +24,18 @@ ACTIVATIONS = {
 }
 ATTENTION = ("xla", "cudnn")
 REMAT = ("none", "attention", "blocks")
-DRAWN = "drawn"  # marks the kernels and embeddings that `Net.init` draws all at once; they start as zeros
-_LATER = {"kernel_init": nnx.initializers.zeros, "kernel_metadata": {DRAWN: True}}
+DRAWN = "drawn"  # marks the parameters that `Net.init` draws all at once; they start as zeros
+LATER = {"kernel_init": nnx.initializers.zeros, "kernel_metadata": {DRAWN: True}}  # for a convolution or linear layer
+
+
+class _NoKeys:
+    """Where flax's layers ask for a random key, though no initializer of ours needs one: nnx.Rngs takes seconds to trace."""
+
+    def params(self) -> None:
+        return None
+
+
+NO_KEYS = _NoKeys()
 
 
 def activation(name: str):
@@ -37,15 +47,13 @@ def activation(name: str):
 
 @dataclasses.dataclass(frozen=True)
 class Make:
-    """Builds layers with one random stream, compute type and attention implementation.
+    """Builds layers with one compute type and attention implementation.
 
     Attributes:
-      rngs: source of the few initial weights that modules draw themselves.
       dtype: type the products are computed in; norms and softmax stay in float32.
       attention: "xla", or "cudnn" for NVIDIA's fused kernel (bf16 or fp16 only).
     """
 
-    rngs: nnx.Rngs
     dtype: Any = jnp.float32
     attention: str = "xla"
 
@@ -57,20 +65,20 @@ class Make:
         """A square convolution with torch's explicit padding: an int, or ((top, bottom), (left, right))."""
         pads = ((padding, padding),) * 2 if isinstance(padding, int) else padding
         return Conv(inputs, outputs, (kernel, kernel), stride, padding=pads, use_bias=bias, dtype=self.dtype,
-                    conv_general_dilated=cpu.convolve, **_LATER, rngs=self.rngs)
+                    conv_general_dilated=cpu.convolve, **LATER, rngs=NO_KEYS)
 
     def linear(self, inputs: int, outputs: int, bias: bool = True) -> nnx.Linear:
-        return nnx.Linear(inputs, outputs, use_bias=bias, dtype=self.dtype, **_LATER, rngs=self.rngs)
+        return nnx.Linear(inputs, outputs, use_bias=bias, dtype=self.dtype, **LATER, rngs=NO_KEYS)
 
     def embed(self, count: int, features: int) -> nnx.Embed:
         return nnx.Embed(count, features, dtype=self.dtype, embedding_init=nnx.initializers.zeros,
-                         embedding_metadata={DRAWN: True}, rngs=self.rngs)
+                         embedding_metadata={DRAWN: True}, rngs=NO_KEYS)
 
     def group_norm(self, channels: int, groups: int, eps: float) -> "GroupNorm":
-        return GroupNorm(channels, groups, epsilon=eps, dtype=self.dtype, rngs=self.rngs)
+        return GroupNorm(channels, groups, epsilon=eps, dtype=self.dtype, rngs=NO_KEYS)
 
     def layer_norm(self, features: int, eps: float) -> nnx.LayerNorm:
-        return nnx.LayerNorm(features, epsilon=eps, dtype=self.dtype, rngs=self.rngs)
+        return nnx.LayerNorm(features, epsilon=eps, dtype=self.dtype, rngs=NO_KEYS)
 
 
 class Conv(nnx.Conv):

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from instaflow_jax.arrays import PerSample
 from instaflow_jax.models import hub, port
-from instaflow_jax.models.layers import Identity, Make, Recomputed
+from instaflow_jax.models.layers import NO_KEYS, Identity, Make, Recomputed
 from instaflow_jax.models.net import Config, Model, Net, Params
 
 PUBLISHED = {
@@ -107,7 +107,7 @@ class NetLinLayer(nnx.Module):
 
     def __init__(self, width: int, make: Make):
         ones = nnx.initializers.ones
-        self.model = nnx.List([Identity(), nnx.Conv(width, 1, (1, 1), use_bias=False, kernel_init=ones, rngs=make.rngs)])
+        self.model = nnx.List([Identity(), nnx.Conv(width, 1, (1, 1), use_bias=False, kernel_init=ones, rngs=NO_KEYS)])
 
     def __call__(self, x):
         return self.model[1](x)

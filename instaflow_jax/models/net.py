@@ -99,11 +99,11 @@ class Net:
         return jax.jit(self._init)(key)
 
     def _init(self, key):
-        key, draw = jax.random.split(key)
-        state = nnx.state(self.module(self.config, Make(nnx.Rngs(key))))
+        state = nnx.state(self.module(self.config, Make()))
         params = _named(state, lambda path, variable: variable[...])
         drawn = {name: v.shape for name, (_, v) in self.abstract.items() if v.get_metadata(DRAWN, False)}
         cuts = np.cumsum([math.prod(shape) for shape in drawn.values()])
+        _, draw = jax.random.split(key)  # so that a key gives what it always gave
         pieces = jnp.split(jax.random.normal(draw, (cuts[-1],)), cuts[:-1])
         for (name, shape), piece in zip(drawn.items(), pieces, strict=True):
             scale = math.prod(shape[:-1]) ** -0.5 if name.endswith("kernel") else 0.02
@@ -130,7 +130,7 @@ class Model(nnx.Module):
         """The network a `config.json` describes, without allocating its weights."""
         config = cls.Config.from_dict(raw)
         raw = {"_class_name": cls.__name__} | dataclasses.asdict(config) | raw
-        module = nnx.eval_shape(lambda: cls(config, Make(nnx.Rngs(0), jnp.dtype(dtype), attention)))
+        module = nnx.eval_shape(lambda: cls(config, Make(jnp.dtype(dtype), attention)))
         graphdef, state = nnx.split(module)
         return Net(cls, config, raw, graphdef, _named(state, lambda path, variable: (path, variable)))
 
