@@ -28,8 +28,7 @@ def winograd(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Flo
 
     Strips of rows one after another, since what lies between their products is four times the image.
     """
-    return _by_strips(_winograd_strip, 2, x, kernel,
-                      lambda kernel: [u for row in _kernel_parts(*kernel) for u in _kernel_parts(*row)])
+    return _by_strips(_winograd_strip, 2, x, kernel, _kernel_parts)
 
 
 def doubled(x: Float[Array, "B h w C"], kernel: Float[Array, "3 3 C D"], bias: Float[Array, "D"],
@@ -40,25 +39,25 @@ def doubled(x: Float[Array, "B h w C"], kernel: Float[Array, "3 3 C D"], bias: F
     s·x[i] + c·(x[i + 1] − x[i]): three products for two pixels, where six were, and the same down the columns. The bias
     is added on the way; after it, that would be another pass over a large image.
     """
-    return _by_strips(_doubled_strip, 1, x, kernel,
-                      lambda kernel: [*(part for row in _doubling_parts(*kernel) for part in _doubling_parts(*row)), bias])
+    return _by_strips(_doubled_strip, 1, x, kernel, _doubling_parts, bias)
 
 
 # ---------------------------------------------------------------- strips
 
 
-def _by_strips(function: Callable, step: int, x, kernel, parts: Callable):
-    """`function(strip, parts(kernel))` of the image x, framed: of all of it, or, if it is large, of some rows at a time.
+def _by_strips(function: Callable, step: int, x, kernel, along: Callable, *others):
+    """`function(strip, parts)` of the image x, framed: of all of it, or of some rows of tiles at a time if it is large.
 
     Args:
       function: makes tiles of 2×2 pixels, [B, step·h + 2, step·w + 2, C] → [B, 2h, 2w, D].
       step: pixels of x that a tile replaces, in each direction.
-      parts: of the kernel, each [C, D], and what else the function needs.
+      along: makes the parts of three numbers in a line; those of the kernel, each [C, D], are made along both its axes.
+      others: parts that the function needs beside these.
     """
-    if _rows(x, step) == x.shape[1]:
-        framed = _framed(x)
-        return function(framed, parts(_when_had(framed, kernel)))
-    return _in_turn(function, step, x, parts(_when_had(_framed_above_and_below(x), kernel)))
+    whole = _rows(x, step) == x.shape[1]
+    framed = _framed(x) if whole else _framed_above_and_below(x)
+    parts = [part for row in along(*_when_had(framed, kernel)) for part in along(*row)] + list(others)
+    return function(framed, parts) if whole else _in_turn(function, step, x, parts)
 
 
 def _rows(x, step: int) -> int:

@@ -105,7 +105,7 @@ def _run(features: nnx.List, taps: tuple[int, ...], images, again: Callable = la
 class NetLinLayer(nnx.Module):
     """Weighs the channels of one stage; starts with all ones, which is the package's `lpips=False`."""
 
-    def __init__(self, width: int, make: Make):
+    def __init__(self, width: int):
         ones = nnx.initializers.ones
         self.model = nnx.List([Identity(), nnx.Conv(width, 1, (1, 1), use_bias=False, kernel_init=ones, rngs=NO_KEYS)])
 
@@ -122,7 +122,7 @@ class LPIPS(Recomputed, Model):
     def __init__(self, config: TrunkConfig, make: Make):
         self.features, self.taps = _trunk(config, make)
         for i, width in enumerate(config.widths):
-            setattr(self, f"lin{i}", NetLinLayer(width, make))
+            setattr(self, f"lin{i}", NetLinLayer(width))
 
     @classmethod
     def from_files(cls, trunk: str | Path, heads: str | Path, *, net: str, dtype=jnp.float32) -> tuple[Net, Params]:
