@@ -33,7 +33,7 @@ STEPS = 12
 def write(directory: Path, pipe: pipeline.Pipeline, count: int, store_noise: bool) -> Path:
     """A directory like the one `generate` makes, with noise where the images would be."""
     recipe = {"teacher": {"unet": "none"}, "latent_shape": list(pipe.latent_shape), "count": count, "shard_size": SHARD,
-              "tokens": pipe.tokenizer.model_max_length, "seed": 0, "noise": NAME, "store_noise": store_noise}  # fmt: skip
+              "tokens": pipe.tokenizer.model_max_length, "seed": 0, "noise": NAME, "store_noise": store_noise}
     pairs_manifest.begin(directory, recipe, {})
     for shard in range(pairs_manifest.shard_count(recipe)):
         pairs_store.write_shard(directory, recipe, shard, records(recipe, shard, pipe.tokenizer([PROMPT])[0]))
@@ -124,7 +124,7 @@ def main() -> None:
             ("PairBatches, X0 drawn again, cold", seeds, batches, True),
             ("PairBatches, X0 drawn again", seeds, batches, False),
             ("tfds.as_data_source, X0 stored", stored, tfds_rows, False),
-        ):  # fmt: skip
+        ):
             found = rate(reader(directory, options.count), (lambda d=directory: forget(d)) if cold else lambda: None)
             print(f"| {name} | {found:.0f} | {found / eaten:.0f} |", flush=True)
 

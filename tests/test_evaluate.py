@@ -169,7 +169,7 @@ def test_the_teacher_alone_is_a_table_too(tiny, no_drawing, tmp_path, capsys):
     (lambda config: config.update({"also": "mine|mine"}), ValueError, "config.also='mine|mine': 'mine' is"),
     (lambda config: config.update({"also": "mine"}), FileNotFoundError, "holds no model: train it with"),
     (lambda config: config.teacher.update({"alpha": 0.0}), FileNotFoundError, "set --config.teacher.alpha"),
-])  # fmt: skip
+])
 def test_bad_settings_end_in_one_clear_message(change, error, words, tiny, no_drawing, tmp_path):
     config = configured(tiny)
     change(config)
@@ -301,7 +301,7 @@ def named(name, tone="", shade=0):
 def test_tones_and_twins_are_forgiven_and_nothing_else():
     people = [named("astronaut", shade=1), named("man astronaut", shade=1), named("astronaut", "dark", 2),
               named("man astronaut", "light", 3), named("woman astronaut", shade=4), named("cook", "dark", 2),
-              named("farmer", shade=5)]  # fmt: skip
+              named("farmer", shade=5)]
     kinds = kinds_of(openmoji.Arrays(np.stack([image for _, image in people]), [emoji for emoji, _ in people]))
     assert len({*kinds[[0, 1, 2, 3, 5]]}) == 1  # the cook is drawn as the dark astronaut is
     assert len({*kinds[[0, 4, 6]]}) == 3

@@ -34,19 +34,19 @@ PROMPTS = ["red apple", "house", "cat face", "a face", "woman astronaut", "rocke
 COUNT, SHARD = 40, 8
 UNET = {"block_out_channels": (8,), "layers_per_block": 1, "cross_attention_dim": 8, "attention_head_dim": 1,
         "down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",), "norm_num_groups": 4,
-        "sample_size": 4}  # fmt: skip
+        "sample_size": 4}
 VAE = {"block_out_channels": (8,), "down_block_types": ("DownEncoderBlock2D",), "layers_per_block": 1, "sample_size": 4,
-       "up_block_types": ("UpDecoderBlock2D",), "norm_num_groups": 4, "scaling_factor": 0.5}  # fmt: skip
+       "up_block_types": ("UpDecoderBlock2D",), "norm_num_groups": 4, "scaling_factor": 0.5}
 TEXT = {"vocab_size": 2048, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1,
-        "max_position_embeddings": 16, "eos_token_id": 2047}  # fmt: skip
+        "max_position_embeddings": 16, "eos_token_id": 2047}
 SCHEDULER = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-             "steps_offset": 1, "set_alpha_to_one": False, "skip_prk_steps": True}  # fmt: skip
+             "steps_offset": 1, "set_alpha_to_one": False, "skip_prk_steps": True}
 
 
 def write_teacher(directory):
     """A whole pipeline of random weights, one level deep, since compiling is what these tests wait for."""
     nets = {"unet": UNet2DConditionModel.from_config(UNET), "vae": AutoencoderKL.from_config(VAE),
-            "text_encoder": CLIPTextModel.from_config(TEXT)}  # fmt: skip
+            "text_encoder": CLIPTextModel.from_config(TEXT)}
     params = {name: jax.device_get(net.init(jax.random.key(0))) for name, net in nets.items()}
     tokenizer = Tokenizer.from_pretrained(pipeline.locate("openmoji"))
     pipeline.save(pipeline.Pipeline(nets, params, tokenizer, SCHEDULER, INDEX), directory)
@@ -69,7 +69,7 @@ def teacher(tmp_path_factory):
 
 def fields(teacher, **changed):
     return {"model": str(teacher), "prompts.source": str(teacher / "prompts.txt"), "N": 3, "count": COUNT,
-            "shard_size": SHARD, "batch": 4, "preview": 2} | changed  # fmt: skip
+            "shard_size": SHARD, "batch": 4, "preview": 2} | changed
 
 
 def configured(teacher, **changed):
@@ -94,11 +94,11 @@ def copy(made, tmp_path):
 def start(teacher, workdir, cache, *, devices=1, **changed):
     """The command line in a process of its own, with simulated devices."""
     flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-             "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # fmt: skip
+             "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     command = [f"--config.{name}={value}" for name, value in fields(teacher, **changed).items()]
     return subprocess.Popen([sys.executable, "-m", "instaflow_jax.main", "--config=configs/generate.py",
                              f"--workdir={workdir}", *command], cwd=ROOT, env=os.environ | flags, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def data(directory):
@@ -152,7 +152,7 @@ def test_weights_prompts_and_solver_are_in_the_recipe(made, teacher):
 def test_eight_devices_and_two_processes_make_the_same_bytes(made, teacher, tmp_path, cache):
     """Process 0 with eight devices and process 1 with two, at the same time, in one directory."""
     runs = [start(teacher, tmp_path, cache, devices=devices, processes=2, process=process)
-            for process, devices in enumerate((8, 2))]  # fmt: skip
+            for process, devices in enumerate((8, 2))]
     told = [run.communicate(timeout=240)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], told
     assert "3 of 3" not in told[0] and "0 of 3 shards are finished" in told[0] and "on 8 devices" in told[0]
@@ -245,7 +245,7 @@ def test_a_full_disk_names_the_shard_and_leaves_the_finished_ones(made, teacher,
 @pytest.mark.parametrize("changed, words", [
     ({"alpha": 2.0}, "alpha is 3.0, not 2.0"), ({"seed": 1}, "seed is 0, not 1"), ({"N": 4}, "N is 3, not 4"),
     ({"prompts.cleaning.min_chars": 6}, "prompts_sha256 is"),
-])  # fmt: skip
+])
 def test_another_recipe_is_kept_out(copy, teacher, changed, words):
     with pytest.raises(ValueError, match=f"manifest.json is of other pairs: .*{words}.* Take another directory"):
         main.run(configured(teacher, **changed), str(copy.parent))
@@ -272,7 +272,7 @@ def test_a_pair_that_is_not_finite_is_refused(teacher):
     ({"processes": 2, "process": 2}, "config.process=2 must be one of 0 to 1"),
     ({"alpha": 1.0, "negative": "a face"}, "guidance needs alpha > 1"), ({"solver": "euler"}, "does not fit a teacher"),
     ({"count": -1}, "config.count=-1"), ({"seed": -1}, "config.seed=-1"),
-])  # fmt: skip
+])
 def test_bad_settings_end_in_one_clear_message(teacher, tmp_path, changed, words):
     with pytest.raises(ValueError, match=words):
         main.run(configured(teacher, **changed), str(tmp_path))

@@ -134,7 +134,7 @@ def test_one_node_runs_the_stage_from_any_folder(place):
     ("kill -TERM $PPID; kill -TERM $$", 75),  # it has nothing to save
     ("kill -TERM $PPID; exit 1", 1),  # it could not save
     ("kill -KILL $$", 137),
-])  # fmt: skip
+])
 def test_a_stage_that_was_told_to_stop_asks_to_be_started_again(place, python, code):
     write_stub(place / "venv" / "bin" / "python", python)
     done = subprocess.run(["bash", "-c", f". {ROOT}/launch/env.sh; stage --config=x"], env=environment(place), check=False)
@@ -181,14 +181,14 @@ def test_a_pod_is_made_again_when_it_is_taken_away(place):
     assert done.returncode == 0, done.stderr
     ssh = "gcloud ssh flow " + REMOTE.format(setup="sudo mount /mnt", arguments=r"--config=configs/reflow.py --workdir=/mnt/a\ b")
     assert log == [LIST, CREATE, LIST, SCP, ssh, LIST, "sleep 30", LIST, "gcloud delete flow --quiet --zone=us-east5-a",
-                   LIST, CREATE, LIST, SCP, ssh, LIST]  # fmt: skip
+                   LIST, CREATE, LIST, SCP, ssh, LIST]
 
 
 def test_what_a_pod_runs_is_the_stage_with_its_arguments(place):
     """The command that workers get, run here by their shell in the folder that the code was copied to."""
     _, log = pod(place, "exit 0", "--config=configs/reflow.py", "--config.watch.prompts=('a cat',)")
     assert {path.name for path in (place / "home").iterdir()} == {
-        "setup.py", "README.md", "LICENSE", "configs", "instaflow_jax", "launch"}  # fmt: skip
+        "setup.py", "README.md", "LICENSE", "configs", "instaflow_jax", "launch"}
     for path in (place / "home").iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     command = next(line for line in log if line.startswith("gcloud ssh")).partition("--command=")[2]
@@ -242,7 +242,7 @@ def slurm(place, *arguments, job, **more):
     copy = shutil.copy(ROOT / "launch" / "slurm.sbatch", place / "slurm_script")
     env = environment(place, SLURM_JOB_ID=str(job), SLURM_SUBMIT_DIR=str(ROOT), SLURM_CPUS_PER_TASK="8", **more)
     shell = subprocess.Popen(["bash", copy, *arguments], cwd=place, env=env, stdout=subprocess.PIPE,
-                             stderr=subprocess.STDOUT, text=True)  # fmt: skip
+                             stderr=subprocess.STDOUT, text=True)
     try:
         yield shell
     finally:
@@ -268,7 +268,7 @@ def started(arguments):
     ("exit 0", 0, []),
     ("exit 1", 1, []),
     ("kill -TERM $PPID; exit 0", 0, ["scontrol requeue 4711"]),
-])  # fmt: skip
+])
 def test_a_slurm_job_is_queued_again_only_when_it_was_told_to_stop(place, python, code, requeued):
     write_stub(place / "venv" / "bin" / "python", python)
     with slurm(place, "--config=configs/reflow.py", job=4711) as job:
@@ -280,7 +280,7 @@ def test_a_slurm_job_of_two_processes_saves_at_its_time_limit_and_resumes(place,
     """Reflow for real, its pairs made first; the batch shell is told that time is nearly up."""
     write_stub(place / "venv" / "bin" / "python", f'[ "$2" != pip ] && exec {sys.executable} "$@"')  # installs nothing
     workdir, env = place / "run", {"JAX_PLATFORMS": "cpu", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-                                   "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # fmt: skip
+                                   "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     metrics = workdir / "reflow" / "metrics.jsonl"
     with slurm(place, *tiny_reflow(teacher, workdir, steps=10**6), job=free_job(), **env) as first:
         wait_for(lambda: metrics.is_file() and '"loss"' in metrics.read_text(), first)
@@ -302,7 +302,7 @@ def tiny_reflow(teacher, workdir, *, steps):
     fields = {"model": teacher, "batch_size": 4, "watch_every": 10**6, "tensorboard": False, "loop.steps": steps,
               "loop.log_every": 1, "loop.save_every": 10**6, "watch.prompts": "('red apple',)", "watch.seeds": 1,
               "watch.steps": "(1,)", "schedule.warmup_steps": 1, "pairs.model": teacher, "pairs.count": 8,
-              "pairs.shard_size": 4, "pairs.batch": 4, "pairs.N": 2, "pairs.preview": 1}  # fmt: skip
+              "pairs.shard_size": 4, "pairs.batch": 4, "pairs.N": 2, "pairs.preview": 1}
     return ["--config=configs/reflow.py", f"--workdir={workdir}",
             *(f"--config.{name}={value}" for name, value in fields.items())]
 

@@ -133,7 +133,7 @@ def test_names_are_unique_plain_words(emoji, by_name):
     ("man's shoe", "", "man's shoe", "", "clothing"),
     ("flag of france", "", "flag of france", "", "country-flag"),
     ("keycap 7", "", "keycap 7", "", "keycap"),
-])  # fmt: skip
+])
 def test_names_split_into_their_parts(by_name, name, gender, base, tone, subgroup):
     found = by_name[name]
     assert (found.gender, found.base, found.skin_tone, found.subgroup) == (gender, base, tone, subgroup)

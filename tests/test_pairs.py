@@ -18,7 +18,7 @@ from instaflow_jax.data.noise import NAME, checksum, noise
 from instaflow_jax.data.pairs import PairBatches, Pairs
 
 RECIPE = {"teacher": {"unet": "u"}, "latent_shape": [2, 2, 4], "tokens": 3, "seed": 5, "noise": NAME, "store_noise": True,
-          "count": 22, "shard_size": 8}  # fmt: skip
+          "count": 22, "shard_size": 8}
 
 
 def X1_of(number):

@@ -105,7 +105,7 @@ def test_openmoji_captions_are_a_prefix_of_longer_ones_and_never_empty():
     ("tfds:nowhere", "text", FileNotFoundError, "no prepared set in .*nowhere"),
     ("tfds:coco_captions", "", ValueError, "needs prompts.column"),
     ("openmoji", "", ValueError, "count=0 is not positive"),
-])  # fmt: skip
+])
 def test_what_cannot_be_read_is_refused(source, column, error, words, tmp_path):
     with pytest.raises(error, match=words):
         load(source, column, data_dir=str(tmp_path))

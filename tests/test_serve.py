@@ -23,7 +23,7 @@ from instaflow_jax.stages import serve
 ROOT = Path(__file__).parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync")  # fmt: skip
+         "--disable-component-update", "--disable-sync")
 
 
 def read(stage):
@@ -40,7 +40,7 @@ def tiny(folder, **changed):
     """The shipped config on the tiny model, as flow and as its own teacher."""
     config = read("serve")
     config.update({"model": str(folder), "kind": "flow", "steps": (1, 2), "teacher": str(folder), "teacher_N": 3,
-                   "port": free_port()} | changed)  # fmt: skip
+                   "port": free_port()} | changed)
     return config
 
 
@@ -81,7 +81,7 @@ def test_flow_and_teacher_draw_the_same_seeds_each_with_its_steps():
     (("cat", 0, 2, 1), "2 steps are not among the possible 1, 4"),
     (("cat", 0, 1, 0), "the number of pictures must be a whole number from 1 to 3, not 0"),
     (("cat", 0, 1, 4), "the number of pictures must be a whole number from 1 to 3, not 4"),
-])  # fmt: skip
+])
 def test_requests_out_of_bounds_are_refused(request_, words):
     with pytest.raises(ValueError, match=words):
         respond(*request_)
@@ -136,7 +136,7 @@ def test_without_model_and_teacher_there_is_nothing_to_show(tmp_path):
     ({"queue": 0}, "config.queue=0 must be at least 1"),
     ({"steps": ()}, "must name at least one number of steps"),
     ({"host": "256.0.0.1"}, "cannot listen at config.host='256.0.0.1'"),
-])  # fmt: skip
+])
 def test_bad_settings_end_in_one_clear_message_before_anything_is_loaded(fields, words):
     config = read("serve")
     config.update({"model": "nowhere", "port": free_port()} | fields)
@@ -193,7 +193,7 @@ def test_the_page_answers_with_pictures_and_seconds(client, teacher):
     (("cat", -5, 1, 1), "-5"),
     (("cat", 0, 7, 1), "7"),
     (("cat", 0, 1, 99), "99"),
-])  # fmt: skip
+])
 def test_the_page_shows_what_is_wrong_as_text(client, request_, words):
     with pytest.raises(AppError, match=words):
         client.predict(*request_, api_name="/draw")

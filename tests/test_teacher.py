@@ -142,7 +142,7 @@ def test_other_numbers_of_steps_follow_diffusers(solver, spacing, N):
     {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"},
     {"trained_betas": list(np.geomspace(1e-4, 0.03, 500)), "num_train_timesteps": 500},
     {"steps_offset": 3, "timestep_spacing": "leading"},
-], ids=lambda change: "-".join(map(str, change)))  # fmt: skip
+], ids=lambda change: "-".join(map(str, change)))
 @pytest.mark.parametrize("N", [14, 15])  # 15 is where DPM-Solver's last step may be of second order
 @pytest.mark.parametrize("solver", THEIRS)
 def test_every_field_of_the_schedule_means_what_it_means_to_diffusers(solver, N, change):
@@ -309,7 +309,7 @@ def test_a_schedule_can_be_neither_changed_nor_confused():
     ({"bete_start": 0.1}, "unknown field bete_start=0.1; known: num_train_timesteps, beta_start"),
     ({"trained_betas": [0.1, 0.2]}, r"trained_betas has shape \(2,\), but num_train_timesteps=1000"),
     ({"beta_end": 1.5}, r"betas run from 0.00085 to 1.5, but must lie in \(0, 1\)"),
-])  # fmt: skip
+])
 def test_what_a_scheduler_file_may_not_say(change, message):
     with pytest.raises(ValueError, match=message):
         teacher.read_schedule(SD15 | change)
@@ -331,7 +331,7 @@ def test_a_wrong_number_of_steps_is_refused(solver, N):
     (teacher.ddim, "leading", 1000),  # the offset pushes the first step to 1000
     (teacher.dpm_solver, "leading", 1000),  # 1001 points over 1000 times: all of them 0
     (teacher.dpm_solver, "linspace", 1000),
-])  # fmt: skip
+])
 def test_a_grid_that_leaves_the_schedule_is_refused(solver, spacing, N):
     schedule = teacher.read_schedule(SD15 | {"timestep_spacing": spacing})
     with pytest.raises(ValueError, match=f"N=1000 steps with timestep_spacing='{spacing}' and steps_offset=1 do not"):

@@ -125,7 +125,7 @@ def finish(directory: Path, recipe: Recipe) -> bool:
             directory, NAME, make_features(recipe), {SPLIT: [(note["pairs"], note["bytes"]) for note in notes]},
             version="1.0.0", description=f"(X0, text, X1) of {recipe['teacher']['unet']}; see {MANIFEST}", license="",
             homepage="",
-        )  # fmt: skip
+        )
         pairs_manifest.write_json(directory / MANIFEST, manifest | {"shards": notes})
     return True
 

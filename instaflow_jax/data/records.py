@@ -83,4 +83,4 @@ def write_metadata(directory: Path, name: str, features, splits: dict[str, list[
             data_dir=directory, dataset_name=name, filetype_suffix="array_record"
         ),
         **about,
-    )  # fmt: skip
+    )

@@ -109,7 +109,7 @@ def prepare(config: ConfigDict, photos: list[coco.Photo], directory: Path) -> Jo
         "dynamics": repr(dynamics) if isinstance(dynamics, sampling.Flow) else pipe.scheduler,
         "latent_shape": list(shape), "noise": noise.NAME, "count": len(photos),
         "captions_sha256": sha256_of_json([[photo.id, photo.caption] for photo in photos]),
-    }  # fmt: skip
+    }
     return Job(config, pipe, photos, solve, json.loads(json.dumps(recipe)), directory)
 
 

@@ -186,6 +186,6 @@ def table(title: str, results: Mapping[str, Any], config: ConfigDict) -> str:
         "KID × 10³": kid,
         "precision": shown("precision", ".3f"), "recall": shown("recall", ".3f"), "pictures": results["made"],
         "photographs": shown("real", "d", 1),
-    }  # fmt: skip
+    }
     rows = (cells, ["---"] * len(cells), cells.values())
     return f"{title}\n\n" + "".join("| " + " | ".join(map(str, row)) + " |\n" for row in rows)

@@ -62,7 +62,7 @@ def prepare(config: ConfigDict) -> Job:
         "tokens": pipe.tokenizer.model_max_length, "seed": config.seed, "noise": noise.NAME,
         "store_noise": config.store_noise, "count": config.count or len(texts), "shard_size": config.shard_size,
         "prompts_sha256": prompts.sha256(texts),
-    }  # fmt: skip
+    }
     return Job(config, pipe, make_rows(pipe.nets, solve), recipe, texts, report)
 
 

@@ -27,7 +27,7 @@ PAPER = (
 HEADLINE = (
     ("teacher", 25, "the teacher in 25 steps"), ("teacher", 1, "the teacher in one step"),
     ("direct", 1, "distilled directly, one step"), ("distill", 1, "<b>reflow, then distilled, one step</b>"),
-)  # fmt: skip
+)
 BESIDE = ("seconds", "fd_emoji", "clip_score")  # of our columns, in their order, those that the paper's table has too
 
 
@@ -51,7 +51,7 @@ def write(workdir: Path) -> Path:
         "steps": steps(ledger), "machine": html.escape(machine(ledger["machine"])),
         "workdir": html.escape(str(workdir)),
         "path": html.escape(found["config"]["show"]["path"]), "attribution": html.escape(ATTRIBUTION),
-    }  # fmt: skip
+    }
     page = workdir / PAGE
     with files.whole(page) as temporary:
         temporary.write_text(Template(TEMPLATE.read_text(encoding="utf-8")).substitute(fields), encoding="utf-8")
