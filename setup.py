@@ -1,4 +1,5 @@
 """Install with `pip install -e .[test]`; extras: gpu, tpu, demo, serve, test."""
+
 from pathlib import Path
 
 from setuptools import find_packages, setup

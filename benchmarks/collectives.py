@@ -1,4 +1,5 @@
 """What a compiled program sends between devices, read from its HLO text."""
+
 import dataclasses
 import math
 import re
@@ -44,9 +45,13 @@ class Collective:
     @property
     def sent(self) -> float:
         """Bytes that each device sends in one step, where the devices of a group stand in a ring."""
-        share = {"all-reduce": 2 * (self.group - 1) / self.group, "all-gather": (self.group - 1) / self.group,
-                 "reduce-scatter": self.group - 1, "all-to-all": (self.group - 1) / self.group,
-                 "collective-permute": 1}[self.kind]
+        share = {
+            "all-reduce": 2 * (self.group - 1) / self.group,
+            "all-gather": (self.group - 1) / self.group,
+            "reduce-scatter": self.group - 1,
+            "all-to-all": (self.group - 1) / self.group,
+            "collective-permute": 1,
+        }[self.kind]
         return share * self.size * self.times
 
 
@@ -98,7 +103,7 @@ def _sent_arrays(operation: str, result: str) -> list[tuple[str, tuple[int, ...]
     arrays = [(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _ARRAY.findall(result)]
     if operation in ("all-gather-start", "collective-permute-start"):
         arrays = [a for a in arrays if a != ("u32", ())]
-        return arrays[len(arrays) // 2:]
+        return arrays[len(arrays) // 2 :]
     return arrays
 
 

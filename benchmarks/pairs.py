@@ -32,8 +32,16 @@ STEPS = 12
 
 def write(directory: Path, pipe: pipeline.Pipeline, count: int, store_noise: bool) -> Path:
     """A directory like the one `generate` makes, with noise where the images would be."""
-    recipe = {"teacher": {"unet": "none"}, "latent_shape": list(pipe.latent_shape), "count": count, "shard_size": SHARD,
-              "tokens": pipe.tokenizer.model_max_length, "seed": 0, "noise": NAME, "store_noise": store_noise}
+    recipe = {
+        "teacher": {"unet": "none"},
+        "latent_shape": list(pipe.latent_shape),
+        "count": count,
+        "shard_size": SHARD,
+        "tokens": pipe.tokenizer.model_max_length,
+        "seed": 0,
+        "noise": NAME,
+        "store_noise": store_noise,
+    }
     pairs_manifest.begin(directory, recipe, {})
     for shard in range(pairs_manifest.shard_count(recipe)):
         pairs_store.write_shard(directory, recipe, shard, records(recipe, shard, pipe.tokenizer([PROMPT])[0]))
@@ -69,6 +77,7 @@ def rate(rows: Callable[[], Iterator[int]], before: Callable[[], None]) -> float
 
 def batches(directory: Path, count: int) -> Callable[[], Iterator[int]]:
     """One pass by the reader that training uses."""
+
     def rows():
         source = PairBatches(Pairs(directory), batch_size=BATCH, seed=0)
         for _ in range(count // BATCH):
@@ -79,6 +88,7 @@ def batches(directory: Path, count: int) -> Callable[[], Iterator[int]]:
 
 def tfds_rows(directory: Path, count: int) -> Callable[[], Iterator[int]]:
     """One shuffled pass by TFDS' own reader, a row at a time."""
+
     def rows():
         source = tfds.builder_from_directory(directory).as_data_source("train")
         for i in np.random.default_rng(0).permutation(count):
@@ -91,10 +101,12 @@ def step_rate(pipe: pipeline.Pipeline) -> float:
     """Pairs/s that the reflow step of configs/reflow.py takes, from arrays in memory."""
     config = reflow.get_config()
     optimizer = optim.make_optimizer(optim.make_schedule(**config.schedule), **config.optim)
-    loss = objectives.make_reflow_loss(pipe.nets["unet"], pipe.nets["text_encoder"], drop=config.drop, steps=1000,
-                                       **config.loss)
-    update = jax.jit(step.make_train_step(loss, optimizer, ema_decay=config.ema_decay, accumulate=1).update,
-                     donate_argnums=0)
+    loss = objectives.make_reflow_loss(
+        pipe.nets["unet"], pipe.nets["text_encoder"], drop=config.drop, steps=1000, **config.loss
+    )
+    update = jax.jit(
+        step.make_train_step(loss, optimizer, ema_decay=config.ema_decay, accumulate=1).update, donate_argnums=0
+    )
     frozen = {"text_encoder": pipe.params["text_encoder"], "null_ids": pipe.tokenizer([""])}
     X0 = np.stack([noise(0, i, pipe.latent_shape) for i in range(BATCH)]).astype(np.float32)
     batch = {"X0": X0, "X1": X0[::-1].copy(), "ids": np.repeat(pipe.tokenizer([PROMPT]), BATCH, 0)}
@@ -116,11 +128,14 @@ def main() -> None:
         stored = write(Path(scratch) / "stored", pipe, options.count, True)
         seeds = write(Path(scratch) / "seeds", pipe, options.count, False)
         eaten = step_rate(pipe)
-        print(f"| {os.cpu_count()} CPU cores, {options.count} pairs, batches of {BATCH} | pairs/s | ratio to the step |\n"
-              "|---|---|---|")
+        print(
+            f"| {os.cpu_count()} CPU cores, {options.count} pairs, batches of {BATCH} | pairs/s | ratio to the step |\n"
+            "|---|---|---|"
+        )
         print(f"| reflow step of the embedded UNet | {eaten:.0f} | 1 |", flush=True)
         for name, directory, reader, cold in (
-            ("PairBatches, X0 stored, cold", stored, batches, True), ("PairBatches, X0 stored", stored, batches, False),
+            ("PairBatches, X0 stored, cold", stored, batches, True),
+            ("PairBatches, X0 stored", stored, batches, False),
             ("PairBatches, X0 drawn again, cold", seeds, batches, True),
             ("PairBatches, X0 drawn again", seeds, batches, False),
             ("tfds.as_data_source, X0 stored", stored, tfds_rows, False),

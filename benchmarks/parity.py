@@ -7,6 +7,7 @@ PyTorch module in float64 (which tells whose rounding a difference is), and with
 transformers' last Flax classes. Fails if ours is further than 1e-5 from the float64 result. Weights go through the
 disk, in diffusers layout, and need about 14 GB of memory; some ten minutes on two cores.
 """
+
 import argparse
 import gc
 import sys
@@ -48,8 +49,14 @@ def compare(name: str, reference, run, ours, method: str, inputs, flax) -> dict:
         net, params = ours.from_pretrained(folder)
         got = jax.block_until_ready(jax.jit(lambda p, *x: net.apply(p, *x, method=method))(params, *inputs))
         got = got.last_hidden_state if hasattr(got, "last_hidden_state") else got
-        row = {"network": name, "parameters": count(params), "scale": float(np.std(double)),
-               "ours": relative(got, single), "ours64": relative(got, double), "torch64": relative(single, double)}
+        row = {
+            "network": name,
+            "parameters": count(params),
+            "scale": float(np.std(double)),
+            "ours": relative(got, single),
+            "ours64": relative(got, double),
+            "torch64": relative(single, double),
+        }
         if flax:
             net.save_pretrained(params, Path(folder) / "flax", form="flax")
             del params
@@ -62,6 +69,7 @@ def unet(latent: int, with_flax: bool) -> dict:
     torch = references()
     from diffusers import FlaxUNet2DConditionModel
     from diffusers import UNet2DConditionModel as Reference
+
     x, text, tau = normal(0, 1, latent, latent, 4), normal(1, 1, 77, 768), np.array([1000.0], "float32")
 
     def run(reference, dtype):
@@ -73,14 +81,22 @@ def unet(latent: int, with_flax: bool) -> dict:
         call = jax.jit(lambda p, *a: model.apply({"params": p}, *a).sample)
         return np.asarray(call(params, x.transpose(NCHW), tau, text)).transpose(NHWC)
 
-    return compare("UNet", randomize(Reference(**SD15_UNET)), run, UNet2DConditionModel, "__call__", (x, tau, text),
-                   flax if with_flax else None)
+    return compare(
+        "UNet",
+        randomize(Reference(**SD15_UNET)),
+        run,
+        UNet2DConditionModel,
+        "__call__",
+        (x, tau, text),
+        flax if with_flax else None,
+    )
 
 
 def vae(latent: int, with_flax: bool) -> dict:
     torch = references()
     from diffusers import AutoencoderKL as Reference
     from diffusers import FlaxAutoencoderKL
+
     z = normal(0, 1, latent, latent, 4)
 
     def run(reference, dtype):
@@ -91,13 +107,15 @@ def vae(latent: int, with_flax: bool) -> dict:
         call = jax.jit(lambda p, z: model.apply({"params": p}, z, method=model.decode).sample)
         return np.asarray(call(params, z.transpose(NCHW) / 0.18215)).transpose(NHWC)
 
-    return compare("VAE decoder", randomize(Reference(**SD15_VAE)), run, AutoencoderKL, "decode", (z,),
-                   flax if with_flax else None)
+    return compare(
+        "VAE decoder", randomize(Reference(**SD15_VAE)), run, AutoencoderKL, "decode", (z,), flax if with_flax else None
+    )
 
 
 def encoder(latent: int, with_flax: bool) -> dict:
     torch = references()
     from diffusers import AutoencoderKL as Reference
+
     pixels = normal(0, 1, 8 * latent, 8 * latent, 3)
 
     def run(reference, dtype):
@@ -111,15 +129,22 @@ def clip(latent: int, with_flax: bool) -> dict:
     torch = references()
     from transformers import CLIPTextConfig, FlaxCLIPTextModel
     from transformers import CLIPTextModel as Reference
+
     ids = np.random.default_rng(0).integers(0, 49406, (2, 77)).astype("int32")
     ids[:, 40:] = 49407
 
     def flax(folder):
         return FlaxCLIPTextModel.from_pretrained(folder)(ids).last_hidden_state
 
-    return compare("CLIP-L text", randomize(Reference(CLIPTextConfig(**CLIP_L_TEXT))),
-                   lambda reference, dtype: reference(torch.tensor(ids, dtype=torch.long)).last_hidden_state.numpy(),
-                   CLIPTextModel, "__call__", (ids,), flax if with_flax else None)
+    return compare(
+        "CLIP-L text",
+        randomize(Reference(CLIPTextConfig(**CLIP_L_TEXT))),
+        lambda reference, dtype: reference(torch.tensor(ids, dtype=torch.long)).last_hidden_state.numpy(),
+        CLIPTextModel,
+        "__call__",
+        (ids,),
+        flax if with_flax else None,
+    )
 
 
 NETWORKS = {"unet": unet, "vae": vae, "encoder": encoder, "clip": clip}
@@ -132,8 +157,11 @@ def main() -> None:
     parser.add_argument("--flax", action="store_true", help="also run the old Flax classes on the same weights")
     options = parser.parse_args()
     references().set_grad_enabled(False)
-    print("| network | parameters | deviation of the output | ours − PyTorch fp32 | ours − fp64 | PyTorch fp32 − fp64 "
-          "| old Flax − fp64 |\n|---|---|---|---|---|---|---|", flush=True)
+    print(
+        "| network | parameters | deviation of the output | ours − PyTorch fp32 | ours − fp64 | PyTorch fp32 − fp64 "
+        "| old Flax − fp64 |\n|---|---|---|---|---|---|---|",
+        flush=True,
+    )
     worst = 0.0
     for name in options.networks:
         row = NETWORKS[name](options.latent, options.flax)

@@ -1,4 +1,5 @@
 """The peers' side of inference: PyTorch diffusers, eager or compiled, and diffusers' last Flax classes; random weights."""
+
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,9 @@ from benchmarks.timing import Call, peak_memory
 ALPHA = 7.5
 
 
-def pytorch(*, configs: dict[str, Any], latent: int, batches: list[int], steps: int, dtype: str, device: str,
-            compiled: bool) -> dict[str, Call]:
+def pytorch(
+    *, configs: dict[str, Any], latent: int, batches: list[int], steps: int, dtype: str, device: str, compiled: bool
+) -> dict[str, Call]:
     """The same calls as `sd15.ours`, under the same titles."""
     torch = references()
     torch.set_grad_enabled(False)
@@ -35,9 +37,13 @@ def make(torch, configs: dict[str, Any], dtype, device: str) -> dict[str, Any]:
     """diffusers' and transformers' own classes."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
+
     with torch.device(device):
-        nets = {"unet": UNet2DConditionModel(**configs["unet"]), "vae": AutoencoderKL(**configs["vae"]),
-                "text_encoder": CLIPTextModel(CLIPTextConfig(**configs["text_encoder"]))}
+        nets = {
+            "unet": UNet2DConditionModel(**configs["unet"]),
+            "vae": AutoencoderKL(**configs["vae"]),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])),
+        }
     return {name: net.to(dtype).eval() for name, net in nets.items()}
 
 
@@ -88,9 +94,11 @@ def image(draw: Draw, batch: int) -> Call:
 def teacher(draw: Draw, steps: int) -> Call:
     """diffusers' own DPM-Solver++(2M) and guidance."""
     from diffusers import DPMSolverMultistepScheduler
+
     torch, unet, X0, context = draw.torch, draw.nets["unet"], draw.latents(1), draw.text(2)
-    scheduler = DPMSolverMultistepScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                                            steps_offset=1)
+    scheduler = DPMSolverMultistepScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+    )
 
     def run():
         scheduler.set_timesteps(steps)
@@ -110,6 +118,7 @@ def flax(*, configs: dict[str, Any], latent: int, batches: list[int], steps: int
     import jax.numpy as jnp
     from diffusers import FlaxAutoencoderKL, FlaxUNet2DConditionModel
     from transformers import CLIPTextConfig, FlaxCLIPTextModel
+
     rng = np.random.default_rng(0)
     unet, vae = FlaxUNet2DConditionModel(**configs["unet"]), FlaxAutoencoderKL(**configs["vae"])
     text_encoder = FlaxCLIPTextModel(CLIPTextConfig(**configs["text_encoder"]), _do_init=False)
@@ -144,13 +153,18 @@ def flax(*, configs: dict[str, Any], latent: int, batches: list[int], steps: int
         return np.ones((batch, length), np.int32)
 
     context = draw(2, length, unet.config.cross_attention_dim)
-    calls = {"CLIP text": call(encode, params[2], ids(1)),
-             "UNet": call(predict, params[0], z(1), np.full(1, 1000.0, np.float32), context[:1]),
-             "VAE decoder": call(decode, params[1], z(1))}
+    calls = {
+        "CLIP text": call(encode, params[2], ids(1)),
+        "UNet": call(predict, params[0], z(1), np.full(1, 1000.0, np.float32), context[:1]),
+        "VAE decoder": call(decode, params[1], z(1)),
+    }
     for batch in batches:
         calls[f"one-step image, batch {batch}"] = call(draw_image, params, z(batch), ids(batch), count=batch)
-    return calls | {f"{steps} guided teacher step{'s' * (steps > 1)}":
-                    call(flax_teacher(predict, steps, z(1).shape), params[0], z(1), context)}
+    return calls | {
+        f"{steps} guided teacher step{'s' * (steps > 1)}": call(
+            flax_teacher(predict, steps, z(1).shape), params[0], z(1), context
+        )
+    }
 
 
 def flax_teacher(predict, steps: int, shape):
@@ -158,6 +172,7 @@ def flax_teacher(predict, steps: int, shape):
     import jax
     import jax.numpy as jnp
     from diffusers import FlaxDPMSolverMultistepScheduler
+
     scheduler = FlaxDPMSolverMultistepScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     beginning = scheduler.set_timesteps(scheduler.create_state(), steps, shape)
 
@@ -176,6 +191,9 @@ def flax_teacher(predict, steps: int, shape):
 def random_weights(init, rng: np.random.Generator):
     """As large as fan-in wants; their own initialisation takes minutes at full size."""
     import jax
+
     shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
-    return jax.tree.map(lambda s: jax.device_put(
-        rng.standard_normal(s.shape, np.float32) / np.sqrt(max(1, np.prod(s.shape[:-1])))), shapes)
+    return jax.tree.map(
+        lambda s: jax.device_put(rng.standard_normal(s.shape, np.float32) / np.sqrt(max(1, np.prod(s.shape[:-1])))),
+        shapes,
+    )

@@ -1,4 +1,5 @@
 """PyTorch references with random weights, shared by the benchmarks and the tests. Needs the [test] extra."""
+
 import functools
 import importlib.util
 from pathlib import Path
@@ -7,8 +8,11 @@ import numpy as np
 
 SD15_UNET = {"sample_size": 64, "cross_attention_dim": 768}  # all else is diffusers' default
 SD15_VAE = {
-    "block_out_channels": (128, 256, 512, 512), "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4, "layers_per_block": 2, "sample_size": 512,
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "sample_size": 512,
 }
 CLIP_L_TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
 
@@ -21,6 +25,7 @@ def references():
     properties of two of them on import. Declaring these two is all that the networks we compare with need.
     """
     import torch
+
     torch.set_num_threads(2)
     folder = Path(importlib.util.find_spec("torchvision").origin).parent
     try:
@@ -30,6 +35,7 @@ def references():
         torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         torch.library.define("torchvision::qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     import torchvision  # noqa: F401 (here, so that whoever imports it next finds it done)
+
     return torch
 
 

@@ -7,6 +7,7 @@ Groups of the CPU suite: sd15 (full size, about 12 GB of memory), flax, gradient
 reading, compiling, start. Those of the GPU suite: image, gradient; in bfloat16 with cuDNN attention, against
 torch.compile. The table goes to stdout and to --out; what each repeat took, to stderr as it happens.
 """
+
 import argparse
 import dataclasses
 import os
@@ -48,14 +49,26 @@ def cpu(compiled: bool) -> dict[str, Group]:
     groups = {
         "sd15": Group(ours, {"PyTorch eager": spec("peers.pytorch", **peer)}),
         "flax": Group(ours, {"diffusers' Flax": spec("peers.flax", batches=[1], steps=1, **FULL)}),
-        "gradient": Group(spec("training.gradient", attention="xla", remat="none", **slope),
-                          {"PyTorch": spec("twins.gradient", device="cpu", **slope)}),
-        "training": Group(spec("training.embedded", batch=32, devices=2), {"PyTorch": spec("twins.embedded", batch=32)}),
-        "training1": Group(spec("training.embedded", batch=32, devices=1), {"PyTorch": spec("twins.embedded", batch=32)}),
-        "pairs": Group(spec("training.generation", batch=32, devices=2), {"PyTorch": spec("twins.generation", batch=32)}),
-        "reading": Group(spec("startup.reading", ours=True, count=4096),
-                         {"TFDS' data source": spec("startup.reading", ours=False, count=4096)}),
-        "compiling": Group(spec("startup.compiling", cached=True), {"from nothing": spec("startup.compiling", cached=False)}),
+        "gradient": Group(
+            spec("training.gradient", attention="xla", remat="none", **slope),
+            {"PyTorch": spec("twins.gradient", device="cpu", **slope)},
+        ),
+        "training": Group(
+            spec("training.embedded", batch=32, devices=2), {"PyTorch": spec("twins.embedded", batch=32)}
+        ),
+        "training1": Group(
+            spec("training.embedded", batch=32, devices=1), {"PyTorch": spec("twins.embedded", batch=32)}
+        ),
+        "pairs": Group(
+            spec("training.generation", batch=32, devices=2), {"PyTorch": spec("twins.generation", batch=32)}
+        ),
+        "reading": Group(
+            spec("startup.reading", ours=True, count=4096),
+            {"TFDS' data source": spec("startup.reading", ours=False, count=4096)},
+        ),
+        "compiling": Group(
+            spec("startup.compiling", cached=True), {"from nothing": spec("startup.compiling", cached=False)}
+        ),
         "start": Group(spec("startup.ours", cached=False), {"PyTorch": spec("startup.theirs")}),
         "warm": Group(spec("startup.ours", cached=True), {"PyTorch": spec("startup.theirs")}),
     }
@@ -68,13 +81,21 @@ def gpu(compiled: bool) -> dict[str, Group]:
     """The groups for one GPU, bfloat16: latency, throughput by batch, training by batch and remat."""
     size = FULL | {"batches": [1, 4, 16], "steps": STEPS, "dtype": "bfloat16"}
     peer = {"device": "cuda", **size}
-    groups = {"image": Group(spec("sd15.ours", flops=FLOPS, attention="cudnn", **size), {
-        name: spec("peers.pytorch", compiled=how, **peer) for name, how in (("torch.compile", True), ("eager", False))})}
+    groups = {
+        "image": Group(
+            spec("sd15.ours", flops=FLOPS, attention="cudnn", **size),
+            {
+                name: spec("peers.pytorch", compiled=how, **peer)
+                for name, how in (("torch.compile", True), ("eager", False))
+            },
+        )
+    }
     for remat, batch in (("none", 4), ("none", 16), ("blocks", 16), ("blocks", 64)):
         slope = {"configs": CONFIGS, "latent": 64, "batch": batch, "dtype": "bfloat16"}
         groups[f"gradient, remat {remat}, batch {batch}"] = Group(
             spec("training.gradient", attention="cudnn", remat=remat, **slope),
-            {"PyTorch": spec("twins.gradient", device="cuda", **slope)})
+            {"PyTorch": spec("twins.gradient", device="cuda", **slope)},
+        )
     return groups
 
 
@@ -128,9 +149,13 @@ def teacher_image(rows: Sequence[Row]) -> str:
     wanted = [("CLIP text", 1), ("1 guided teacher step", STEPS), ("VAE decoder", 1)]
     if any((title, peer) not in parts for title, _ in wanted):
         return ""
-    ours, theirs = (sum(n * getattr(parts[title, peer], side).median for title, n in wanted) for side in ("ours", "theirs"))
-    return (f"\nA {STEPS}-step guided image, added up from its parts (text + {STEPS} steps + decoder), not run: "
-            f"ours {ours:.0f} s, {peer} {theirs:.0f} s, ratio {theirs / ours:.2f}.\n")
+    ours, theirs = (
+        sum(n * getattr(parts[title, peer], side).median for title, n in wanted) for side in ("ours", "theirs")
+    )
+    return (
+        f"\nA {STEPS}-step guided image, added up from its parts (text + {STEPS} steps + decoder), not run: "
+        f"ours {ours:.0f} s, {peer} {theirs:.0f} s, ratio {theirs / ours:.2f}.\n"
+    )
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -139,15 +164,23 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--only", default="", help="groups, separated by commas; all without it")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="CPU: also torch.compile, which compiles for minutes")
-    parser.add_argument("--huge_pages", action="store_true", help="the peers' processes ask for huge pages too, as ours do")
+    parser.add_argument(
+        "--huge_pages", action="store_true", help="the peers' processes ask for huge pages too, as ours do"
+    )
     parser.add_argument("--out", type=Path, help="file for the table")
     options = parser.parse_args(arguments)
     try:
         groups = choose(SUITES[options.suite](options.compile), options.only)
     except ValueError as error:
         parser.error(str(error))
-    os.environ.update({"HF_HUB_OFFLINE": "1", "USE_TF": "0", "TRANSFORMERS_VERBOSITY": "error",
-                       "JAX_ENABLE_COMPILATION_CACHE": "false"})  # first runs compile; "compiling" and "warm" turn it on
+    os.environ.update(
+        {
+            "HF_HUB_OFFLINE": "1",
+            "USE_TF": "0",
+            "TRANSFORMERS_VERBOSITY": "error",
+            "JAX_ENABLE_COMPILATION_CACHE": "false",
+        }
+    )  # first runs compile; "compiling" and "warm" turn it on
     if options.suite == "gpu":
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the peer needs memory too
     if options.huge_pages:
@@ -156,7 +189,11 @@ def main(arguments: Sequence[str]) -> None:
     for name, group in groups.items():
         found, told = measure(name, group, options.repeats)
         rows, failed = rows + found, failed + told
-        text = render(rows, options.suite, options.repeats) + teacher_image(rows) + "".join(f"\n{line}\n" for line in failed)
+        text = (
+            render(rows, options.suite, options.repeats)
+            + teacher_image(rows)
+            + "".join(f"\n{line}\n" for line in failed)
+        )
         if options.out:
             options.out.write_text(text)  # after each group: a run takes long, and may be stopped
     print(text)

@@ -10,6 +10,7 @@ only, so full size needs no more memory than the compiler does. Fails if the pro
 The plan is that of XLA's CPU compiler. Arguments and outputs are the same everywhere; temporaries are not a GPU's: there
 bf16 stays bf16 (the CPU computes in float32), fused attention keeps no probabilities, libraries need workspace.
 """
+
 import argparse
 import dataclasses
 import gc
@@ -63,13 +64,18 @@ class Row:
 def make_nets(size: str, dtype: str) -> dict[str, Net]:
     """The networks by part, without weights."""
     embedded = Path(pipeline.EMBEDDED) / "openmoji"
-    raw = FULL if size == "sd15" else {name: json.loads((embedded / name / "config.json").read_text()) for name in CLASSES}
+    raw = (
+        FULL
+        if size == "sd15"
+        else {name: json.loads((embedded / name / "config.json").read_text()) for name in CLASSES}
+    )
     return {name: cls.from_config(raw[name], dtype=jnp.dtype(dtype)) for name, cls in CLASSES.items()}
 
 
 def read_recipe(name: str):
     """The config behind `reflow:sd15` and the like."""
     from configs import distill, reflow
+
     stage, variant = name.split(":")
     return {"reflow": reflow, "distill": distill}[stage].get_config(variant).unlock()
 
@@ -77,8 +83,10 @@ def read_recipe(name: str):
 def make_loss(config, nets: dict[str, Net]):
     """The loss as the stage builds it, and the shapes of what it reads and nobody trains."""
     unet, text = nets["unet"].with_remat(config.remat.unet), nets["text_encoder"]
-    frozen = {"text_encoder": text.shapes,
-              "null_ids": jax.ShapeDtypeStruct((1, text.config.max_position_embeddings), jnp.int32)}
+    frozen = {
+        "text_encoder": text.shapes,
+        "null_ids": jax.ShapeDtypeStruct((1, text.config.max_position_embeddings), jnp.int32),
+    }
     if config.stage == "reflow":
         return objectives.make_reflow_loss(unet, text, drop=config.drop, steps=straighten.CLOCK, **config.loss), frozen
     distance = objectives.latent_distance
@@ -87,8 +95,9 @@ def make_loss(config, nets: dict[str, Net]):
         options = {name: config.lpips[name] for name in ("l2", "crop", "margin")}
         distance = objectives.make_lpips_distance(vae, lpips, **options)
         frozen |= {"vae": vae.shapes, "lpips": lpips.shapes}
-    return objectives.make_distill_loss(unet, text, distance, match=config.match, drop=config.drop,
-                                        steps=straighten.CLOCK), frozen
+    return objectives.make_distill_loss(
+        unet, text, distance, match=config.match, drop=config.drop, steps=straighten.CLOCK
+    ), frozen
 
 
 def abstract_batch(nets: dict[str, Net], batch_size: int, mesh: Mesh):
@@ -115,8 +124,9 @@ def lower(config, nets: dict[str, Net], mesh: Mesh) -> tuple[jax.stages.Lowered,
     optimizer = optim.make_optimizer(optim.make_schedule(**config.schedule), **config.optim)
     state = jax.eval_shape(lambda params: train_state.create(params, optimizer), nets["unet"].shapes)
     state = parallel.abstract(state, mesh)
-    step = train_step.make_train_step(parallel.gathering(loss, mesh), optimizer, ema_decay=config.ema_decay,
-                                      accumulate=config.accumulate)
+    step = train_step.make_train_step(
+        parallel.gathering(loss, mesh), optimizer, ema_decay=config.ema_decay, accumulate=config.accumulate
+    )
     inputs = replicated(frozen, mesh), abstract_batch(nets, config.batch_size, mesh), abstract_key(mesh)
     return loop.lower_step(step, state, *inputs, mesh), state
 
@@ -137,11 +147,19 @@ def measure(name: str, size: str, fsdp: int, remat: str, micro_batch: int) -> Ro
     seconds, memory, sent = time.monotonic() - began, compiled.memory_analysis(), collectives.read(compiled.as_text())
     sharded = [leaf.shape for leaf in state.params.values() if not leaf.sharding.is_fully_replicated]
     return Row(
-        f"{name}, {config.batch_size} as {config.accumulate} × {config.batch_size // config.accumulate}, remat {remat}", fsdp,
-        {"arguments": memory.argument_size_in_bytes, "outputs": memory.output_size_in_bytes,
-         "in place": memory.alias_size_in_bytes, "temporaries": memory.temp_size_in_bytes},
-        speed.step_flops(lowered, config.accumulate), collectives.sent_by_kind(sent),
-        collectives.unexpected(sent, sharded, config.accumulate), seconds)
+        f"{name}, {config.batch_size} as {config.accumulate} × {config.batch_size // config.accumulate}, remat {remat}",
+        fsdp,
+        {
+            "arguments": memory.argument_size_in_bytes,
+            "outputs": memory.output_size_in_bytes,
+            "in place": memory.alias_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+        },
+        speed.step_flops(lowered, config.accumulate),
+        collectives.sent_by_kind(sent),
+        collectives.unexpected(sent, sharded, config.accumulate),
+        seconds,
+    )
 
 
 def describe(row: Row) -> str:
@@ -158,14 +176,22 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="sd15", choices=("sd15", "openmoji"))
     parser.add_argument("--recipes", nargs="+", default=["reflow:sd15", "distill:sd15_l2", "distill:sd15_lpips"])
-    parser.add_argument("--fsdp", nargs="+", type=int, default=[1, 8, 4], help="devices that share one copy of the state")
+    parser.add_argument(
+        "--fsdp", nargs="+", type=int, default=[1, 8, 4], help="devices that share one copy of the state"
+    )
     parser.add_argument("--remat", nargs="+", default=["blocks"], choices=("none", "attention", "blocks"))
     parser.add_argument("--micro_batch", type=int, default=8, help="samples that a device takes at a time")
     options = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES)
-    print("| step | layout | arguments GiB | outputs GiB | in place GiB | temporaries GiB | all GiB | TFLOP a step | "
-          + " | ".join(f"{kind} MiB" for kind in collectives.KINDS) + " |\n" + "|---" * 13 + "|", flush=True)
+    print(
+        "| step | layout | arguments GiB | outputs GiB | in place GiB | temporaries GiB | all GiB | TFLOP a step | "
+        + " | ".join(f"{kind} MiB" for kind in collectives.KINDS)
+        + " |\n"
+        + "|---" * 13
+        + "|",
+        flush=True,
+    )
     told = []
     for name, remat, fsdp in ((n, r, f) for n in options.recipes for r in options.remat for f in options.fsdp):
         row = measure(name, options.size, fsdp, remat, options.micro_batch)

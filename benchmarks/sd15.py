@@ -1,4 +1,5 @@
 """Our side of inference at the size of SD 1.5 (or any other), with random weights."""
+
 from typing import Any
 
 import jax
@@ -14,14 +15,28 @@ from instaflow_jax.models.vae import AutoencoderKL
 
 ALPHA = 7.5
 SCHEDULER = {  # SD 1.5's own
-    "_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
+    "_class_name": "PNDMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
 }
 CLASSES = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 
 
-def ours(*, configs: dict[str, Any], flops: dict[str, float], latent: int, batches: list[int], steps: int, dtype: str,
-         attention: str) -> dict[str, Call]:
+def ours(
+    *,
+    configs: dict[str, Any],
+    flops: dict[str, float],
+    latent: int,
+    batches: list[int],
+    steps: int,
+    dtype: str,
+    attention: str,
+) -> dict[str, Call]:
     """The calls: each network, the one-step image at each batch, and the guided teacher's first steps.
 
     Args:
@@ -31,8 +46,10 @@ def ours(*, configs: dict[str, Any], flops: dict[str, float], latent: int, batch
       steps: of the guided teacher.
       attention: "xla" or "cudnn".
     """
-    nets = {name: cls.from_config(configs[name], dtype=jnp.dtype(dtype), attention=attention)
-            for name, cls in CLASSES.items()}
+    nets = {
+        name: cls.from_config(configs[name], dtype=jnp.dtype(dtype), attention=attention)
+        for name, cls in CLASSES.items()
+    }
     params = jax.block_until_ready({name: net.init(jax.random.key(0)) for name, net in nets.items()})
     rng = np.random.default_rng(0)
     calls = networks(nets, params, flops, latent, rng)
@@ -46,8 +63,11 @@ def networks(nets: dict[str, Net], params, flops: dict[str, float], latent: int,
     config = nets["unet"].config
     z = noise(rng, 1, latent, latent, config.in_channels)
     text = noise(rng, 1, tokens(nets), config.cross_attention_dim)
-    encode, predict, decode = jax.jit(nets["text_encoder"].apply), jax.jit(nets["unet"].apply), jax.jit(
-        lambda p, z: nets["vae"].apply(p, z, method="decode"))
+    encode, predict, decode = (
+        jax.jit(nets["text_encoder"].apply),
+        jax.jit(nets["unet"].apply),
+        jax.jit(lambda p, z: nets["vae"].apply(p, z, method="decode")),
+    )
     return {
         "CLIP text": call(lambda: encode(params["text_encoder"], ids(nets, 1)), flops["text_encoder"]),
         "UNet": call(lambda: predict(params["unet"], z, jnp.full((1,), 1000.0), text), flops["unet"]),

@@ -1,4 +1,5 @@
 """What one waits for before the first result: imports, compilation, the first picture; and the reading of pairs."""
+
 import os
 import sys
 import tempfile
@@ -22,8 +23,15 @@ _PLAIN = "import benchmarks.references as r; r.references()\n"  # makes a torchv
 def ours(*, cached: bool) -> dict[str, Call]:
     """Fresh processes of ours; `cached`: with the compiled programs of an earlier run, as the launch scripts keep them."""
     scratch = tempfile.mkdtemp()
-    draw = [sys.executable, "-m", "instaflow_jax.main", "--config=configs/sample.py", f"--workdir={scratch}/runs",
-            "--config.prompts=red apple", "--config.seeds=(0,)"]
+    draw = [
+        sys.executable,
+        "-m",
+        "instaflow_jax.main",
+        "--config=configs/sample.py",
+        f"--workdir={scratch}/runs",
+        "--config.prompts=red apple",
+        "--config.seeds=(0,)",
+    ]
     kept = {"JAX_COMPILATION_CACHE_DIR": f"{scratch}/compiled", **_DEFAULTS}
     cold = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     what = "compiled programs kept" if cached else "nothing kept"
@@ -41,9 +49,11 @@ def theirs() -> dict[str, Call]:
     scratch = tempfile.mkdtemp()
     draw = process([sys.executable, "-c", _PLAIN + _DRAW.format(model=str(MODEL), to=f"{scratch}/apple.png")], _OFFLINE)
     return {
-        "first picture of a process, nothing kept": draw, "first picture of a process, compiled programs kept": draw,
-        "import the pipeline": process([sys.executable, "-c", _PLAIN + "from diffusers import StableDiffusionPipeline"],
-                                       _OFFLINE),
+        "first picture of a process, nothing kept": draw,
+        "first picture of a process, compiled programs kept": draw,
+        "import the pipeline": process(
+            [sys.executable, "-c", _PLAIN + "from diffusers import StableDiffusionPipeline"], _OFFLINE
+        ),
     }
 
 
@@ -53,6 +63,7 @@ _OFFLINE = {"HF_HUB_OFFLINE": "1", "USE_TF": "0", "TRANSFORMERS_VERBOSITY": "err
 def compiling(*, cached: bool) -> dict[str, Call]:
     """Lowering and compiling the embedded programs: with `cached` after another process has done it, else from nothing."""
     import jax
+
     os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
     jax.config.update("jax_enable_compilation_cache", cached)
     if cached:
@@ -74,6 +85,7 @@ def programs(jax) -> dict:
     from instaflow_jax import sampling
     from instaflow_jax.models import pipeline
     from instaflow_jax.train import objectives, optim, state, step
+
     pipe = pipeline.load("openmoji", variant=None, attention="xla")
     data, null, config = pairs(32, pipe.latent_shape, 16), pipe.tokenizer([""]), reflow.get_config()
     dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, "auto")
@@ -82,11 +94,14 @@ def programs(jax) -> dict:
 
     def sampler():
         solve = sampling.make_solve(pipe.nets["unet"].apply, dynamics, "auto", 25, 4.0)
-        return jax.jit(sampling.make_generate(pipe.nets, solve)).lower(pipe.params, data["ids"][:8], null, data["X0"][:8])
+        return jax.jit(sampling.make_generate(pipe.nets, solve)).lower(
+            pipe.params, data["ids"][:8], null, data["X0"][:8]
+        )
 
     def reflow_step():
-        loss = objectives.make_reflow_loss(pipe.nets["unet"], pipe.nets["text_encoder"], drop=config.drop, steps=1000,
-                                           **config.loss)
+        loss = objectives.make_reflow_loss(
+            pipe.nets["unet"], pipe.nets["text_encoder"], drop=config.drop, steps=1000, **config.loss
+        )
         update = step.make_train_step(loss, optimizer, ema_decay=config.ema_decay, accumulate=1).update
         frozen = {"text_encoder": pipe.params["text_encoder"], "null_ids": null}
         return jax.jit(update).lower(now, frozen, data, jax.random.key(0))
@@ -98,6 +113,7 @@ def reading(*, ours: bool, count: int) -> dict[str, Call]:
     """A shuffled pass over stored pairs: by the reader that training uses, or by TFDS' own."""
     from benchmarks import pairs
     from instaflow_jax.models import pipeline
+
     pipe = pipeline.load("openmoji", variant=None, attention="xla")
     directory = pairs.write(Path(tempfile.mkdtemp()), pipe, count, True)
     rows = (pairs.batches if ours else pairs.tfds_rows)(directory, count)

@@ -1,4 +1,5 @@
 """Rows as a Markdown table, under a line that names the machine and every version."""
+
 import datetime
 import importlib.metadata
 import os
@@ -11,8 +12,18 @@ from pathlib import Path
 from benchmarks.timing import Row, Timing
 
 PACKAGES = ("jax", "flax", "torch", "diffusers", "transformers")
-HEAD = ("what", "ours", "peer", "the peer's", "ratio", "core seconds, ours / peer's", "spread, ours / peer's", "ours, GFLOP/s", "peak GiB, ours / peer's",
-        "first run, ours / peer's")
+HEAD = (
+    "what",
+    "ours",
+    "peer",
+    "the peer's",
+    "ratio",
+    "core seconds, ours / peer's",
+    "spread, ours / peer's",
+    "ours, GFLOP/s",
+    "peak GiB, ours / peer's",
+    "first run, ours / peer's",
+)
 
 
 def machine(suite: str) -> str:
@@ -28,15 +39,18 @@ def machine(suite: str) -> str:
 
 
 def versions() -> str:
-    return ", ".join([f"Python {platform.python_version()}"]
-                     + [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES])
+    return ", ".join(
+        [f"Python {platform.python_version()}"] + [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
+    )
 
 
 def render(rows: Sequence[Row], suite: str, repeats: int) -> str:
     """The table; a ratio above 1 says that we are faster."""
     today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    head = (f"Suite {suite}, {today}. Machine: {machine(suite)}. {versions()}.\n\nMedians of {repeats} repeats taken in turn; "
-            "ratio: the peer's median time by ours; core seconds: what\nall cores together spent, and their ratio; spread: slowest minus fastest, of the median.\n\n")
+    head = (
+        f"Suite {suite}, {today}. Machine: {machine(suite)}. {versions()}.\n\nMedians of {repeats} repeats taken in turn; "
+        "ratio: the peer's median time by ours; core seconds: what\nall cores together spent, and their ratio; spread: slowest minus fastest, of the median.\n\n"
+    )
     lines = [HEAD, ["---"] * len(HEAD), *(cells(row) for row in rows)]
     return head + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
@@ -45,8 +59,18 @@ def cells(row: Row) -> list[str]:
     """One line of the table."""
     ours, theirs = row.ours, row.theirs
     speed = f"{ours.flops / ours.median / 1e9:.0f}" if ours.flops else "–"
-    return [row.title, pace(ours), row.peer, pace(theirs), f"{row.ratio:.2f}", work(row), f"{ours.spread:.0%} / {theirs.spread:.0%}",
-            speed, f"{gib(ours)} / {gib(theirs)}", f"{seconds(ours.first)} / {seconds(theirs.first)}"]
+    return [
+        row.title,
+        pace(ours),
+        row.peer,
+        pace(theirs),
+        f"{row.ratio:.2f}",
+        work(row),
+        f"{ours.spread:.0%} / {theirs.spread:.0%}",
+        speed,
+        f"{gib(ours)} / {gib(theirs)}",
+        f"{seconds(ours.first)} / {seconds(theirs.first)}",
+    ]
 
 
 def pace(timing: Timing) -> str:

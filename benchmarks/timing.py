@@ -2,6 +2,7 @@
 
 A process a side gives each its own peak of memory and threads; taking turns lets both meet the same disturbances.
 """
+
 import contextlib
 import dataclasses
 import importlib
@@ -144,23 +145,34 @@ def serve(spec: Spec, line: Connection) -> None:
 
 def compare(ours: Side, theirs: Side, peer: str, repeats: int) -> list[Row]:
     """A row for each call that both sides have, `repeats` of each in turn after a first run; EOFError if a side ends."""
-    return [Row(title, peer, *take_turns((ours, theirs), title, repeats)) for title in ours.titles
-            if title in theirs.titles]
+    return [
+        Row(title, peer, *take_turns((ours, theirs), title, repeats)) for title in ours.titles if title in theirs.titles
+    ]
 
 
 def take_turns(sides: tuple[Side, Side], title: str, repeats: int) -> tuple[Timing, Timing]:
     first = [side.run(title)[0] for side in sides]
     runs = [[side.run(title) for side in sides] for _ in range(repeats)]
-    print(f"{title}: {[[(round(r[0], 3), round(r[1], 3)) for r in pair] for pair in runs]}", file=sys.stderr, flush=True)
+    print(
+        f"{title}: {[[(round(r[0], 3), round(r[1], 3)) for r in pair] for pair in runs]}", file=sys.stderr, flush=True
+    )
     return tuple(
-        Timing(first[i], *(tuple(pair[i][j] for pair in runs) for j in (0, 1)), max(pair[i][2] for pair in runs),
-               *side.titles[title])
-        for i, side in enumerate(sides))
+        Timing(
+            first[i],
+            *(tuple(pair[i][j] for pair in runs) for j in (0, 1)),
+            max(pair[i][2] for pair in runs),
+            *side.titles[title],
+        )
+        for i, side in enumerate(sides)
+    )
 
 
 def core_seconds() -> float:
     """What all threads of this process and its finished children have used: on a shared machine steadier than the clock."""
-    return sum(used.ru_utime + used.ru_stime for used in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+    return sum(
+        used.ru_utime + used.ru_stime
+        for used in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
 
 
 def process(arguments: list[str], environment: Mapping[str, str]) -> Call:
@@ -173,8 +185,12 @@ def process(arguments: list[str], environment: Mapping[str, str]) -> Call:
 
     def run():
         with open(os.devnull, "w") as nowhere:
-            child = os.posix_spawnp(arguments[0], arguments, {**os.environ, **environment},
-                                    file_actions=[(os.POSIX_SPAWN_DUP2, nowhere.fileno(), 1)])
+            child = os.posix_spawnp(
+                arguments[0],
+                arguments,
+                {**os.environ, **environment},
+                file_actions=[(os.POSIX_SPAWN_DUP2, nowhere.fileno(), 1)],
+            )
             _, status, usage = os.wait4(child, 0)
         if status:
             raise RuntimeError(f"{' '.join(arguments)[:200]} ended with {os.waitstatus_to_exitcode(status)}")

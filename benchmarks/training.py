@@ -1,4 +1,5 @@
 """Our side of training: the steps of reflow and of distillation by LPIPS, the full-size gradient, and pair generation."""
+
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,8 +45,10 @@ def embedded(*, batch: int, devices: int) -> dict[str, Call]:
         "LPIPS step": objectives.make_distill_loss(unet, text, distance, match=0.0, drop=0.0, steps=straighten.CLOCK),
     }
     data = pairs(batch, pipe.latent_shape, pipe.tokenizer.model_max_length)
-    return {f"{name}, embedded, batch {batch}": training(loss, recipe, pipe.params["unet"], frozen, data)
-            for name, loss in losses.items()}
+    return {
+        f"{name}, embedded, batch {batch}": training(loss, recipe, pipe.params["unet"], frozen, data)
+        for name, loss in losses.items()
+    }
 
 
 def training(loss, config, params, frozen, data: Batch) -> Call:
@@ -54,8 +57,11 @@ def training(loss, config, params, frozen, data: Batch) -> Call:
     optimizer = optim.make_optimizer(optim.make_schedule(**config.schedule), **config.optim)
     update = step.make_train_step(loss, optimizer, ema_decay=config.ema_decay, accumulate=1)
     now = parallel.shard(state.create(params, optimizer), mesh)
-    inputs = (parallel.replicate(frozen, mesh), parallel.global_batch(data, mesh),
-              parallel.replicate_key(jax.random.key(0), mesh))
+    inputs = (
+        parallel.replicate(frozen, mesh),
+        parallel.global_batch(data, mesh),
+        parallel.replicate_key(jax.random.key(0), mesh),
+    )
     lowered = loop.lower_step(update, now, *inputs, mesh)
     compiled, held = [], [now]
 
@@ -68,7 +74,9 @@ def training(loss, config, params, frozen, data: Batch) -> Call:
     return call(run, speed.step_flops(lowered, 1), len(data["X0"]))
 
 
-def gradient(*, configs: dict[str, Any], latent: int, batch: int, dtype: str, attention: str, remat: str) -> dict[str, Call]:
+def gradient(
+    *, configs: dict[str, Any], latent: int, batch: int, dtype: str, attention: str, remat: str
+) -> dict[str, Call]:
     """Loss and gradient of reflow at full size; a whole step's state does not fit beside the peer's on a small machine."""
     options = {"dtype": jnp.dtype(dtype), "attention": attention}
     unet = UNet2DConditionModel.from_config(configs["unet"], **options).with_remat(remat)
@@ -79,8 +87,11 @@ def gradient(*, configs: dict[str, Any], latent: int, batch: int, dtype: str, at
     data = pairs(batch, (latent, latent, unet.config.in_channels), length)
     compute = jax.jit(step.make_gradient(loss))
     flops = speed.step_flops(compute.lower(params, frozen, data, jax.random.key(2)), 1)
-    return {f"reflow gradient, {latent}×{latent} latents, batch {batch}":
-            call(lambda: compute(params, frozen, data, jax.random.key(2)), flops, batch)}
+    return {
+        f"reflow gradient, {latent}×{latent} latents, batch {batch}": call(
+            lambda: compute(params, frozen, data, jax.random.key(2)), flops, batch
+        )
+    }
 
 
 def generation(*, batch: int, devices: int) -> dict[str, Call]:

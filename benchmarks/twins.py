@@ -1,4 +1,5 @@
 """The peers' side of training: the same losses written plainly in PyTorch, on diffusers' and transformers' classes."""
+
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,13 @@ def load() -> tuple[Any, Any, Any]:
     references()
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
+
     text, vae = CLIPTextModel.from_pretrained(ASSETS / "text_encoder"), AutoencoderKL.from_pretrained(ASSETS / "vae")
-    return UNet2DConditionModel.from_pretrained(ASSETS / "unet").train(), text.requires_grad_(False), vae.requires_grad_(False)
+    return (
+        UNet2DConditionModel.from_pretrained(ASSETS / "unet").train(),
+        text.requires_grad_(False),
+        vae.requires_grad_(False),
+    )
 
 
 def make_lpips():
@@ -38,7 +44,11 @@ def make_lpips():
     import json
 
     from safetensors.torch import load_file
-    config, weights = json.loads((ASSETS / "lpips/config.json").read_text()), load_file(ASSETS / "lpips/model.safetensors")
+
+    config, weights = (
+        json.loads((ASSETS / "lpips/config.json").read_text()),
+        load_file(ASSETS / "lpips/model.safetensors"),
+    )
     layers, inputs, taps = [], 3, []
     for i, (width, depth) in enumerate(zip(config["widths"], config["depths"], strict=True)):
         layers += [torch.nn.MaxPool2d(2)] if i else []
@@ -62,8 +72,10 @@ def make_lpips():
     def distance(ours, target):
         with torch.no_grad():
             theirs = stages(target)
-        return sum(torch.nn.functional.conv2d((a - b) ** 2, head).mean()
-                   for a, b, head in zip(stages(ours), theirs, heads, strict=True))
+        return sum(
+            torch.nn.functional.conv2d((a - b) ** 2, head).mean()
+            for a, b, head in zip(stages(ours), theirs, heads, strict=True)
+        )
 
     return distance
 
@@ -98,8 +110,10 @@ def embedded(*, batch: int) -> dict[str, Call]:
     length = text.config.max_position_embeddings
     null_ids = torch.full((1, length), text.config.eos_token_id)
     pairs = random_pairs(batch, latent_shape(unet), length)
-    losses = {"reflow step": lambda: reflow_loss(unet, text, pairs, torch.rand(batch), null_ids, 0.05),
-              "LPIPS step": lambda: lpips_loss(unet, text, vae, lpips, pairs)}
+    losses = {
+        "reflow step": lambda: reflow_loss(unet, text, pairs, torch.rand(batch), null_ids, 0.05),
+        "LPIPS step": lambda: lpips_loss(unet, text, vae, lpips, pairs),
+    }
     return {f"{name}, embedded, batch {batch}": training(unet, loss, batch) for name, loss in losses.items()}
 
 
@@ -124,6 +138,7 @@ def gradient(*, configs: dict[str, Any], latent: int, batch: int, dtype: str, de
     torch = references()
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
+
     with torch.device(device):
         unet = UNet2DConditionModel(**configs["unet"]).train()
         text = CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])).requires_grad_(False)
@@ -145,6 +160,7 @@ def generation(*, batch: int, steps: int = 25, alpha: float = 3.0) -> dict[str, 
     """The teacher's pairs by diffusers' own solver."""
     torch = references()
     from diffusers import DPMSolverMultistepScheduler
+
     unet, text, _ = load()
     scheduler = DPMSolverMultistepScheduler.from_pretrained(ASSETS / "scheduler")
     pairs = random_pairs(batch, latent_shape(unet), text.config.max_position_embeddings)

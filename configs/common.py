@@ -1,4 +1,5 @@
 """What the configs of several stages share."""
+
 from collections.abc import Mapping
 from typing import Any
 

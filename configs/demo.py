@@ -8,6 +8,7 @@ It may be killed at any moment: started again it goes on, and what is finished i
 is in here: `--config.reflow.loop.steps=2000`, `--config.generate.count=8192`.
 Measured on two CPU cores: 25 min 27 s, installation included; README.md has the table.
 """
+
 from configs import distill, evaluate, export, reflow
 from ml_collections import ConfigDict
 

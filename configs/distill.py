@@ -13,6 +13,7 @@ Measured on two CPU cores with --cpu_devices=2 (by configs/demo.py): 12,288 pair
 when only kinds are prompted, 22.0 (35.2, 26.2, 12.7). With --config.loop.steps=300 for both, 3.5 and 25.2, direct distillation
 3.9 and 31.5 (README.md). The paper's variants have not been run.
 """
+
 from configs import common, generate, reflow
 from ml_collections import ConfigDict
 
@@ -28,9 +29,12 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
     config.distance = "l2"  # or lpips
     config.lpips = {
         "model": "openmoji",  # embedded name, or a directory with lpips/
-        "trunk": "", "heads": "", "net": "vgg",  # or torchvision's vgg16 or alexnet .pth, and the lpips package's heads
+        "trunk": "",
+        "heads": "",
+        "net": "vgg",  # or torchvision's vgg16 or alexnet .pth, and the lpips package's heads
         "l2": 0.0,  # weight of the squared error added to it
-        "crop": 0, "margin": 0,  # latents a side of the random piece compared, and around it; 0 for the whole picture
+        "crop": 0,
+        "margin": 0,  # latents a side of the random piece compared, and around it; 0 for the whole picture
     }
     config.remat.update({"vae": "none", "lpips": "none"})  # or attention, blocks
     config.match = 0.0  # share of each batch that keeps matching velocities at t > 0, for use at 2 and 4 steps

@@ -13,6 +13,7 @@ All rows draw the same prompts (full emoji names, without replacement) from the 
 Needs the package `matplotlib` (extra "demo"), as well as those that draw the emoji.
 Measured by configs/demo.py on two CPU cores: 5 min 13 s for 512 prompts of names and as many of kinds; README.md has the table.
 """
+
 from configs import common, evaluate_coco
 from ml_collections import ConfigDict
 

@@ -17,6 +17,7 @@ statistics reference.npz (which pytorch-fid reads), results.json and results.md.
 goes on, and the pictures have the same bytes. Not yet measured with the released weights; the paper says FID 23.4 and
 CLIP score 0.304 (coco5k) and FID 13.1 (coco30k) for the default model.
 """
+
 from configs import common
 from ml_collections import ConfigDict
 

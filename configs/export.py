@@ -15,6 +15,7 @@ Writes DIR/export, whole or not at all:
 
 Needs nothing: the flow is distilled first where it is absent.
 """
+
 from configs import common, distill
 from ml_collections import ConfigDict
 

@@ -15,6 +15,7 @@ Measured with the first command on two CPU cores: 4,096 pairs in 3 min 36 s, sta
 10.9 with the CPU left whole). A pair is 7.03 GFLOP and 0.10 core-seconds, almost all of it in the UNet's convolutions and
 products at 65 GFLOP/s a core, which bound it. Not measured on a GPU.
 """
+
 from configs import common
 from ml_collections import ConfigDict
 

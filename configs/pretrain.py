@@ -10,11 +10,24 @@ Each may be killed and started again, and writes DIR/export/..., which is what `
 four train 146, some 150 to 200, 250 and 410 pictures/s (the last two beside other work): an hour each for the first and
 second, less for the others. Measured on what is shipped: see the cards.
 """
+
 from configs import common
 from ml_collections import ConfigDict
 
-PROMPTS = ("woman astronaut", "red apple", "cat face", "house", "astronaut", "man farmer dark skin tone", "rocket",
-           "flag of japan", "grinning face", "octopus", "a face", "an animal")
+PROMPTS = (
+    "woman astronaut",
+    "red apple",
+    "cat face",
+    "house",
+    "astronaut",
+    "man farmer dark skin tone",
+    "rocket",
+    "flag of japan",
+    "grinning face",
+    "octopus",
+    "a face",
+    "an animal",
+)
 
 
 def get_config(variant: str = "diffusion") -> ConfigDict:
@@ -37,8 +50,13 @@ def training() -> ConfigDict:
     config.ema_decay = 0.999
     config.optim = {"b1": 0.9, "b2": 0.99, "eps": 1e-8, "weight_decay": 0.0, "clip": 1.0}
     config.loop = {"steps": 1, "log_every": 50, "save_every": 500, "max_skipped": 10, "profile_steps": (0, 0)}
-    config.schedule = {"kind": "cosine", "peak": 1e-3, "warmup_steps": 200, "end": 1e-5,
-                       "total_steps": config.loop.get_ref("steps")}
+    config.schedule = {
+        "kind": "cosine",
+        "peak": 1e-3,
+        "warmup_steps": 200,
+        "end": 1e-5,
+        "total_steps": config.loop.get_ref("steps"),
+    }
     config.checkpoints = {"keep_last": 2, "keep_every": 0}
     config.watch_every = 500  # steps between looks at the running mean: a grid of pictures and a few numbers
     config.tensorboard = False
@@ -53,9 +71,15 @@ def autoencoder(config: ConfigDict) -> None:
     config.loop.steps = 8000
     config.loss = {"kl_weight": 1e-6, "l1_weight": 0.02}
     config.model = {
-        "block_out_channels": (16, 32, 64), "layers_per_block": 1, "latent_channels": 8, "norm_num_groups": 8,
-        "down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3,
-        "sample_size": 32, "scaling_factor": 1.0, "act_fn": "silu",  # the factor is measured when training ends
+        "block_out_channels": (16, 32, 64),
+        "layers_per_block": 1,
+        "latent_channels": 8,
+        "norm_num_groups": 8,
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "sample_size": 32,
+        "scaling_factor": 1.0,
+        "act_fn": "silu",  # the factor is measured when training ends
     }
 
 
@@ -70,15 +94,32 @@ def diffusion(config: ConfigDict) -> None:
     config.watch_every = 500
     config.watch = {"prompts": PROMPTS, "seeds": 8, "N": 25, "alpha": 3.0}
     config.scheduler = {
-        "_class_name": "PNDMScheduler", "_diffusers_version": "0.39.0", "beta_start": 0.00085, "beta_end": 0.012,
-        "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "set_alpha_to_one": False, "steps_offset": 1,
-        "skip_prk_steps": True, "trained_betas": None, "clip_sample": False, "prediction_type": "epsilon",
+        "_class_name": "PNDMScheduler",
+        "_diffusers_version": "0.39.0",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "num_train_timesteps": 1000,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "skip_prk_steps": True,
+        "trained_betas": None,
+        "clip_sample": False,
+        "prediction_type": "epsilon",
     }
     config.text_encoder = text_tower(layers=2)
     config.unet = {
-        "sample_size": 8, "in_channels": 8, "out_channels": 8, "block_out_channels": (64, 96), "layers_per_block": 1,
-        "down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2,
-        "cross_attention_dim": 128, "attention_head_dim": (2, 3), "norm_num_groups": 16, "act_fn": "silu",
+        "sample_size": 8,
+        "in_channels": 8,
+        "out_channels": 8,
+        "block_out_channels": (64, 96),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+        "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+        "cross_attention_dim": 128,
+        "attention_head_dim": (2, 3),
+        "norm_num_groups": 16,
+        "act_fn": "silu",
         "use_linear_projection": True,
     }
 
@@ -89,11 +130,25 @@ def clip(config: ConfigDict) -> None:
     config.ema_decay = 0.995
     config.optim.update({"b2": 0.98, "eps": 1e-6, "weight_decay": 0.05})
     config.loop.steps = 2000
-    vision = {"model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 512,
-              "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 32, "patch_size": 8, "num_channels": 3,
-              "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 128}
-    config.model = {"projection_dim": 128, "logit_scale_init_value": 2.6592, "text_config": text_tower(layers=2),
-                    "vision_config": vision}
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "image_size": 32,
+        "patch_size": 8,
+        "num_channels": 3,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+        "projection_dim": 128,
+    }
+    config.model = {
+        "projection_dim": 128,
+        "logit_scale_init_value": 2.6592,
+        "text_config": text_tower(layers=2),
+        "vision_config": vision,
+    }
 
 
 def classifier(config: ConfigDict) -> None:
@@ -106,10 +161,21 @@ def classifier(config: ConfigDict) -> None:
 
 def text_tower(layers: int) -> dict:
     """A CLIP text encoder for the embedded tokenizer: 2,048 tokens, prompts of 16."""
-    return {"model_type": "clip_text_model", "vocab_size": 2048, "hidden_size": 128, "intermediate_size": 512,
-            "projection_dim": 128, "num_hidden_layers": layers, "num_attention_heads": 4,
-            "max_position_embeddings": 16, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "bos_token_id": 2046,
-            "eos_token_id": 2047, "pad_token_id": 2047}
+    return {
+        "model_type": "clip_text_model",
+        "vocab_size": 2048,
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "projection_dim": 128,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 16,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+        "bos_token_id": 2046,
+        "eos_token_id": 2047,
+        "pad_token_id": 2047,
+    }
 
 
 VARIANTS = {"autoencoder": autoencoder, "diffusion": diffusion, "clip": clip, "classifier": classifier}

@@ -9,6 +9,7 @@ Measured on two CPU cores with --cpu_devices=2 (by configs/demo.py): 1,500 steps
 the teacher, seen as a flow, 0.463; of this flow 0.029. Fréchet distance to real emoji at one step 3.7, the teacher's 46.5.
 The paper's variants have not been run; sd15 has been compiled at full size (benchmarks/scaling.py).
 """
+
 from configs import common, generate
 from ml_collections import ConfigDict
 
@@ -57,8 +58,13 @@ def emoji_budget(config: ConfigDict, steps: int) -> None:
     config.warm_start = True
     config.loop.update({"steps": steps, "save_every": 250})
     config.ema_decay = 0.99
-    config.schedule = {"kind": "cosine", "peak": 1e-3, "warmup_steps": 50, "total_steps": config.loop.get_ref("steps"),
-                       "end": 0.0}
+    config.schedule = {
+        "kind": "cosine",
+        "peak": 1e-3,
+        "warmup_steps": 50,
+        "total_steps": config.loop.get_ref("steps"),
+        "end": 0.0,
+    }
     config.watch_every = 600
 
 

@@ -10,6 +10,7 @@ Variants: openmoji (embedded, the default; runs on a laptop), sd15, sd21, rf2 (t
 instaflow (the released one-step model). Writes WORKDIR/sample/*.png, each with its prompt, seed and settings in its
 metadata, and a grid with a row a prompt and a column a seed.
 """
+
 from configs import common
 from ml_collections import ConfigDict
 

@@ -8,15 +8,28 @@ Needs `pip install -e .[serve]`. Shows DIR/distill/export, the embedded teacher 
 then prints the page's address: http://127.0.0.1:7860, which only this machine reaches (--config.host=0.0.0.0 opens it
 to others; it knows no passwords). The page fetches nothing from elsewhere.
 """
+
 from configs import common
 from ml_collections import ConfigDict
 
-_LARGE = {"dtype": "bfloat16", "examples": ("a photograph of a fox in the snow", "a red barn, oil on canvas",
-                                            "an astronaut riding a horse", "a bowl of lemons by a window")}
+_LARGE = {
+    "dtype": "bfloat16",
+    "examples": (
+        "a photograph of a fox in the snow",
+        "a red barn, oil on canvas",
+        "an astronaut riding a horse",
+        "a bowl of lemons by a window",
+    ),
+}
 VARIANTS = {
     "openmoji": {"teacher": "openmoji", "teacher_alpha": 3.0},
-    "instaflow": {"model": "XCLiu/instaflow_0_9B_from_sd_1_5", "kind": "flow", "teacher": common.SD15,
-                  "teacher_alpha": 7.5, **_LARGE},
+    "instaflow": {
+        "model": "XCLiu/instaflow_0_9B_from_sd_1_5",
+        "kind": "flow",
+        "teacher": common.SD15,
+        "teacher_alpha": 7.5,
+        **_LARGE,
+    },
 }
 
 

@@ -5,6 +5,7 @@ config or in a file ends in one line on stderr and exit code 1 (--verbosity=1 sh
 traceback. Several processes make one run with --coordinator, --processes and --process; on Slurm or a TPU pod
 --processes=0 is enough. On a CPU, --cpu_devices=2 gives each of two cores its own share of a batch.
 """
+
 import importlib
 import logging
 import sys
@@ -27,8 +28,9 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/STAGE.py, or 
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0; '' where the cluster tells it")
 _PROCESSES = flags.DEFINE_integer("processes", 1, "processes of this run; 0 where the cluster tells it")
 _PROCESS = flags.DEFINE_integer("process", -1, "this one, from 0; -1 where the cluster tells it")
-_CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "devices the CPU is split into, e.g. its cores; 0 leaves it whole",
-                                    lower_bound=0)
+_CPU_DEVICES = flags.DEFINE_integer(
+    "cpu_devices", 0, "devices the CPU is split into, e.g. its cores; 0 leaves it whole", lower_bound=0
+)
 _WORKDIR = flags.DEFINE_string("workdir", "runs", "where the stage writes")
 
 

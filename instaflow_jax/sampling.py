@@ -1,4 +1,5 @@
 """From prompts to pictures: what a directory's scheduler says, and one program for text, network and decoder."""
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +55,9 @@ def read_dynamics(scheduler: Mapping[str, Any], index: Mapping[str, Any], kind: 
         return teacher.read_schedule(scheduler)
     shift = scheduler.get("shift", scheduler.get("flow_shift", 1.0))
     if diffusers_flow and abs(shift - 1.0) > 1e-6:
-        raise ValueError(f"scheduler config: shift={shift} is not supported; rectified flow's clock is not shifted (1.0)")
+        raise ValueError(
+            f"scheduler config: shift={shift} is not supported; rectified flow's clock is not shifted (1.0)"
+        )
     steps = scheduler.get("num_train_timesteps", 1000)
     if diffusers_flow and scheduler.get("use_flow_sigmas"):  # these begin 1/steps below 1, in time and in length
         return Flow(1 / steps - 1, steps - 1)
@@ -101,11 +104,14 @@ def _choose(solvers: Mapping[str, Callable], kind: str, name: str) -> Callable:
     return solvers[name]
 
 
-def make_generate(nets: Mapping[str, Any], solve: Solve) -> Callable[[Mapping[str, Params], Tokens, Tokens, Latent], jax.Array]:
+def make_generate(
+    nets: Mapping[str, Any], solve: Solve
+) -> Callable[[Mapping[str, Params], Tokens, Tokens, Latent], jax.Array]:
     """Text encoder, ODE and decoder as one function to compile, `generate(params, ids, null_ids, X0) → uint8`.
 
     Takes ids [B, L], null_ids [1, L] (the empty or negative prompt), X0 [B, h, w, c]; gives images [B, H, W, 3].
     """
+
     def generate(params, ids, null_ids, X0):
         X1 = solve(params["unet"], X0, *read_text(nets, params, ids, null_ids))
         return to_uint8(nets["vae"].apply(params["vae"], X1, method="decode"))
@@ -113,7 +119,9 @@ def make_generate(nets: Mapping[str, Any], solve: Solve) -> Callable[[Mapping[st
     return generate
 
 
-def read_text(nets: Mapping[str, Any], params: Mapping[str, Params], ids: Tokens, null_ids: Tokens) -> tuple[Context, Context]:
+def read_text(
+    nets: Mapping[str, Any], params: Mapping[str, Params], ids: Tokens, null_ids: Tokens
+) -> tuple[Context, Context]:
     """What a solver is conditioned on: ids [B, L] and null_ids [1, L] → text [B, L, D] and null [1, L, D]."""
     both = nets["text_encoder"].apply(params["text_encoder"], jnp.concatenate([null_ids, ids])).last_hidden_state
     return both[1:], both[:1]

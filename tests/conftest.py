@@ -3,6 +3,7 @@
 JAX is set to the CPU before anything imports it. Torch costs seconds, so only tests that ask for it pay: take the
 `torch` fixture, or call `references()` before importing diffusers, transformers, lpips or pytorch_fid at module level.
 """
+
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -1,4 +1,5 @@
 """Sides without a model for the tests of the benchmarks' harness: a module that their processes import quickly."""
+
 import numpy as np
 
 from benchmarks.timing import Call

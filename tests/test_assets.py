@@ -1,4 +1,5 @@
 """The embedded models: whole, small, open in the reference libraries, and the same pictures there as here."""
+
 import json
 
 import jax
@@ -42,12 +43,14 @@ def test_autoencoder_gives_back_discs_that_it_was_never_shown(pipe):
 
 def test_prompts_make_a_difference(pipe):
     """Pictures of two prompts from the same noise differ by more than guidance noise would make them."""
-    solve = sampling.make_solve(pipe.nets["unet"].apply, sampling.read_dynamics(pipe.scheduler, pipe.index, "auto"),
-                                "auto", 8, 3.0)
+    solve = sampling.make_solve(
+        pipe.nets["unet"].apply, sampling.read_dynamics(pipe.scheduler, pipe.index, "auto"), "auto", 8, 3.0
+    )
     generate = jax.jit(sampling.make_generate(pipe.nets, solve))
     X0 = sampling.noise(np.zeros(2, np.uint32), pipe.latent_shape)
-    apple, tree = np.asarray(generate(pipe.params, pipe.tokenizer(["red apple", "evergreen tree"]),
-                                      pipe.tokenizer([""]), X0), np.float32)
+    apple, tree = np.asarray(
+        generate(pipe.params, pipe.tokenizer(["red apple", "evergreen tree"]), pipe.tokenizer([""]), X0), np.float32
+    )
     assert np.abs(apple - tree).mean() > 15
 
 
@@ -69,11 +72,17 @@ def test_diffusers_makes_the_same_pictures_from_the_same_noise(pipe, torch):
     reference = StableDiffusionPipeline.from_pretrained(DIRECTORY, torch_dtype=torch.float32)
     reference.scheduler = DPMSolverMultistepScheduler.from_config(reference.scheduler.config)
     reference.set_progress_bar_config(disable=True)
-    theirs = reference(list(PROMPTS), num_inference_steps=N, guidance_scale=alpha, output_type="np",
-                       latents=torch.from_numpy(np.array(X0)).permute(0, 3, 1, 2)).images
+    theirs = reference(
+        list(PROMPTS),
+        num_inference_steps=N,
+        guidance_scale=alpha,
+        output_type="np",
+        latents=torch.from_numpy(np.array(X0)).permute(0, 3, 1, 2),
+    ).images
 
-    solve = sampling.make_solve(pipe.nets["unet"].apply, sampling.read_dynamics(pipe.scheduler, pipe.index, "auto"),
-                                "dpm_solver", N, alpha)
+    solve = sampling.make_solve(
+        pipe.nets["unet"].apply, sampling.read_dynamics(pipe.scheduler, pipe.index, "auto"), "dpm_solver", N, alpha
+    )
     ids = pipe.tokenizer(["", *PROMPTS])
     text = pipe.nets["text_encoder"].apply(pipe.params["text_encoder"], ids).last_hidden_state
     X1 = jax.jit(solve)(pipe.params["unet"], X0, text[1:], text[:1])

@@ -1,4 +1,5 @@
 """The harness of the benchmarks: arithmetic of the table, two processes in turn, and both sides computing the same."""
+
 import dataclasses
 import time
 from pathlib import Path
@@ -16,16 +17,36 @@ from instaflow_jax.models import pipeline
 from instaflow_jax.models.lpips import LPIPS
 
 OURS, THEIRS = (
-    Timing(9.0, (2.0, 1.0, 4.0), (3.0, 4.0, 3.5), 2**30, 4, 8e9), Timing(0.5, (5.0, 5.0, 6.0), (7.0, 7.0, 9.0), 2**31, 4))
+    Timing(9.0, (2.0, 1.0, 4.0), (3.0, 4.0, 3.5), 2**30, 4, 8e9),
+    Timing(0.5, (5.0, 5.0, 6.0), (7.0, 7.0, 9.0), 2**31, 4),
+)
 ROW = Row("a step", "somebody", OURS, THEIRS)
 TINY = {
-    "unet": {"sample_size": 8, "block_out_channels": (32, 32), "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-             "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "layers_per_block": 1, "cross_attention_dim": 16,
-             "attention_head_dim": 2},
-    "vae": {"block_out_channels": (32,), "down_block_types": ("DownEncoderBlock2D",),
-            "up_block_types": ("UpDecoderBlock2D",), "layers_per_block": 1, "sample_size": 8},
-    "text_encoder": {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1,
-                     "vocab_size": 64, "max_position_embeddings": 5, "eos_token_id": 63},
+    "unet": {
+        "sample_size": 8,
+        "block_out_channels": (32, 32),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+        "cross_attention_dim": 16,
+        "attention_head_dim": 2,
+    },
+    "vae": {
+        "block_out_channels": (32,),
+        "down_block_types": ("DownEncoderBlock2D",),
+        "up_block_types": ("UpDecoderBlock2D",),
+        "layers_per_block": 1,
+        "sample_size": 8,
+    },
+    "text_encoder": {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "vocab_size": 64,
+        "max_position_embeddings": 5,
+        "eos_token_id": 63,
+    },
 }
 SIZE = {"configs": TINY, "latent": 8, "batches": [2], "steps": 1, "dtype": "float32"}
 
@@ -37,8 +58,18 @@ def test_medians_ratio_and_spread():
 
 def test_a_row_shows_every_number():
     cells = table.cells(ROW)
-    assert cells == ["a step", "2 s (2/s)", "somebody", "5 s (0.8/s)", "2.50", "3.5 / 7 (2.00)",
-                     "150% / 20%", "4", "1.00 / 2.00", "9 s / 500 ms"]
+    assert cells == [
+        "a step",
+        "2 s (2/s)",
+        "somebody",
+        "5 s (0.8/s)",
+        "2.50",
+        "3.5 / 7 (2.00)",
+        "150% / 20%",
+        "4",
+        "1.00 / 2.00",
+        "9 s / 500 ms",
+    ]
     assert table.cells(dataclasses.replace(ROW, ours=dataclasses.replace(OURS, flops=0.0)))[7] == "–"
 
 
@@ -51,8 +82,10 @@ def test_the_table_names_machine_and_versions():
 
 def test_sides_take_turns_and_keep_their_own_memory(tmp_path):
     log = tmp_path / "log"
-    with (Side(Spec("pretended_sides", "pretended", {"memory": 2**26, "done": str(log)})) as ours,
-          Side(Spec("pretended_sides", "pretended", {"memory": 2**28, "done": str(log)})) as theirs):
+    with (
+        Side(Spec("pretended_sides", "pretended", {"memory": 2**26, "done": str(log)})) as ours,
+        Side(Spec("pretended_sides", "pretended", {"memory": 2**28, "done": str(log)})) as theirs,
+    ):
         rows = timing.compare(ours, theirs, "the other", 2)
     assert [row.title for row in rows] == ["work"]  # what only one side has is left out
     assert log.read_text().split() == [str(2**26), str(2**28)] * 3  # a first run and two repeats, in turn
@@ -62,8 +95,10 @@ def test_sides_take_turns_and_keep_their_own_memory(tmp_path):
 
 
 def test_a_peer_that_fails_is_told_and_the_rest_goes_on(capfd):
-    group = run.Group(Spec("pretended_sides", "pretended", {"memory": 8}), {
-        "broken": Spec("pretended_sides", "failing"), "whole": Spec("pretended_sides", "pretended", {"memory": 9})})
+    group = run.Group(
+        Spec("pretended_sides", "pretended", {"memory": 8}),
+        {"broken": Spec("pretended_sides", "failing"), "whole": Spec("pretended_sides", "pretended", {"memory": 9})},
+    )
     rows, failed = run.measure("some", group, 1)
     assert [row.peer for row in rows] == ["whole"]
     assert failed == ["some: broken ended early"]
@@ -72,7 +107,10 @@ def test_a_peer_that_fails_is_told_and_the_rest_goes_on(capfd):
 
 def test_a_process_started_afresh_is_timed_with_its_memory():
     import sys
-    call = timing.process([sys.executable, "-c", "import os; assert os.environ['WANTED'] == '1'; b = bytes(2**27)"], {"WANTED": "1"})
+
+    call = timing.process(
+        [sys.executable, "-c", "import os; assert os.environ['WANTED'] == '1'; b = bytes(2**27)"], {"WANTED": "1"}
+    )
     began = time.perf_counter()
     call.run()
     assert time.perf_counter() > began and call.memory() > 2**27
@@ -91,8 +129,14 @@ def test_groups_are_chosen_by_name():
 
 
 def test_the_teachers_image_is_added_up_from_its_parts():
-    rows = [Row(title, "PyTorch eager", Timing(0, (ours,), (ours,), 0), Timing(0, (theirs,), (theirs,), 0)) for title, ours, theirs in
-            (("CLIP text", 1.0, 2.0), ("1 guided teacher step", 2.0, 3.0), ("VAE decoder", 9.0, 3.0))]
+    rows = [
+        Row(title, "PyTorch eager", Timing(0, (ours,), (ours,), 0), Timing(0, (theirs,), (theirs,), 0))
+        for title, ours, theirs in (
+            ("CLIP text", 1.0, 2.0),
+            ("1 guided teacher step", 2.0, 3.0),
+            ("VAE decoder", 9.0, 3.0),
+        )
+    ]
     assert "ours 60 s, PyTorch eager 80 s, ratio 1.33" in run.teacher_image(rows)
     assert run.teacher_image(rows[1:]) == ""
 
@@ -105,7 +149,9 @@ def test_every_call_of_inference_runs_on_both_sides():
     try:
         theirs = peers.pytorch(device="cpu", compiled=False, **SIZE)
         assert list(ours) == list(theirs)
-        assert ours["one-step image, batch 2"].run().shape == theirs["one-step image, batch 2"].run().shape == (2, 8, 8, 3)
+        assert (
+            ours["one-step image, batch 2"].run().shape == theirs["one-step image, batch 2"].run().shape == (2, 8, 8, 3)
+        )
         assert ours["1 guided teacher step"].run().shape == (1, 8, 8, 4)
         assert theirs["1 guided teacher step"].run().shape == (1, 4, 8, 8)
     finally:
@@ -131,10 +177,13 @@ def test_the_twin_computes_the_same_losses():
     t = np.linspace(0.1, 0.9, 4).astype(np.float32)
 
     context = pipe.nets["text_encoder"].apply(pipe.params["text_encoder"], batch["ids"]).last_hidden_state
-    v = jax.jit(pipe.nets["unet"].apply)(pipe.params["unet"], flow.interpolate(batch["X0"], batch["X1"], t),
-                                         flow.clock(jnp.asarray(t)), context)
+    v = jax.jit(pipe.nets["unet"].apply)(
+        pipe.params["unet"], flow.interpolate(batch["X0"], batch["X1"], t), flow.clock(jnp.asarray(t)), context
+    )
     want = jnp.mean((v - (batch["X1"] - batch["X0"])) ** 2)
-    assert relative(want, twins.reflow_loss(unet, text, pairs, torch.tensor(t), torch.zeros(1, 16, dtype=int), 0.0)) < 1e-5
+    assert (
+        relative(want, twins.reflow_loss(unet, text, pairs, torch.tensor(t), torch.zeros(1, 16, dtype=int), 0.0)) < 1e-5
+    )
 
     lpips, params = LPIPS.from_pretrained(pipeline.locate("openmoji"), "lpips")
     a, b = (np.tanh(batch[name][..., :3]).repeat(4, 1).repeat(4, 2) for name in ("X0", "X1"))

@@ -60,7 +60,9 @@ def test_frequent_words_are_one_token(slow):
 
 def test_merges_take_the_most_frequent_pair_first():
     assert bpe.learn_merges({"aab": 3, "ab": 2, "xy": 4}, limit=9) == [
-        ("a", "b</w>"), ("x", "y</w>"), ("a", "ab</w>"),
+        ("a", "b</w>"),
+        ("x", "y</w>"),
+        ("a", "ab</w>"),
     ]
 
 

@@ -1,4 +1,5 @@
 """CLIP against transformers: both towers, both activations, both end-of-text rules, every file form."""
+
 import copy
 import dataclasses
 import json
@@ -11,12 +12,25 @@ from conftest import normal, randomize, references, relative
 from instaflow_jax.models.clip import CLIPModel, CLIPTextModel
 
 TEXT = {
-    "vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "max_position_embeddings": 12, "projection_dim": 24, "bos_token_id": 97, "eos_token_id": 98, "pad_token_id": 98,
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 12,
+    "projection_dim": 24,
+    "bos_token_id": 97,
+    "eos_token_id": 98,
+    "pad_token_id": 98,
 }
 VISION = {
-    "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 24,
-    "patch_size": 8, "projection_dim": 24,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 24,
+    "patch_size": 8,
+    "projection_dim": 24,
 }
 IDS = np.array([[97, 5, 6, 7, 98, 98, 98, 98, 98, 98, 98, 98], [97, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 98]])
 
@@ -25,6 +39,7 @@ def text_model(**changes):
     references()
     from transformers import CLIPTextConfig
     from transformers import CLIPTextModel as Reference
+
     return randomize(Reference(CLIPTextConfig(**TEXT | changes)))
 
 
@@ -32,12 +47,20 @@ def clip_model(act):
     references()
     from transformers import CLIPConfig
     from transformers import CLIPModel as Reference
+
     return randomize(Reference(CLIPConfig(TEXT | {"hidden_act": act}, VISION | {"hidden_act": act}, projection_dim=24)))
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"hidden_act": "gelu"}, {"eos_token_id": 2}, {"layer_norm_eps": 1e-3},
-], ids=["quick_gelu", "gelu", "legacy-eos", "eps"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"hidden_act": "gelu"},
+        {"eos_token_id": 2},
+        {"layer_norm_eps": 1e-3},
+    ],
+    ids=["quick_gelu", "gelu", "legacy-eos", "eps"],
+)
 def test_text_encoder_equals_transformers(changes, torch, tmp_path):
     reference = text_model(**changes)
     reference.save_pretrained(tmp_path)
@@ -64,8 +87,10 @@ def test_both_towers_equal_transformers(act, torch, tmp_path):
     pixels = normal(0, 3, 24, 24, 3)
     with torch.no_grad():
         want = reference(torch.tensor(IDS), torch.tensor(pixels.transpose(0, 3, 1, 2)))
-        features = (reference.get_text_features(torch.tensor(IDS)),
-                    reference.get_image_features(torch.tensor(pixels.transpose(0, 3, 1, 2))))
+        features = (
+            reference.get_text_features(torch.tensor(IDS)),
+            reference.get_image_features(torch.tensor(pixels.transpose(0, 3, 1, 2))),
+        )
     got = jax.jit(net.apply)(params, IDS, pixels)
     for field in ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds"):
         assert relative(getattr(got, field), getattr(want, field)) < 1e-5, field
@@ -76,6 +101,7 @@ def test_both_towers_equal_transformers(act, torch, tmp_path):
 def test_text_encoder_beside_the_old_flax_class(torch, tmp_path, capsys):
     """Second reference: transformers' FlaxCLIPTextModel on the file we write for it, its error beside ours."""
     from transformers import FlaxCLIPTextModel
+
     reference = text_model()
     reference.save_pretrained(tmp_path)
     net, params = CLIPTextModel.from_pretrained(tmp_path)
@@ -93,10 +119,17 @@ def weights(reference):
     return {key: tensor.numpy() for key, tensor in reference.state_dict().items() if "position_ids" not in key}
 
 
-@pytest.mark.parametrize("form", [
-    {}, {"max_shard_size": "20KB"}, {"safe_serialization": False}, {"variant": "fp16"},
-    {"safe_serialization": False, "max_shard_size": "20KB"},
-], ids=["safetensors", "sharded", "bin", "fp16", "bin-sharded"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        {},
+        {"max_shard_size": "20KB"},
+        {"safe_serialization": False},
+        {"variant": "fp16"},
+        {"safe_serialization": False, "max_shard_size": "20KB"},
+    ],
+    ids=["safetensors", "sharded", "bin", "fp16", "bin-sharded"],
+)
 def test_every_form_that_transformers_writes_is_read(form, tmp_path):
     reference = clip_model("gelu")
     half = "variant" in form
@@ -104,6 +137,7 @@ def test_every_form_that_transformers_writes_is_read(form, tmp_path):
     net, params = CLIPModel.from_pretrained(tmp_path / "theirs", variant=form.get("variant"))
     net.save_pretrained(params, tmp_path / "ours", **({"dtype": np.float16, "variant": "fp16"} if half else {}))
     from transformers import CLIPModel as Reference
+
     again = Reference.from_pretrained(tmp_path / "ours", variant=form.get("variant"))
     want, got = weights(reference), weights(again)
     assert got.keys() == want.keys()
@@ -111,7 +145,9 @@ def test_every_form_that_transformers_writes_is_read(form, tmp_path):
         assert got[key].shape == array.shape, key  # assert_array_equal would take (1,) for ()
         np.testing.assert_array_equal(got[key], array, err_msg=key)
     ours = CLIPModel.from_pretrained(tmp_path / "ours", variant=form.get("variant"))[1]
-    assert {k: (p.shape, p.tobytes()) for k, p in ours.items()} == {k: (p.shape, p.tobytes()) for k, p in params.items()}
+    assert {k: (p.shape, p.tobytes()) for k, p in ours.items()} == {
+        k: (p.shape, p.tobytes()) for k, p in params.items()
+    }
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "stream"])
@@ -119,8 +155,9 @@ def test_both_containers_of_torch_save_give_the_same_weights(legacy, torch, tmp_
     reference = clip_model("gelu")
     reference.save_pretrained(tmp_path / "whole")
     reference.config.save_pretrained(tmp_path / "pickled")
-    torch.save(reference.state_dict(), tmp_path / "pickled" / "pytorch_model.bin",
-               _use_new_zipfile_serialization=not legacy)
+    torch.save(
+        reference.state_dict(), tmp_path / "pickled" / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy
+    )
     want, got = (CLIPModel.from_pretrained(tmp_path / name)[1] for name in ("whole", "pickled"))
     assert {k: (p.shape, p.tobytes()) for k, p in got.items()} == {k: (p.shape, p.tobytes()) for k, p in want.items()}
 
@@ -129,20 +166,28 @@ def test_configs_mean_what_transformers_takes_them_for():
     """Absent keys, and the older `*_config_dict`, which overrule `*_config` even where they are silent."""
     references()
     from transformers import CLIPConfig
-    for raw in ({}, {"text_config": TEXT, "vision_config": VISION}, {"text_config": TEXT, "text_config_dict": None},
-                {"text_config": TEXT, "text_config_dict": {"hidden_size": 64}, "vision_config_dict": {}}):
+
+    for raw in (
+        {},
+        {"text_config": TEXT, "vision_config": VISION},
+        {"text_config": TEXT, "text_config_dict": None},
+        {"text_config": TEXT, "text_config_dict": {"hidden_size": 64}, "vision_config_dict": {}},
+    ):
         ours, theirs = CLIPModel.Config.from_dict(raw), CLIPConfig(**copy.deepcopy(raw))
         for tower in ("text_config", "vision_config"):
             want = getattr(theirs, tower).to_dict()
             got = dataclasses.asdict(getattr(ours, tower))
             assert got == {key: want[key] for key in got}
         assert (ours.projection_dim, ours.logit_scale_init_value) == (
-            theirs.projection_dim, theirs.logit_scale_init_value)
+            theirs.projection_dim,
+            theirs.logit_scale_init_value,
+        )
 
 
 def test_a_network_made_here_opens_in_transformers(torch, tmp_path):
     references()
     from transformers import AutoModel
+
     net = CLIPTextModel.from_config(TEXT)
     params = net.init(jax.random.key(0))
     net.save_pretrained(params, tmp_path)
@@ -155,6 +200,7 @@ def test_a_network_made_here_opens_in_transformers(torch, tmp_path):
 
 def test_flax_files_go_both_ways(tmp_path):
     from transformers import FlaxCLIPTextModel
+
     reference = text_model()
     reference.save_pretrained(tmp_path)
     net, params = CLIPTextModel.from_pretrained(tmp_path)

@@ -1,4 +1,5 @@
 """COCO in both its layouts, and the stage that measures a model on it: from files to the table, killed and resumed."""
+
 import io
 import json
 import runpy
@@ -52,8 +53,11 @@ def folder(tmp_path_factory):
     (root / "annotations").mkdir()
     for i, number in enumerate(IDS):
         (root / "val" / f"{number:012d}.jpg").write_bytes(jpeg(i))
-    annotations = [{"image_id": number, "id": 100 * k + i, "caption": captions_of(i)[k]}
-                   for k in (0, 1) for i, number in enumerate(IDS)]
+    annotations = [
+        {"image_id": number, "id": 100 * k + i, "caption": captions_of(i)[k]}
+        for k in (0, 1)
+        for i, number in enumerate(IDS)
+    ]
     names = [{"id": number, "file_name": f"{number:012d}.jpg", "height": 1, "width": 1} for number in IDS]
     (root / "annotations" / "captions_val.json").write_text(json.dumps({"images": names, "annotations": annotations}))
     return root
@@ -65,24 +69,43 @@ def prepared(tmp_path_factory):
     f = tfds.features
     root = tmp_path_factory.mktemp("tfds") / "coco_captions" / "2014" / "1.1.0"
     root.mkdir(parents=True)
-    form = f.FeaturesDict({
-        "image": f.Image(encoding_format="jpeg"), "image/filename": f.Text(), "image/id": np.int64,
-        "objects": f.Sequence({"id": np.int64, "area": np.int64, "bbox": f.BBoxFeature(), "is_crowd": np.bool_,
-                               "label": f.ClassLabel(num_classes=80)}),
-        "captions": f.Sequence({"text": np.str_, "id": np.int64})})
+    form = f.FeaturesDict(
+        {
+            "image": f.Image(encoding_format="jpeg"),
+            "image/filename": f.Text(),
+            "image/id": np.int64,
+            "objects": f.Sequence(
+                {
+                    "id": np.int64,
+                    "area": np.int64,
+                    "bbox": f.BBoxFeature(),
+                    "is_crowd": np.bool_,
+                    "label": f.ClassLabel(num_classes=80),
+                }
+            ),
+            "captions": f.Sequence({"text": np.str_, "id": np.int64}),
+        }
+    )
 
     def row(i: int) -> bytes:
-        return form.serialize_example({
-            "image": io.BytesIO(jpeg(i)), "image/filename": f"{IDS[i]}.jpg", "image/id": IDS[i], "objects": [],
-            "captions": [{"text": text, "id": k} for k, text in enumerate(captions_of(i))]})
+        return form.serialize_example(
+            {
+                "image": io.BytesIO(jpeg(i)),
+                "image/filename": f"{IDS[i]}.jpg",
+                "image/id": IDS[i],
+                "objects": [],
+                "captions": [{"text": text, "id": k} for k, text in enumerate(captions_of(i))],
+            }
+        )
 
     splits = {}
     for name, rows in {"val": range(9), "restval": range(9, COUNT)}.items():
         path = root / f"coco_captions-{name}.array_record-00000-of-00001"
         records.write(path, map(row, rows))
         splits[name] = [(len(rows), path.stat().st_size)]
-    records.write_metadata(root, "coco_captions", form, splits, version="1.1.0", description="", license="",
-                           homepage="")
+    records.write_metadata(
+        root, "coco_captions", form, splits, version="1.1.0", description="", license="", homepage=""
+    )
     return root
 
 
@@ -133,12 +156,16 @@ def test_choosing_gives_everybody_the_same_captions(folder):
         coco.choose(photos, 15)
 
 
-@pytest.mark.parametrize("content,words", [
-    ({"images": []}, "no 'annotations' where it should be"), ([1, 2], "is not a file of COCO's captions"),
-    ({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "bbox": []}]}, "no 'caption'"),
-    ({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": []}, "no caption of a.jpg, nor of 0 more of 1"),
-    ({"images": [], "annotations": []}, "holds no photographs"),
-])
+@pytest.mark.parametrize(
+    "content,words",
+    [
+        ({"images": []}, "no 'annotations' where it should be"),
+        ([1, 2], "is not a file of COCO's captions"),
+        ({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "bbox": []}]}, "no 'caption'"),
+        ({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": []}, "no caption of a.jpg, nor of 0 more of 1"),
+        ({"images": [], "annotations": []}, "holds no photographs"),
+    ],
+)
 def test_a_file_that_is_not_of_captions_is_named(content, words, tmp_path):
     path = tmp_path / "captions.json"
     path.write_text(json.dumps(content))
@@ -146,14 +173,18 @@ def test_a_file_that_is_not_of_captions_is_named(content, words, tmp_path):
         coco.load(str(tmp_path), str(path), "")
 
 
-@pytest.mark.parametrize("fields,error,words", [
-    ({"source": "nowhere"}, FileNotFoundError, "nowhere is missing: .*val2017.zip.*cocodataset.org"),
-    ({"captions": "nowhere.json"}, FileNotFoundError, "nowhere.json is missing"),
-    ({"split": "val"}, ValueError, "has no splits"), ({"captions": ""}, ValueError, "needs a file of captions"),
-    ({"source": "tfds:nowhere", "captions": "", "split": "val"}, FileNotFoundError, "array_record"),
-    ({"source": "tfds:SET", "captions": "", "split": "val+test"}, ValueError, "no split 'test'; it has"),
-    ({"source": "tfds:SET", "split": "val"}, ValueError, "has its captions in itself"),
-])
+@pytest.mark.parametrize(
+    "fields,error,words",
+    [
+        ({"source": "nowhere"}, FileNotFoundError, "nowhere is missing: .*val2017.zip.*cocodataset.org"),
+        ({"captions": "nowhere.json"}, FileNotFoundError, "nowhere.json is missing"),
+        ({"split": "val"}, ValueError, "has no splits"),
+        ({"captions": ""}, ValueError, "needs a file of captions"),
+        ({"source": "tfds:nowhere", "captions": "", "split": "val"}, FileNotFoundError, "array_record"),
+        ({"source": "tfds:SET", "captions": "", "split": "val+test"}, ValueError, "no split 'test'; it has"),
+        ({"source": "tfds:SET", "split": "val"}, ValueError, "has its captions in itself"),
+    ],
+)
 def test_a_source_that_is_not_there_says_where_it_is_to_be_had(fields, error, words, folder, prepared):
     right = {"source": str(folder / "val"), "captions": str(folder / "annotations" / "captions_val.json"), "split": ""}
     fields = {name: value.replace("SET", str(prepared)) for name, value in fields.items()}
@@ -167,8 +198,14 @@ def test_a_source_that_is_not_there_says_where_it_is_to_be_had(fields, error, wo
 def drawn(net) -> dict[str, np.ndarray]:
     """Random weights without the compilation that `net.init` takes: scales and variances 1, biases 0."""
     random = np.random.default_rng(0)
-    return {name: np.ones(p.shape) if name.endswith(("scale", "var")) else np.zeros(p.shape) if p.ndim == 1 else
-            random.normal(size=p.shape) * (2 / max(np.prod(p.shape[:-1]), 1)) ** 0.5 for name, p in net.shapes.items()}
+    return {
+        name: np.ones(p.shape)
+        if name.endswith(("scale", "var"))
+        else np.zeros(p.shape)
+        if p.ndim == 1
+        else random.normal(size=p.shape) * (2 / max(np.prod(p.shape[:-1]), 1)) ** 0.5
+        for name, p in net.shapes.items()
+    }
 
 
 @pytest.fixture(scope="session")
@@ -179,21 +216,43 @@ def models(tmp_path_factory):
     tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = tower | {"vocab_size": 2048, "max_position_embeddings": 16, "eos_token_id": 2047}
     nets = {
-        "unet": UNet2DConditionModel.from_config({
-            "block_out_channels": (16,), "layers_per_block": 1, "cross_attention_dim": 16, "attention_head_dim": 2,
-            "down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",),
-            "norm_num_groups": 4, "sample_size": 8}),
-        "vae": AutoencoderKL.from_config({
-            "block_out_channels": (16, 16), "down_block_types": ("DownEncoderBlock2D",) * 2, "norm_num_groups": 4,
-            "up_block_types": ("UpDecoderBlock2D",) * 2, "layers_per_block": 1, "sample_size": 16}),
-        "text_encoder": CLIPTextModel.from_config(text)}
+        "unet": UNet2DConditionModel.from_config(
+            {
+                "block_out_channels": (16,),
+                "layers_per_block": 1,
+                "cross_attention_dim": 16,
+                "attention_head_dim": 2,
+                "down_block_types": ("CrossAttnDownBlock2D",),
+                "up_block_types": ("CrossAttnUpBlock2D",),
+                "norm_num_groups": 4,
+                "sample_size": 8,
+            }
+        ),
+        "vae": AutoencoderKL.from_config(
+            {
+                "block_out_channels": (16, 16),
+                "down_block_types": ("DownEncoderBlock2D",) * 2,
+                "norm_num_groups": 4,
+                "up_block_types": ("UpDecoderBlock2D",) * 2,
+                "layers_per_block": 1,
+                "sample_size": 16,
+            }
+        ),
+        "text_encoder": CLIPTextModel.from_config(text),
+    }
     params = {name: drawn(net) for name, net in nets.items()}
     index = json.loads((Path(pipeline.locate("openmoji")) / "model_index.json").read_text())
-    scheduler = {"_class_name": "PNDMScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear",
-                 "beta_start": 0.00085, "num_train_timesteps": 1000}
+    scheduler = {
+        "_class_name": "PNDMScheduler",
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "num_train_timesteps": 1000,
+    }
     pipeline.save(pipeline.Pipeline(nets, params, tokenizer, scheduler, index), root / "sd")
-    clip = CLIPModel.from_config({"text_config": text, "vision_config": tower | {"image_size": 16, "patch_size": 8},
-                                  "projection_dim": 8})
+    clip = CLIPModel.from_config(
+        {"text_config": text, "vision_config": tower | {"image_size": 16, "patch_size": 8}, "projection_dim": 8}
+    )
     clip.save_pretrained(drawn(clip), root / "clip", dtype=np.float32)
     tokenizer.save_pretrained(root / "clip")
     return root
@@ -220,10 +279,19 @@ def small(monkeypatch):
 def config(folder, models, **fields):
     config = runpy.run_path(str(ROOT / "configs" / "evaluate_coco.py"))["get_config"]()
     (models / "inception.pth").touch()
-    config.update({"model": str(models / "sd"), "clip": str(models / "clip"), "size": 16, "batch": 4,
-                   "inception": str(models / "inception.pth")})
-    config.data.update({"source": str(folder / "val"), "captions": str(folder / "annotations" / "captions_val.json"),
-                        "count": COUNT} | fields.pop("data", {}))
+    config.update(
+        {
+            "model": str(models / "sd"),
+            "clip": str(models / "clip"),
+            "size": 16,
+            "batch": 4,
+            "inception": str(models / "inception.pth"),
+        }
+    )
+    config.data.update(
+        {"source": str(folder / "val"), "captions": str(folder / "annotations" / "captions_val.json"), "count": COUNT}
+        | fields.pop("data", {})
+    )
     config.update(fields)
     return config
 
@@ -249,6 +317,7 @@ def done(folder, models, tmp_path_factory):
 
 def test_the_numbers_are_those_of_the_files_it_wrote(done, folder, torch):
     from pytorch_fid.fid_score import calculate_frechet_distance
+
     weights = small_inception(__file__)[1].reshape(-1, 6)
     made = sorted((done / "evaluate" / "coco" / "pictures").iterdir())
     assert [path.name for path in made] == [f"{number:012d}.png" for number in sorted(IDS)]
@@ -270,6 +339,7 @@ def test_clip_score_belongs_picture_to_caption(done, folder, models):
     import torch
     from transformers import CLIPImageProcessor
     from transformers import CLIPModel as Theirs
+
     net = Theirs.from_pretrained(models / "clip")
     processor = CLIPImageProcessor(do_resize=False, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     photos = official(folder)
@@ -281,8 +351,9 @@ def test_clip_score_belongs_picture_to_caption(done, folder, models):
     assert results(done)["clip_score"] == pytest.approx(want, abs=1e-5)
 
 
-def test_a_killed_run_goes_on_and_ends_the_same_in_either_layout(done, folder, prepared, models, small, tmp_path,
-                                                                 monkeypatch):
+def test_a_killed_run_goes_on_and_ends_the_same_in_either_layout(
+    done, folder, prepared, models, small, tmp_path, monkeypatch
+):
     settings = config(folder, models, data={"source": f"tfds:{prepared}", "captions": "", "split": "val+restval"})
     save, written = images.save_png, []
 
@@ -312,20 +383,28 @@ def test_pictures_are_reduced_as_photographs_are(models, tmp_path):
     np.testing.assert_array_equal(got, coco.square(Image.fromarray(picture), 8))
 
 
-@pytest.mark.parametrize("fields,error,words", [
-    ({"data": {"count": 15}}, ValueError, "15 captions were asked for, but there are only 14"),
-    ({"data": {"count": 3}}, ValueError, "config.data.count=3 must be at least 4"),
-    ({"data": {"source": "nowhere"}}, FileNotFoundError, "nowhere is missing"),
-    ({"size": 20}, ValueError, "config.size=20 exceeds the model's pictures of 16×16"),
-    ({"height": 17}, ValueError, "config.height=17 is not divisible"),
-    ({"inception": "nowhere.pth"}, FileNotFoundError, "nowhere.pth is missing: the FID needs pytorch-fid's weights"),
-    ({"clip": "nowhere"}, FileNotFoundError, "'nowhere' is neither a directory nor a hub id"),
-    ({"model": "nowhere"}, FileNotFoundError, "'nowhere' is neither a directory nor a hub id"),
-    ({"reference": "nowhere.npz"}, FileNotFoundError, "nowhere.npz is missing"),
-    ({"reference": "WRONG"}, ValueError, "of features of 5 numbers, but .*inception.pth gives 6"),
-    ({"batch": 0}, ValueError, "config.batch=0"), ({"N": 0}, ValueError, "N=0"),
-    ({"negative": "a face"}, ValueError, "guidance needs alpha > 1"),
-])
+@pytest.mark.parametrize(
+    "fields,error,words",
+    [
+        ({"data": {"count": 15}}, ValueError, "15 captions were asked for, but there are only 14"),
+        ({"data": {"count": 3}}, ValueError, "config.data.count=3 must be at least 4"),
+        ({"data": {"source": "nowhere"}}, FileNotFoundError, "nowhere is missing"),
+        ({"size": 20}, ValueError, "config.size=20 exceeds the model's pictures of 16×16"),
+        ({"height": 17}, ValueError, "config.height=17 is not divisible"),
+        (
+            {"inception": "nowhere.pth"},
+            FileNotFoundError,
+            "nowhere.pth is missing: the FID needs pytorch-fid's weights",
+        ),
+        ({"clip": "nowhere"}, FileNotFoundError, "'nowhere' is neither a directory nor a hub id"),
+        ({"model": "nowhere"}, FileNotFoundError, "'nowhere' is neither a directory nor a hub id"),
+        ({"reference": "nowhere.npz"}, FileNotFoundError, "nowhere.npz is missing"),
+        ({"reference": "WRONG"}, ValueError, "of features of 5 numbers, but .*inception.pth gives 6"),
+        ({"batch": 0}, ValueError, "config.batch=0"),
+        ({"N": 0}, ValueError, "N=0"),
+        ({"negative": "a face"}, ValueError, "guidance needs alpha > 1"),
+    ],
+)
 def test_what_cannot_be_measured_ends_before_anything_is_written(fields, error, words, folder, models, small, tmp_path):
     if fields.get("reference") == "WRONG":
         np.savez(tmp_path / "wrong.npz", mu=np.zeros(5), sigma=np.eye(5))
@@ -335,13 +414,17 @@ def test_what_cannot_be_measured_ends_before_anything_is_written(fields, error, 
     assert not (tmp_path / "work").exists()
 
 
-@pytest.mark.parametrize("harm,error,words", [
-    (lambda path: path.unlink(), FileNotFoundError, "is missing, as are 0 more of 14 photographs; the zip files"),
-    (lambda path: path.write_bytes(path.read_bytes()[:200]), ValueError, "cannot be read as an image"),
-    (lambda path: path.write_text("not found"), ValueError, "cannot be read as an image"),
-])
-def test_a_missing_or_damaged_photograph_is_named_before_anything_is_written(harm, error, words, folder, models, small,
-                                                                            tmp_path):
+@pytest.mark.parametrize(
+    "harm,error,words",
+    [
+        (lambda path: path.unlink(), FileNotFoundError, "is missing, as are 0 more of 14 photographs; the zip files"),
+        (lambda path: path.write_bytes(path.read_bytes()[:200]), ValueError, "cannot be read as an image"),
+        (lambda path: path.write_text("not found"), ValueError, "cannot be read as an image"),
+    ],
+)
+def test_a_missing_or_damaged_photograph_is_named_before_anything_is_written(
+    harm, error, words, folder, models, small, tmp_path
+):
     copy = shutil.copytree(folder, tmp_path / "coco")
     path = copy / "val" / f"{IDS[3]:012d}.jpg"
     harm(path)
@@ -352,20 +435,31 @@ def test_a_missing_or_damaged_photograph_is_named_before_anything_is_written(har
 
 def test_other_pictures_are_refused_and_missing_ones_made_again(done, folder, models, small, tmp_path):
     workdir = Path(shutil.copytree(done, tmp_path / "work"))
-    for fields, words in (({"N": 2}, r"another recipe \(N differs\)"),
-                          ({"size": 8, "seed": 1}, r"\(seed, size differ\)")):
+    for fields, words in (
+        ({"N": 2}, r"another recipe \(N differs\)"),
+        ({"size": 8, "seed": 1}, r"\(seed, size differ\)"),
+    ):
         with pytest.raises(ValueError, match=words):
             main.run(config(folder, models, **fields), str(workdir))
     path = workdir / "evaluate" / "coco" / "pictures" / f"{IDS[0]:012d}.png"
-    for harm, words in ((lambda: Image.new("RGB", (9, 7)).save(path), "has 9×7 pixels, not 16×16; delete it"),
-                        (lambda: path.write_bytes(b"\x89PNG\r\n\x1a\n"), "cannot be read .*delete it")):
+    for harm, words in (
+        (lambda: Image.new("RGB", (9, 7)).save(path), "has 9×7 pixels, not 16×16; delete it"),
+        (lambda: path.write_bytes(b"\x89PNG\r\n\x1a\n"), "cannot be read .*delete it"),
+    ):
         harm()
         with pytest.raises(ValueError, match=words):
             main.run(config(folder, models), str(workdir))
     path.unlink()
     (tmp_path / "no photographs").mkdir()
-    main.run(config(folder, models, data={"source": str(tmp_path / "no photographs")},
-                    reference=str(done / "evaluate" / "coco" / "reference.npz")), str(workdir))
+    main.run(
+        config(
+            folder,
+            models,
+            data={"source": str(tmp_path / "no photographs")},
+            reference=str(done / "evaluate" / "coco" / "reference.npz"),
+        ),
+        str(workdir),
+    )
     got, want = results(workdir), results(done)
     assert pictures(workdir) == pictures(done) and got["kid"] is None
     assert "| – |" in (path.parents[1] / "results.md").read_text()
@@ -376,11 +470,25 @@ def test_the_command_on_two_devices_with_the_real_inception(done, folder, models
     """Random weights; the pictures are those of one device."""
     net = InceptionV3.from_config({})
     net.save_pretrained(drawn(net), tmp_path / "inception", dtype=np.float32)
-    settings = {"model": models / "sd", "clip": models / "clip", "size": 16, "batch": 4,
-                "inception": tmp_path / "inception" / "model.safetensors", "data.source": folder / "val",
-                "data.captions": folder / "annotations" / "captions_val.json", "data.count": 6}
-    command = [sys.executable, "-m", "instaflow_jax.main", "--config=configs/evaluate_coco.py:coco5k",
-               f"--workdir={tmp_path}", "--cpu_devices=2", *(f"--config.{k}={v}" for k, v in settings.items())]
+    settings = {
+        "model": models / "sd",
+        "clip": models / "clip",
+        "size": 16,
+        "batch": 4,
+        "inception": tmp_path / "inception" / "model.safetensors",
+        "data.source": folder / "val",
+        "data.captions": folder / "annotations" / "captions_val.json",
+        "data.count": 6,
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "instaflow_jax.main",
+        "--config=configs/evaluate_coco.py:coco5k",
+        f"--workdir={tmp_path}",
+        "--cpu_devices=2",
+        *(f"--config.{k}={v}" for k, v in settings.items()),
+    ]
     ran = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert "| FID |" in ran.stdout and "batches of 8 pictures" in ran.stdout

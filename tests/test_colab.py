@@ -1,4 +1,5 @@
 """The notebooks: each runs from top to bottom with small numbers, and those in the tree hold outputs worth reading."""
+
 import base64
 import dataclasses
 import io
@@ -45,9 +46,13 @@ def outputs(notebook):
 def shown(notebook):
     found = outputs(notebook)
     pngs = [output.data["image/png"] for output in found if "image/png" in output.get("data", {})]
-    text = [output.text if output.output_type == "stream" else output.get("data", {}).get("text/markdown", "")
-            for output in found]
-    return Ran("".join(text), [np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")) for png in pngs])
+    text = [
+        output.text if output.output_type == "stream" else output.get("data", {}).get("text/markdown", "")
+        for output in found
+    ]
+    return Ran(
+        "".join(text), [np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")) for png in pngs]
+    )
 
 
 def execute(name, before="", **parameters):
@@ -102,10 +107,23 @@ def test_one_step_says_when_only_the_teacher_is_there(tmp_path):
 
 
 def test_the_whole_pipeline_shows_a_picture_after_each_stage(few_emoji):
-    ran = execute("2_whole_pipeline", WORKDIR=str(few_emoji), TEACHER=str(make_tiny(few_emoji / "tiny")), PAIRS=32,
-                  REFLOW_STEPS=2, DISTILL_STEPS=2, JUDGED=8)
+    ran = execute(
+        "2_whole_pipeline",
+        WORKDIR=str(few_emoji),
+        TEACHER=str(make_tiny(few_emoji / "tiny")),
+        PAIRS=32,
+        REFLOW_STEPS=2,
+        DISTILL_STEPS=2,
+        JUDGED=8,
+    )
     assert len(ran.pictures) == 9 and all(picture.std() > 10 for picture in ran.pictures)
-    for words in ("all 32 pairs are there", "2/2 (100 %)", "step 2: straightness", "reflow + distil, 1 step", "8 prompts"):
+    for words in (
+        "all 32 pairs are there",
+        "2/2 (100 %)",
+        "step 2: straightness",
+        "reflow + distil, 1 step",
+        "8 prompts",
+    ):
         assert words in ran.text, words
     for made in ("pairs", "reflow/export/unet", "distill/export/unet", "evaluate/results.json"):
         assert (few_emoji / made).exists(), made

@@ -1,4 +1,5 @@
 """The CPU's own ways to convolve and attend: equal to XLA's operations, gradients too, and left to the CPU."""
+
 import functools
 
 import jax
@@ -24,6 +25,7 @@ def doubled_then_convolved(x, kernel, bias):
 
 def with_gradients(function, *inputs):
     """Value and gradients of a function, of which every output counts differently."""
+
     def loss(*inputs):
         y = function(*inputs)
         return jnp.sum(y * (1 + jnp.cos(jnp.arange(y.size))).reshape(y.shape)), y
@@ -32,11 +34,27 @@ def with_gradients(function, *inputs):
     return y, *grads
 
 
-@pytest.mark.parametrize("way,shape", [
-    (cpu.by_columns, (2, 3, 5, 6)), (cpu.winograd, (2, 4, 6, 5)), (cpu.winograd, (1, 12, 1024, 3)),
-    (cpu.winograd, (2, 12, 1024, 4)), (cpu.winograd_of_fours, (2, 8, 12, 5)), (cpu.winograd_of_fours, (1, 12, 1024, 3)),
-    (cpu.winograd_of_fours, (2, 12, 1024, 4)),
-], ids=["columns", "one strip", "strips", "strips in place", "fours, one strip", "fours, strips", "fours, strips in place"])
+@pytest.mark.parametrize(
+    "way,shape",
+    [
+        (cpu.by_columns, (2, 3, 5, 6)),
+        (cpu.winograd, (2, 4, 6, 5)),
+        (cpu.winograd, (1, 12, 1024, 3)),
+        (cpu.winograd, (2, 12, 1024, 4)),
+        (cpu.winograd_of_fours, (2, 8, 12, 5)),
+        (cpu.winograd_of_fours, (1, 12, 1024, 3)),
+        (cpu.winograd_of_fours, (2, 12, 1024, 4)),
+    ],
+    ids=[
+        "columns",
+        "one strip",
+        "strips",
+        "strips in place",
+        "fours, one strip",
+        "fours, strips",
+        "fours, strips in place",
+    ],
+)
 def test_convolutions_equal_xlas(way, shape):
     x, kernel = normal(0, *shape), normal(1, 3, 3, shape[-1], 4)
     for ours, theirs in zip(with_gradients(way, x, kernel), with_gradients(plain, x, kernel), strict=True):
@@ -62,9 +80,15 @@ def test_results_of_strips_take_memory_only_when_their_turn_comes(monkeypatch):
     assert temporary < 4 * x.nbytes
 
 
-@pytest.mark.parametrize("way,parts,scale", [
-    (cpu.winograd, 16, 1), (cpu.winograd_of_fours, 36, 1), (lambda x, kernel: cpu.doubled(x, kernel, kernel[0, 0, 0]), 9, 2),
-], ids=["winograd", "fours", "doubled"])
+@pytest.mark.parametrize(
+    "way,parts,scale",
+    [
+        (cpu.winograd, 16, 1),
+        (cpu.winograd_of_fours, 36, 1),
+        (lambda x, kernel: cpu.doubled(x, kernel, kernel[0, 0, 0]), 9, 2),
+    ],
+    ids=["winograd", "fours", "doubled"],
+)
 @pytest.mark.parametrize("tiles", [1024, 4], ids=["one strip", "strips"])
 def test_kernels_are_transformed_only_when_their_turn_comes(way, parts, scale, tiles, monkeypatch):
     monkeypatch.setattr(convolutions, "_TILES", tiles)
@@ -127,15 +151,35 @@ def test_halving_by_columns_equals_xlas(size):
 COLUMNS, HALVED = "by_columns, stride 1", "by_columns, stride 2"
 
 
-@pytest.mark.parametrize("x,kernel,way,halving", [
-    ((1, 8, 8, 1280), (3, 3, 1280, 1280), COLUMNS, HALVED), ((1, 64, 64, 320), (3, 3, 320, 320), "winograd", None),
-    ((1, 64, 64, 640), (1, 1, 640, 320), "<lambda>", None), ((16, 8, 8, 64), (3, 3, 64, 64), None, None),
-    ((1, 63, 64, 320), (3, 3, 320, 320), None, None), ((1, 512, 512, 128), (3, 3, 128, 3), None, None),
-    ((1, 3, 2, 1280), (3, 3, 1280, 640), COLUMNS, HALVED), ((1, 32, 32, 640), (3, 3, 640, 640), "winograd", HALVED),
-    ((1, 64, 64, 512), (3, 3, 512, 256), "winograd_of_fours", None), ((1, 62, 66, 512), (3, 3, 512, 256), "winograd", None),
-    ((1, 512, 512, 128), (3, 3, 128, 128), "winograd", None),
-], ids=["small image", "large image", "1×1", "small work", "odd", "few outputs", "large kernel for few pixels", "… once halved",
-        "large and deep", "… but not of fours", "large but shallow"])
+@pytest.mark.parametrize(
+    "x,kernel,way,halving",
+    [
+        ((1, 8, 8, 1280), (3, 3, 1280, 1280), COLUMNS, HALVED),
+        ((1, 64, 64, 320), (3, 3, 320, 320), "winograd", None),
+        ((1, 64, 64, 640), (1, 1, 640, 320), "<lambda>", None),
+        ((16, 8, 8, 64), (3, 3, 64, 64), None, None),
+        ((1, 63, 64, 320), (3, 3, 320, 320), None, None),
+        ((1, 512, 512, 128), (3, 3, 128, 3), None, None),
+        ((1, 3, 2, 1280), (3, 3, 1280, 640), COLUMNS, HALVED),
+        ((1, 32, 32, 640), (3, 3, 640, 640), "winograd", HALVED),
+        ((1, 64, 64, 512), (3, 3, 512, 256), "winograd_of_fours", None),
+        ((1, 62, 66, 512), (3, 3, 512, 256), "winograd", None),
+        ((1, 512, 512, 128), (3, 3, 128, 128), "winograd", None),
+    ],
+    ids=[
+        "small image",
+        "large image",
+        "1×1",
+        "small work",
+        "odd",
+        "few outputs",
+        "large kernel for few pixels",
+        "… once halved",
+        "large and deep",
+        "… but not of fours",
+        "large but shallow",
+    ],
+)
 def test_the_shape_chooses(x, kernel, way, halving):
     x, kernel = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (x, kernel))
 
@@ -147,10 +191,17 @@ def test_the_shape_chooses(x, kernel, way, halving):
     assert chosen(x, 2, 1) is chosen(x.update(dtype=jnp.bfloat16), 1, 1) is None
 
 
-@pytest.mark.parametrize("x,dtype,pays", [
-    ((1, 64, 64, 512), jnp.float32, True), ((1, 8, 8, 1280), jnp.float32, True), ((16, 8, 8, 64), jnp.float32, False),
-    ((1, 64, 64, 512), jnp.bfloat16, False), ((1, 512, 512, 16), jnp.float32, False),
-], ids=["large", "large kernel", "small work", "bfloat16", "few channels"])
+@pytest.mark.parametrize(
+    "x,dtype,pays",
+    [
+        ((1, 64, 64, 512), jnp.float32, True),
+        ((1, 8, 8, 1280), jnp.float32, True),
+        ((16, 8, 8, 64), jnp.float32, False),
+        ((1, 64, 64, 512), jnp.bfloat16, False),
+        ((1, 512, 512, 16), jnp.float32, False),
+    ],
+    ids=["large", "large kernel", "small work", "bfloat16", "few channels"],
+)
 def test_only_large_doubled_images_go_by_differences(x, dtype, pays):
     x, kernel = jax.ShapeDtypeStruct(x, dtype), jax.ShapeDtypeStruct((3, 3, x[-1], x[-1]), dtype)
     assert cpu.doubling_pays(x, kernel) == pays
@@ -160,8 +211,11 @@ def test_other_platforms_keep_their_convolution_and_attention(monkeypatch):
     """The same function lowered for a CPU and for a GPU, which need not be here."""
     monkeypatch.setattr(cpu, "_WORTH", 0)
     x, kernel = jnp.ones((1, 4, 4, 32)), jnp.ones((3, 3, 32, 32))
-    traced = jax.jit(jax.grad(lambda x, k: jnp.sum(cpu.convolve(
-        x, k, (1, 1), SAME, dimension_numbers=("NHWC", "HWIO", "NHWC")) ** 2))).trace(x, kernel)
+    traced = jax.jit(
+        jax.grad(
+            lambda x, k: jnp.sum(cpu.convolve(x, k, (1, 1), SAME, dimension_numbers=("NHWC", "HWIO", "NHWC")) ** 2)
+        )
+    ).trace(x, kernel)
     here, there = (traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "cuda"))
     assert "convolution" in there and "dot_general" not in there
     assert "convolution" not in here and "dot_general" in here

@@ -1,4 +1,5 @@
 """Stage `demo` on a tiny random teacher: from nothing to a report, and again."""
+
 import json
 import re
 import shutil
@@ -64,9 +65,18 @@ def test_the_report_is_whole_and_fetches_nothing(run):
     assert "url(" not in (run / "report.html").read_text() and "$" not in page.text
     found = json.loads((run / "evaluate" / "results.json").read_text())
     rows = {(row["model"], row["N"]): row for row in found["rows"]}
-    for words in ("teacher, 3 steps", "2-RF, 1 step", "reflow + distil, 1 step", "direct distil, 1 step",
-                  "InstaFlow-0.9B", "8 pairs (noise, prompt, picture) by the teacher: 2 steps", "2 training steps of 4", "CC BY-SA 4.0",
-                  f"{rows['distill', 1]['fd_emoji']:.1f}", f"{rows['teacher', 3]['S']:.4f}"):
+    for words in (
+        "teacher, 3 steps",
+        "2-RF, 1 step",
+        "reflow + distil, 1 step",
+        "direct distil, 1 step",
+        "InstaFlow-0.9B",
+        "8 pairs (noise, prompt, picture) by the teacher: 2 steps",
+        "2 training steps of 4",
+        "CC BY-SA 4.0",
+        f"{rows['distill', 1]['fd_emoji']:.1f}",
+        f"{rows['teacher', 3]['S']:.4f}",
+    ):
         assert words in page.text, words
 
 
@@ -96,8 +106,11 @@ def test_a_run_that_was_broken_off_goes_on_where_it_was(run, tiny, tmp_path, mon
     del ledger["steps"]["evaluate"]["seconds"], ledger["steps"]["export"]
     (copy / "demo.json").write_text(json.dumps(ledger))
     taken = []
-    monkeypatch.setattr(demo, "STEPS", tuple(step._replace(run=lambda config, workdir: taken.append(config.stage))
-                                             for step in demo.STEPS))
+    monkeypatch.setattr(
+        demo,
+        "STEPS",
+        tuple(step._replace(run=lambda config, workdir: taken.append(config.stage)) for step in demo.STEPS),
+    )
     main.run(configured(tiny), str(copy))
     assert taken == ["evaluate", "export"]
     assert "in the last of 2 runs" in (copy / "report.html").read_text()

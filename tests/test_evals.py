@@ -1,4 +1,5 @@
 """The numbers of an evaluation, against the libraries that define them and against cases that have a formula."""
+
 import json
 
 import jax
@@ -58,6 +59,7 @@ def test_merging_is_adding_and_no_order_matters():
 @pytest.mark.parametrize("dim,count", [(16, 400), (64, 1000)])
 def test_distance_equals_pytorch_fid(dim, count, torch, tmp_path):
     from pytorch_fid.fid_score import calculate_frechet_distance
+
     x, y = draw(0, count, dim), draw(1, count + 50, dim, offset=0.3)
     want = calculate_frechet_distance(x.mean(0), np.cov(x, rowvar=False), y.mean(0), np.cov(y, rowvar=False))
     assert frechet.distance(moments(x), moments(y)) == pytest.approx(want, rel=1e-6)
@@ -84,6 +86,7 @@ def test_a_set_is_at_distance_zero_of_itself_and_never_below(count):
 
 def test_statistics_are_pytorch_fids_files(torch, tmp_path):
     from pytorch_fid.fid_score import compute_statistics_of_path
+
     ours = moments(draw(0, 30, 7))
     ours.save(tmp_path / "ours.npz")
     mean, covariance = compute_statistics_of_path(str(tmp_path / "ours.npz"), None, 1, 7, "cpu")
@@ -99,11 +102,17 @@ def test_statistics_are_pytorch_fids_files(torch, tmp_path):
         theirs.merge(ours)
 
 
-@pytest.mark.parametrize("content,words", [
-    (b"", "no .npz file"), (b"PK\x03\x04 truncated", "no .npz file"), (b"text", "no .npz file"),
-    ({"mu": np.ones(3)}, "no sigma"), ({"mu": np.ones(3), "sigma": np.ones((2, 2))}, "do not belong together"),
-    ({"mu": np.ones(3), "sigma": np.array([{}])}, "no .npz file"),
-])
+@pytest.mark.parametrize(
+    "content,words",
+    [
+        (b"", "no .npz file"),
+        (b"PK\x03\x04 truncated", "no .npz file"),
+        (b"text", "no .npz file"),
+        ({"mu": np.ones(3)}, "no sigma"),
+        ({"mu": np.ones(3), "sigma": np.ones((2, 2))}, "do not belong together"),
+        ({"mu": np.ones(3), "sigma": np.array([{}])}, "no .npz file"),
+    ],
+)
 def test_a_broken_statistics_file_is_named(content, words, tmp_path):
     path = tmp_path / "x.npz"
     if isinstance(content, bytes):
@@ -137,9 +146,11 @@ def test_kernel_distance_equals_its_sums_written_out():
     def k(x, y):
         return (x @ y / 3 + 1) ** 3
 
-    want = (np.mean([k(x, y) for i, x in enumerate(a) for j, y in enumerate(a) if i != j])
-            + np.mean([k(x, y) for i, x in enumerate(b) for j, y in enumerate(b) if i != j])
-            - 2 * np.mean([k(x, y) for x in a for y in b]))
+    want = (
+        np.mean([k(x, y) for i, x in enumerate(a) for j, y in enumerate(a) if i != j])
+        + np.mean([k(x, y) for i, x in enumerate(b) for j, y in enumerate(b) if i != j])
+        - 2 * np.mean([k(x, y) for x in a for y in b])
+    )
     assert kernel.mmd2(a, b) == pytest.approx(want, rel=1e-12)
 
 
@@ -184,13 +195,17 @@ def test_neighbours_are_the_same_in_pieces_and_far_from_zero(monkeypatch):
 def clips(tmp_path_factory):
     """Our CLIP and transformers', random weights, 16 px."""
     from conftest import randomize, references
+
     references()
     from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
     from transformers import CLIPModel as Theirs
+
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = CLIPConfig.from_text_vision_configs(
         CLIPTextConfig(vocab_size=50, max_position_embeddings=9, eos_token_id=49, bos_token_id=48, **shape),
-        CLIPVisionConfig(image_size=16, patch_size=4, **shape), projection_dim=24)
+        CLIPVisionConfig(image_size=16, patch_size=4, **shape),
+        projection_dim=24,
+    )
     theirs = randomize(Theirs(config))
     folder = tmp_path_factory.mktemp("clip")
     theirs.save_pretrained(folder)
@@ -205,6 +220,7 @@ def bytes_of(seed: int, *shape: int) -> np.ndarray:
 
 def test_clip_score_equals_transformers_from_bytes_on(clips, torch):
     from transformers import CLIPImageProcessor
+
     folder, theirs, net, params = clips
     processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     processor.save_pretrained(folder)
@@ -217,14 +233,20 @@ def test_clip_score_equals_transformers_from_bytes_on(clips, torch):
     assert np.abs(np.asarray(got) - want).max() < 1e-5 and np.ptp(want) > 1e-3
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"size": {"height": 20, "width": 24}, "do_center_crop": False}, {"size": {"shortest_edge": 9}, "crop_size": 16},
-    {"size": {"shortest_edge": 18}, "crop_size": {"height": 15, "width": 16}, "resample": 2},
-    {"size": {"shortest_edge": 15}, "crop_size": 16, "image_mean": [0.5] * 3, "image_std": [0.25, 0.5, 1.0]},
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"size": {"height": 20, "width": 24}, "do_center_crop": False},
+        {"size": {"shortest_edge": 9}, "crop_size": 16},
+        {"size": {"shortest_edge": 18}, "crop_size": {"height": 15, "width": 16}, "resample": 2},
+        {"size": {"shortest_edge": 15}, "crop_size": 16, "image_mean": [0.5] * 3, "image_std": [0.25, 0.5, 1.0]},
+    ],
+)
 @pytest.mark.parametrize("size", [(37, 55), (64, 21), (12, 12)])
 def test_preprocessing_is_that_of_transformers(options, size, torch):
     from transformers import CLIPImageProcessor
+
     theirs = CLIPImageProcessor(**options)
     how = clip_score.Preprocessor.from_dict(theirs.to_dict())
     assert how == clip_score.Preprocessor.from_dict(options)
@@ -248,12 +270,15 @@ def test_the_embedded_clip_takes_its_pictures_as_they_are():
     np.testing.assert_allclose(score, np.sum(out.image_embeds * out.text_embeds, -1), atol=1e-6)
 
 
-@pytest.mark.parametrize("raw,words", [
-    ({"do_normalize": False}, "do_normalize=False is not supported"),
-    ({"rescale_factor": 1.0}, "rescale_factor=1.0"),
-    ({"size": {"longest_edge": 9}}, "names neither shortest_edge nor"),
-    ({"size": 16, "crop_size": 24}, "the network beside it takes 16×16"),
-])
+@pytest.mark.parametrize(
+    "raw,words",
+    [
+        ({"do_normalize": False}, "do_normalize=False is not supported"),
+        ({"rescale_factor": 1.0}, "rescale_factor=1.0"),
+        ({"size": {"longest_edge": 9}}, "names neither shortest_edge nor"),
+        ({"size": 16, "crop_size": 24}, "the network beside it takes 16×16"),
+    ],
+)
 def test_a_preprocessor_of_another_kind_is_refused(raw, words, clips, tmp_path):
     (tmp_path / clip_score.FILE).write_text(json.dumps(raw))
     with pytest.raises(ValueError, match=words) as error:

@@ -1,4 +1,5 @@
 """Stage `evaluate` on a tiny random teacher: its programs, its judge, and what it writes, once and again."""
+
 import dataclasses
 import json
 import runpy
@@ -25,15 +26,41 @@ from instaflow_jax.stages.evaluate_models import Model
 from instaflow_jax.stages.pretrain_recipe import caption_tokens, to_pixels
 
 ROOT = Path(__file__).parent.parent
-NAMES = ("red apple", "cat face", "house", "astronaut", "rocket", "octopus", "grinning face", "flag of japan", "bee",
-         "green apple", "dog face", "castle", "robot", "ship", "whale", "crying face", "flag of france", "ant")
+NAMES = (
+    "red apple",
+    "cat face",
+    "house",
+    "astronaut",
+    "rocket",
+    "octopus",
+    "grinning face",
+    "flag of japan",
+    "bee",
+    "green apple",
+    "dog face",
+    "castle",
+    "robot",
+    "ship",
+    "whale",
+    "crying face",
+    "flag of france",
+    "ant",
+)
 
 
 def make_tiny(folder: Path) -> Path:
     """A Stable Diffusion of random weights: 32×32 pixels as the embedded CLIP takes them, 4×4 latents."""
-    return make_random(folder, {
-        "block_out_channels": (4,) * 4, "down_block_types": ("DownEncoderBlock2D",) * 4, "norm_num_groups": 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 4, "layers_per_block": 1, "sample_size": 32})
+    return make_random(
+        folder,
+        {
+            "block_out_channels": (4,) * 4,
+            "down_block_types": ("DownEncoderBlock2D",) * 4,
+            "norm_num_groups": 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 4,
+            "layers_per_block": 1,
+            "sample_size": 32,
+        },
+    )
 
 
 def make_emoji() -> openmoji.Arrays:
@@ -100,14 +127,23 @@ def results(workdir):
 def test_it_writes_table_numbers_and_pictures(run):
     found = results(run)
     rows = {(row["model"], row["N"]): row for row in found["rows"]}
-    assert list(rows) == [("real", 0), ("decoded", 0), ("teacher", 3), ("teacher", 1), ("reflow", 2), ("reflow", 1),
-                          ("distill", 1)]
+    assert list(rows) == [
+        ("real", 0),
+        ("decoded", 0),
+        ("teacher", 3),
+        ("teacher", 1),
+        ("reflow", 2),
+        ("reflow", 1),
+        ("distill", 1),
+    ]
     for (model, N), row in rows.items():
         keys = ["fd_emoji", "fd_kinds", "fd_teacher", "clip_score", "found", "kid", "precision", "recall"]
         assert all(np.isfinite(row[key]) for key in keys + (["seconds", "fd_latents", "error_names"] if N else [])), row
         assert ("S" in row) == ((model, N) in (("teacher", 3), ("reflow", 2), ("distill", 1)))
     assert rows["real", 0]["found"] == 1.0
-    assert rows["teacher", 3]["error_names"] == rows["teacher", 3]["error_kinds"] == 0 < rows["teacher", 1]["error_kinds"]
+    assert (
+        rows["teacher", 3]["error_names"] == rows["teacher", 3]["error_kinds"] == 0 < rows["teacher", 1]["error_kinds"]
+    )
     assert [row["alpha"] for row in found["guidance"]] == [1.0, 2.0]
     table = (run / "evaluate" / "table.md").read_text()
     assert all(words in table for words in ("teacher, 3 steps", "reflow + distil, 1 step", "8 prompts", "guidance 2"))
@@ -119,7 +155,7 @@ def test_its_pictures_are_side_by_side_from_the_same_noise(run):
     assert text["rows"] == "red apple|house"
     roads, text = images.load_png(run / "evaluate" / "trajectories.png")
     assert text["rows"].count("on the way") == 3 and text["columns"] == "t = 0.0|t = 0.5|t = 1.0"
-    starts = [roads[16 + row * 98: 16 + row * 98 + 96, -2 * 98 - 96: -2 * 98] for row in (0, 2, 4)]
+    starts = [roads[16 + row * 98 : 16 + row * 98 + 96, -2 * 98 - 96 : -2 * 98] for row in (0, 2, 4)]
     assert np.array_equal(starts[0], starts[1]) and np.array_equal(starts[1], starts[2])
     for name in ("few_steps.png", "guidance.png"):
         assert images.load_png(run / "evaluate" / name)[0].shape[2] == 3
@@ -160,16 +196,23 @@ def test_the_teacher_alone_is_a_table_too(tiny, no_drawing, tmp_path, capsys):
     assert not (tmp_path / "evaluate" / "guidance.png").exists()
 
 
-@pytest.mark.parametrize("change,error,words", [
-    (lambda config: config.update({"count": 99}), ValueError, "config.count=99 must be 2 to the 18 emoji"),
-    (lambda config: config.update({"batch": 0}), ValueError, "config.batch=0 must be at least 1"),
-    (lambda config: config.reflow.update({"steps": (0,)}), ValueError, "config.reflow.steps=(0,) must be"),
-    (lambda config: config.show.update({"points": 1}), ValueError, "config.show.points=1"),
-    (lambda config: config.update({"also": "mine|direct"}), ValueError, "config.also='mine|direct': 'direct' is empty, there"),
-    (lambda config: config.update({"also": "mine|mine"}), ValueError, "config.also='mine|mine': 'mine' is"),
-    (lambda config: config.update({"also": "mine"}), FileNotFoundError, "holds no model: train it with"),
-    (lambda config: config.teacher.update({"alpha": 0.0}), FileNotFoundError, "set --config.teacher.alpha"),
-])
+@pytest.mark.parametrize(
+    "change,error,words",
+    [
+        (lambda config: config.update({"count": 99}), ValueError, "config.count=99 must be 2 to the 18 emoji"),
+        (lambda config: config.update({"batch": 0}), ValueError, "config.batch=0 must be at least 1"),
+        (lambda config: config.reflow.update({"steps": (0,)}), ValueError, "config.reflow.steps=(0,) must be"),
+        (lambda config: config.show.update({"points": 1}), ValueError, "config.show.points=1"),
+        (
+            lambda config: config.update({"also": "mine|direct"}),
+            ValueError,
+            "config.also='mine|direct': 'direct' is empty, there",
+        ),
+        (lambda config: config.update({"also": "mine|mine"}), ValueError, "config.also='mine|mine': 'mine' is"),
+        (lambda config: config.update({"also": "mine"}), FileNotFoundError, "holds no model: train it with"),
+        (lambda config: config.teacher.update({"alpha": 0.0}), FileNotFoundError, "set --config.teacher.alpha"),
+    ],
+)
 def test_bad_settings_end_in_one_clear_message(change, error, words, tiny, no_drawing, tmp_path):
     config = configured(tiny)
     change(config)
@@ -247,8 +290,11 @@ def test_straightness_is_that_of_the_guided_flow(name, models):
         return pipe.nets["unet"].apply(pipe.params["unet"], Z, tau, context)
 
     predict = flow.guided(network, both[1:], both[:1], 2.0)
-    velocity = (teacher.teacher_velocity(predict, model.dynamics) if name == "teacher"
-                else flow.flow_velocity(network, both[1:], both[:1], 2.0))
+    velocity = (
+        teacher.teacher_velocity(predict, model.dynamics)
+        if name == "teacher"
+        else flow.flow_velocity(network, both[1:], both[:1], 2.0)
+    )
     np.testing.assert_allclose(got, jax.jit(lambda X0: flow.straightness(velocity, X0, 3))(X0), rtol=1e-4)
 
 
@@ -266,8 +312,10 @@ def test_a_straight_flow_points_to_its_end_from_everywhere(N, models):
     stops = evaluate_path.stops(models["reflow"], N, 6)
     assert [stop.t for stop in stops] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
     for stop in stops:
-        way, end = (solve(kind(models["reflow"], N, stop), lambda Z, tau: v, X0)
-                    for kind in (evaluate_path.on_the_way, evaluate_path.foreseen))
+        way, end = (
+            solve(kind(models["reflow"], N, stop), lambda Z, tau: v, X0)
+            for kind in (evaluate_path.on_the_way, evaluate_path.foreseen)
+        )
         np.testing.assert_allclose(way, X0 + stop.t * v, atol=1e-6)
         np.testing.assert_allclose(end, X0 + v, atol=1e-6)
 
@@ -275,7 +323,9 @@ def test_a_straight_flow_points_to_its_end_from_everywhere(N, models):
 def test_a_teacher_sure_of_its_picture_goes_there_on_a_straight_line(models):
     """Where the data prediction is always X1, Z_t is the straight interpolation (teacher.teacher_velocity)."""
     model, X0, X1 = models["teacher"], normal(0, 1, 2, 2, 4), normal(1, 1, 2, 2, 4)
-    alpha, sigma = (jnp.sqrt(jnp.asarray(level, jnp.float32)) for level in (model.dynamics.abar, 1 - model.dynamics.abar))
+    alpha, sigma = (
+        jnp.sqrt(jnp.asarray(level, jnp.float32)) for level in (model.dynamics.abar, 1 - model.dynamics.abar)
+    )
 
     def predict(x, tau):
         return (x - alpha[tau] * X1) / sigma[tau]
@@ -299,9 +349,15 @@ def named(name, tone="", shade=0):
 
 
 def test_tones_and_twins_are_forgiven_and_nothing_else():
-    people = [named("astronaut", shade=1), named("man astronaut", shade=1), named("astronaut", "dark", 2),
-              named("man astronaut", "light", 3), named("woman astronaut", shade=4), named("cook", "dark", 2),
-              named("farmer", shade=5)]
+    people = [
+        named("astronaut", shade=1),
+        named("man astronaut", shade=1),
+        named("astronaut", "dark", 2),
+        named("man astronaut", "light", 3),
+        named("woman astronaut", shade=4),
+        named("cook", "dark", 2),
+        named("farmer", shade=5),
+    ]
     kinds = kinds_of(openmoji.Arrays(np.stack([image for _, image in people]), [emoji for emoji, _ in people]))
     assert len({*kinds[[0, 1, 2, 3, 5]]}) == 1  # the cook is drawn as the dark astronaut is
     assert len({*kinds[[0, 4, 6]]}) == 3

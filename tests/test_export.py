@@ -1,4 +1,5 @@
 """Stage `export`: every form read by its foreign reader, the differences printed; refusals, cards, kills."""
+
 import dataclasses
 import json
 import runpy
@@ -27,14 +28,32 @@ from instaflow_jax.train import optim, state
 
 ROOT = Path(__file__).parent.parent
 NETS = {
-    "unet": (UNet2DConditionModel, {
-        "sample_size": 4, "block_out_channels": (32,), "layers_per_block": 1, "cross_attention_dim": 8,
-        "down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",), "attention_head_dim": 2}),
-    "vae": (AutoencoderKL, {
-        "block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2, "norm_num_groups": 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 2, "sample_size": 8}),
-    "text_encoder": (CLIPTextModel, {
-        "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}),
+    "unet": (
+        UNet2DConditionModel,
+        {
+            "sample_size": 4,
+            "block_out_channels": (32,),
+            "layers_per_block": 1,
+            "cross_attention_dim": 8,
+            "down_block_types": ("CrossAttnDownBlock2D",),
+            "up_block_types": ("CrossAttnUpBlock2D",),
+            "attention_head_dim": 2,
+        },
+    ),
+    "vae": (
+        AutoencoderKL,
+        {
+            "block_out_channels": (8, 8),
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "norm_num_groups": 4,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+            "sample_size": 8,
+        },
+    ),
+    "text_encoder": (
+        CLIPTextModel,
+        {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2},
+    ),
 }
 PROMPTS = ["red apple", "house", "cat face", "rocket", "a face"]  # not the number that is exported with the program
 X0 = normal(0, len(PROMPTS), 4, 4, 4)
@@ -61,8 +80,11 @@ def draw_weights(nets, seed):
 @pytest.fixture(scope="module")
 def teacher():
     tokenizer = Tokenizer.from_pretrained(pipeline.locate("openmoji"))
-    text = {"vocab_size": len(tokenizer.vocab), "max_position_embeddings": tokenizer.model_max_length,
-            "eos_token_id": tokenizer.eos_id}
+    text = {
+        "vocab_size": len(tokenizer.vocab),
+        "max_position_embeddings": tokenizer.model_max_length,
+        "eos_token_id": tokenizer.eos_id,
+    }
     nets = {name: cls.from_config(raw | (text if name == "text_encoder" else {})) for name, (cls, raw) in NETS.items()}
     return pipeline.Pipeline(nets, draw_weights(nets, 0), tokenizer, SCHEDULER, pretrain_diffusion.INDEX)
 
@@ -133,8 +155,13 @@ def ours(flow):
 def python(program, cwd):
     """Runs a program that must not load this package or its framework, in a folder where it cannot find it."""
     forbidden = "{'instaflow_jax', 'flax', 'torch'} & sys.modules.keys()"
-    done = subprocess.run([sys.executable, "-c", f"{program}\nimport sys\nassert not {forbidden}, {forbidden}"], cwd=cwd,
-                          check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", f"{program}\nimport sys\nassert not {forbidden}, {forbidden}"],
+        cwd=cwd,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -151,7 +178,9 @@ def quoted(exported, form):
 def test_orbax_alone_restores_the_running_mean(exported, flow, tmp_path):
     lines = quoted(exported, "orbax")
     assert len(lines.strip().splitlines()) == 3
-    save = "import numpy as np\nnp.savez({!r}, **{{f'{{n}}/{{k}}': v for n, p in params.items() for k, v in p.items()}})"
+    save = (
+        "import numpy as np\nnp.savez({!r}, **{{f'{{n}}/{{k}}': v for n, p in params.items() for k, v in p.items()}})"
+    )
     python(lines + save.format(str(tmp_path / "params.npz")), exported)
     got, want = np.load(tmp_path / "params.npz"), {f"{n}/{k}": v for n, p in flow.params.items() for k, v in p.items()}
     assert set(got) == set(want)
@@ -163,6 +192,7 @@ def test_orbax_alone_restores_the_running_mean(exported, flow, tmp_path):
 @pytest.fixture(scope="module")
 def stock(exported, torch):
     from diffusers import StableDiffusionPipeline
+
     pipe = StableDiffusionPipeline.from_pretrained(exported / "diffusers")
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -170,15 +200,29 @@ def stock(exported, torch):
 
 @pytest.mark.parametrize("N", [1, 2, 4, 25])
 def test_the_stock_diffusers_pipeline_takes_our_steps(N, stock, ours, torch):
-    got = stock(PROMPTS, num_inference_steps=N, guidance_scale=1.0, latents=torch.tensor(X0.transpose(0, 3, 1, 2)),
-                output_type="latent").images.numpy().transpose(0, 2, 3, 1)
+    got = (
+        stock(
+            PROMPTS,
+            num_inference_steps=N,
+            guidance_scale=1.0,
+            latents=torch.tensor(X0.transpose(0, 3, 1, 2)),
+            output_type="latent",
+        )
+        .images.numpy()
+        .transpose(0, 2, 3, 1)
+    )
     print(f"stock diffusers, N={N}: relative difference of latents {relative(got, ours.latents(N)):.1e}")
     assert relative(got, ours.latents(N)) < 5e-6
 
 
 def test_the_stock_diffusers_pipeline_draws_our_one_step_picture(stock, ours, torch):
-    got = stock(PROMPTS, num_inference_steps=1, guidance_scale=1.0, latents=torch.tensor(X0.transpose(0, 3, 1, 2)),
-                output_type="np").images
+    got = stock(
+        PROMPTS,
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        latents=torch.tensor(X0.transpose(0, 3, 1, 2)),
+        output_type="np",
+    ).images
     want = np.clip(np.asarray(ours.decode(ours.latents(1))) / 2 + 0.5, 0, 1)
     print(f"stock diffusers, N=1: relative difference of pictures {relative(got, want):.1e}")
     assert relative(got, want) < 5e-6 and want.std() > 0.05
@@ -226,6 +270,7 @@ def test_the_program_is_for_every_platform_and_holds_no_weights(exported):
 def test_the_old_flax_classes_take_our_step(exported, ours, torch):
     from diffusers import FlaxAutoencoderKL, FlaxUNet2DConditionModel
     from transformers import FlaxCLIPTextModel
+
     folder = exported / "msgpack"
     text = FlaxCLIPTextModel.from_pretrained(folder / "text_encoder")(ours.ids).last_hidden_state
     unet, params = FlaxUNet2DConditionModel.from_pretrained(str(folder), subfolder="unet")
@@ -235,7 +280,9 @@ def test_the_old_flax_classes_take_our_step(exported, ours, torch):
     decode = jax.jit(lambda Z: vae.apply({"params": params}, Z / 0.18215, method=vae.decode).sample)
     got = np.asarray(decode(Z.transpose(0, 2, 3, 1))).transpose(0, 2, 3, 1)  # it guesses the layout: four last is NHWC
     want = ours.decode(ours.latents(1))
-    print(f"old Flax classes: relative difference of text {relative(text, ours.text):.1e}, pictures {relative(got, want):.1e}")
+    print(
+        f"old Flax classes: relative difference of text {relative(text, ours.text):.1e}, pictures {relative(got, want):.1e}"
+    )
     assert relative(text, ours.text) < 1e-5
     assert relative(got, want) < 2e-3  # their GELU is the tanh approximation
 
@@ -277,8 +324,12 @@ def test_a_teacher_is_exported_as_it_is_and_has_no_one_step_program(run, teacher
 def test_parts_that_are_not_written_are_not_asked_for(flow, torch, tmp_path):
     """SD 1.5's index names a safety checker; a stock pipeline would look for its folder."""
     from diffusers import StableDiffusionPipeline
-    filters = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
-               "feature_extractor": ["transformers", "CLIPImageProcessor"], "requires_safety_checker": True}
+
+    filters = {
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+        "requires_safety_checker": True,
+    }
     source = tmp_path / "source"
     pipeline.save(dataclasses.replace(flow, index=flow.index | filters), source)
     main.run(small(source, kind="flow"), str(tmp_path))
@@ -333,16 +384,19 @@ def test_others_may_read_every_file(exported):
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in exported.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("fields,error,words", [
-    ({"formats": ("onnx",)}, ValueError, "must name some of orbax, diffusers, stablehlo, msgpack"),
-    ({"formats": ()}, ValueError, "must name some of"),
-    ({"weights": "best"}, ValueError, "config.weights='best' is not one of ema, params"),
-    ({"convention": "sd"}, ValueError, "config.convention='sd' is not one of stock, released"),
-    ({"dtype": "int8"}, ValueError, "config.dtype='int8'"),
-    ({"attention": "cudnn"}, ValueError, "config.attention='cudnn'"),
-    ({"loras": "style.safetensors"}, ValueError, "is a run"),
-    ({"model": "nowhere"}, FileNotFoundError, "'nowhere' is neither a directory nor a hub id"),
-])
+@pytest.mark.parametrize(
+    "fields,error,words",
+    [
+        ({"formats": ("onnx",)}, ValueError, "must name some of orbax, diffusers, stablehlo, msgpack"),
+        ({"formats": ()}, ValueError, "must name some of"),
+        ({"weights": "best"}, ValueError, "config.weights='best' is not one of ema, params"),
+        ({"convention": "sd"}, ValueError, "config.convention='sd' is not one of stock, released"),
+        ({"dtype": "int8"}, ValueError, "config.dtype='int8'"),
+        ({"attention": "cudnn"}, ValueError, "config.attention='cudnn'"),
+        ({"loras": "style.safetensors"}, ValueError, "is a run"),
+        ({"model": "nowhere"}, FileNotFoundError, "'nowhere' is neither a directory nor a hub id"),
+    ],
+)
 def test_bad_settings_end_in_one_clear_message(fields, error, words, run, tmp_path):
     with pytest.raises(error) as raised:
         main.run(small(run, **fields), str(tmp_path))
@@ -352,6 +406,7 @@ def test_bad_settings_end_in_one_clear_message(fields, error, words, run, tmp_pa
 
 def test_a_run_of_another_stage_is_refused(tmp_path, monkeypatch):
     from instaflow_jax.infra import checkpoint
+
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     monkeypatch.setattr(checkpoint, "load_config", lambda directory, step: {"stage": "pretrain"})
     with pytest.raises(ValueError, match="run of stage 'pretrain'"):
@@ -366,8 +421,15 @@ def test_the_card_tells_the_recipe_and_the_measured_table(run, tmp_path):
     (tmp_path / "evaluate" / "table.md").write_text("| N | FID |\n|---|---|\n| 1 | 12.5 |\n")
     main.run(small(run), str(tmp_path))
     card = (tmp_path / "export" / "README.md").read_text()
-    for words in ("those of step 7", "running mean, decay", f"distill, from the weights of `{run.parent / 'teacher'}`",
-                  "| 1 | 12.5 |", "num_inference_steps=1, guidance_scale=1.0", '"distance": "l2"', "| Prompts | `openmoji` |"):
+    for words in (
+        "those of step 7",
+        "running mean, decay",
+        f"distill, from the weights of `{run.parent / 'teacher'}`",
+        "| 1 | 12.5 |",
+        "num_inference_steps=1, guidance_scale=1.0",
+        '"distance": "l2"',
+        "| Prompts | `openmoji` |",
+    ):
         assert words in card, words
     assert "orbax" not in card.split("## Use")[1].split("## Resolved")[0]
 
@@ -376,20 +438,28 @@ def test_a_card_without_measurements_says_so(exported):
     assert "## Measured\n\nNot measured." in (exported / "README.md").read_text()
 
 
-@pytest.mark.parametrize("model,licence,source", [
-    ("openmoji", "cc-by-sa-4.0", "openmoji"),
-    ("stable-diffusion-v1-5/stable-diffusion-v1-5", "creativeml-openrail-m", None),
-    ("stabilityai/stable-diffusion-2-1", "openrail++", None),
-    ("XCLiu/2_rectified_flow_from_sd_1_5", "cc-by-nc-4.0", None),
-    ("XCLiu/instaflow_0_9B_from_sd_1_5", "cc-by-nc-4.0", None),
-    ("someone/instaflow_jax", "other", None),
-])
+@pytest.mark.parametrize(
+    "model,licence,source",
+    [
+        ("openmoji", "cc-by-sa-4.0", "openmoji"),
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", "creativeml-openrail-m", None),
+        ("stabilityai/stable-diffusion-2-1", "openrail++", None),
+        ("XCLiu/2_rectified_flow_from_sd_1_5", "cc-by-nc-4.0", None),
+        ("XCLiu/instaflow_0_9B_from_sd_1_5", "cc-by-nc-4.0", None),
+        ("someone/instaflow_jax", "other", None),
+    ],
+)
 def test_the_licence_is_inherited_through_the_runs(model, licence, source, run, tmp_path, monkeypatch):
     """distill ← reflow/export ← its config's model."""
     from instaflow_jax.stages import export_card, export_source
-    runs = {"a/distill": {"start": "", "model": "", "pairs": {"model": "a/reflow/export"}},
-            "a/reflow/export": {"model": model, "pairs": {"model": model}}}
+
+    runs = {
+        "a/distill": {"start": "", "model": "", "pairs": {"model": "a/reflow/export"}},
+        "a/reflow/export": {"model": model, "pairs": {"model": model}},
+    }
     monkeypatch.setattr(export_card, "run_config", lambda name: runs.get(name, {}))
     found = export_card.licence(export_source.Source("a/distill", None, None, runs["a/distill"], 1))
     assert (found.name, found.source) == (licence, model)
-    assert ("OpenMoji" in export_card.legal(export_source.Source("a/distill", None, None, {}, 1), found)) == bool(source)
+    assert ("OpenMoji" in export_card.legal(export_source.Source("a/distill", None, None, {}, 1), found)) == bool(
+        source
+    )

@@ -32,21 +32,52 @@ from instaflow_jax.stages.pretrain_diffusion import INDEX
 ROOT = Path(__file__).parent.parent
 PROMPTS = ["red apple", "house", "cat face", "a face", "woman astronaut", "rocket", "octopus"]
 COUNT, SHARD = 40, 8
-UNET = {"block_out_channels": (8,), "layers_per_block": 1, "cross_attention_dim": 8, "attention_head_dim": 1,
-        "down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",), "norm_num_groups": 4,
-        "sample_size": 4}
-VAE = {"block_out_channels": (8,), "down_block_types": ("DownEncoderBlock2D",), "layers_per_block": 1, "sample_size": 4,
-       "up_block_types": ("UpDecoderBlock2D",), "norm_num_groups": 4, "scaling_factor": 0.5}
-TEXT = {"vocab_size": 2048, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1,
-        "max_position_embeddings": 16, "eos_token_id": 2047}
-SCHEDULER = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-             "steps_offset": 1, "set_alpha_to_one": False, "skip_prk_steps": True}
+UNET = {
+    "block_out_channels": (8,),
+    "layers_per_block": 1,
+    "cross_attention_dim": 8,
+    "attention_head_dim": 1,
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+    "norm_num_groups": 4,
+    "sample_size": 4,
+}
+VAE = {
+    "block_out_channels": (8,),
+    "down_block_types": ("DownEncoderBlock2D",),
+    "layers_per_block": 1,
+    "sample_size": 4,
+    "up_block_types": ("UpDecoderBlock2D",),
+    "norm_num_groups": 4,
+    "scaling_factor": 0.5,
+}
+TEXT = {
+    "vocab_size": 2048,
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "max_position_embeddings": 16,
+    "eos_token_id": 2047,
+}
+SCHEDULER = {
+    "_class_name": "PNDMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+}
 
 
 def write_teacher(directory):
     """A whole pipeline of random weights, one level deep, since compiling is what these tests wait for."""
-    nets = {"unet": UNet2DConditionModel.from_config(UNET), "vae": AutoencoderKL.from_config(VAE),
-            "text_encoder": CLIPTextModel.from_config(TEXT)}
+    nets = {
+        "unet": UNet2DConditionModel.from_config(UNET),
+        "vae": AutoencoderKL.from_config(VAE),
+        "text_encoder": CLIPTextModel.from_config(TEXT),
+    }
     params = {name: jax.device_get(net.init(jax.random.key(0))) for name, net in nets.items()}
     tokenizer = Tokenizer.from_pretrained(pipeline.locate("openmoji"))
     pipeline.save(pipeline.Pipeline(nets, params, tokenizer, SCHEDULER, INDEX), directory)
@@ -68,8 +99,15 @@ def teacher(tmp_path_factory):
 
 
 def fields(teacher, **changed):
-    return {"model": str(teacher), "prompts.source": str(teacher / "prompts.txt"), "N": 3, "count": COUNT,
-            "shard_size": SHARD, "batch": 4, "preview": 2} | changed
+    return {
+        "model": str(teacher),
+        "prompts.source": str(teacher / "prompts.txt"),
+        "N": 3,
+        "count": COUNT,
+        "shard_size": SHARD,
+        "batch": 4,
+        "preview": 2,
+    } | changed
 
 
 def configured(teacher, **changed):
@@ -93,12 +131,21 @@ def copy(made, tmp_path):
 
 def start(teacher, workdir, cache, *, devices=1, **changed):
     """The command line in a process of its own, with simulated devices."""
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-             "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    flags = {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     command = [f"--config.{name}={value}" for name, value in fields(teacher, **changed).items()]
-    return subprocess.Popen([sys.executable, "-m", "instaflow_jax.main", "--config=configs/generate.py",
-                             f"--workdir={workdir}", *command], cwd=ROOT, env=os.environ | flags, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        [sys.executable, "-m", "instaflow_jax.main", "--config=configs/generate.py", f"--workdir={workdir}", *command],
+        cwd=ROOT,
+        env=os.environ | flags,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def data(directory):
@@ -133,8 +180,12 @@ def test_a_pair_integrated_again_by_its_recipe_is_exact(made, teacher):
     def encode(ids):
         return pipe.nets["text_encoder"].apply(pipe.params["text_encoder"], ids).last_hidden_state
 
-    again = jax.jit(solve)(pipe.params["unet"], batch["X0"].astype(np.float32), encode(batch["ids"]),
-                           encode(pipe.tokenizer([recipe["negative"]])))
+    again = jax.jit(solve)(
+        pipe.params["unet"],
+        batch["X0"].astype(np.float32),
+        encode(batch["ids"]),
+        encode(pipe.tokenizer([recipe["negative"]])),
+    )
     np.testing.assert_allclose(batch["X1"], np.asarray(again), rtol=2**-11, atol=1e-6)
 
 
@@ -151,8 +202,10 @@ def test_weights_prompts_and_solver_are_in_the_recipe(made, teacher):
 
 def test_eight_devices_and_two_processes_make_the_same_bytes(made, teacher, tmp_path, cache):
     """Process 0 with eight devices and process 1 with two, at the same time, in one directory."""
-    runs = [start(teacher, tmp_path, cache, devices=devices, processes=2, process=process)
-            for process, devices in enumerate((8, 2))]
+    runs = [
+        start(teacher, tmp_path, cache, devices=devices, processes=2, process=process)
+        for process, devices in enumerate((8, 2))
+    ]
     told = [run.communicate(timeout=240)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], told
     assert "3 of 3" not in told[0] and "0 of 3 shards are finished" in told[0] and "on 8 devices" in told[0]
@@ -211,7 +264,9 @@ def test_a_finished_directory_is_left_as_it_is_and_damage_is_mended(made, teache
     damaged, gone = (pairs_store.shard_path(copy, pairs_manifest.read(copy)["recipe"], shard) for shard in (1, 3))
     damaged.write_bytes(damaged.read_bytes()[:5000] + b"?" + damaged.read_bytes()[5001:])
     gone.unlink()
-    with pytest.raises(ValueError, match=f"2 of 5 shards must be made again: .*{damaged.name} is damaged.*{gone.name} is mis"):
+    with pytest.raises(
+        ValueError, match=f"2 of 5 shards must be made again: .*{damaged.name} is damaged.*{gone.name} is mis"
+    ):
         main.run(configured(teacher, inspect=True), str(copy.parent))
     damaged.unlink()
     main.run(configured(teacher), str(copy.parent))
@@ -242,10 +297,15 @@ def test_a_full_disk_names_the_shard_and_leaves_the_finished_ones(made, teacher,
     assert data(copy) == data(made)
 
 
-@pytest.mark.parametrize("changed, words", [
-    ({"alpha": 2.0}, "alpha is 3.0, not 2.0"), ({"seed": 1}, "seed is 0, not 1"), ({"N": 4}, "N is 3, not 4"),
-    ({"prompts.cleaning.min_chars": 6}, "prompts_sha256 is"),
-])
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        ({"alpha": 2.0}, "alpha is 3.0, not 2.0"),
+        ({"seed": 1}, "seed is 0, not 1"),
+        ({"N": 4}, "N is 3, not 4"),
+        ({"prompts.cleaning.min_chars": 6}, "prompts_sha256 is"),
+    ],
+)
 def test_another_recipe_is_kept_out(copy, teacher, changed, words):
     with pytest.raises(ValueError, match=f"manifest.json is of other pairs: .*{words}.* Take another directory"):
         main.run(configured(teacher, **changed), str(copy.parent))
@@ -267,12 +327,18 @@ def test_a_pair_that_is_not_finite_is_refused(teacher):
         generate_program.fetch(job, range(7, 10), None, None, X1)
 
 
-@pytest.mark.parametrize("changed, words", [
-    ({"batch": 0}, "config.batch=0 must be at least 1"), ({"dtype": "int8"}, "config.dtype='int8'"),
-    ({"processes": 2, "process": 2}, "config.process=2 must be one of 0 to 1"),
-    ({"alpha": 1.0, "negative": "a face"}, "guidance needs alpha > 1"), ({"solver": "euler"}, "does not fit a teacher"),
-    ({"count": -1}, "config.count=-1"), ({"seed": -1}, "config.seed=-1"),
-])
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        ({"batch": 0}, "config.batch=0 must be at least 1"),
+        ({"dtype": "int8"}, "config.dtype='int8'"),
+        ({"processes": 2, "process": 2}, "config.process=2 must be one of 0 to 1"),
+        ({"alpha": 1.0, "negative": "a face"}, "guidance needs alpha > 1"),
+        ({"solver": "euler"}, "does not fit a teacher"),
+        ({"count": -1}, "config.count=-1"),
+        ({"seed": -1}, "config.seed=-1"),
+    ],
+)
 def test_bad_settings_end_in_one_clear_message(teacher, tmp_path, changed, words):
     with pytest.raises(ValueError, match=words):
         main.run(configured(teacher, **changed), str(tmp_path))
@@ -287,7 +353,9 @@ def test_planned_flops_are_those_of_every_network_call(teacher, alpha, evaluatio
     job = generate_job.prepare(configured(teacher, alpha=alpha))
     unet, text = job.pipe.nets["unet"], job.pipe.nets["text_encoder"]
     params = job.pipe.params
-    one = step_flops(jax.jit(unet.apply).lower(params["unet"], jnp.zeros((4, 4, 4, 4)), 0, jnp.zeros((4, 16, 8))), 1) / 4
+    one = (
+        step_flops(jax.jit(unet.apply).lower(params["unet"], jnp.zeros((4, 4, 4, 4)), 0, jnp.zeros((4, 16, 8))), 1) / 4
+    )
     words = step_flops(jax.jit(text.apply).lower(params["text_encoder"], jnp.zeros((4, 16), jnp.int32)), 1) / 4
     assert generate_plan.flops_per_pair(job) == pytest.approx(words + evaluations * one, rel=0.05)
 

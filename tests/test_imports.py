@@ -1,4 +1,5 @@
 """The walls of the house: who may import whom, which package lives in one room, and what stays unloaded."""
+
 import ast
 import subprocess
 import sys
@@ -9,8 +10,20 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "instaflow_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # A module imports its own floor's room and lower floors. data, train and evals are neighbours that do not meet.
-FLOORS = {"__version__": 0, "arrays": 0, "flow": 0, "infra": 0, "models": 1, "teacher": 1, "sampling": 1, "data": 2, "train": 2, "evals": 2,
-          "stages": 3, "main": 4}
+FLOORS = {
+    "__version__": 0,
+    "arrays": 0,
+    "flow": 0,
+    "infra": 0,
+    "models": 1,
+    "teacher": 1,
+    "sampling": 1,
+    "data": 2,
+    "train": 2,
+    "evals": 2,
+    "stages": 3,
+    "main": 4,
+}
 ROOMS = {  # package: where it may be imported
     "flax": ("models/",),
     "orbax": ("infra/checkpoint.py",),
@@ -18,7 +31,10 @@ ROOMS = {  # package: where it may be imported
     "ml_collections": ("stages/", "main.py"),
     "matplotlib": ("stages/evaluate_plots.py",),
     "gradio": ("stages/serve_page.py",),
-    "torch": (), "tensorflow": (), "transformers": (), "diffusers": (),
+    "torch": (),
+    "tensorflow": (),
+    "transformers": (),
+    "diffusers": (),
 }
 
 
@@ -48,13 +64,15 @@ def test_imports_go_down_the_floors(path):
             continue
         there = name.split(".")[1]
         assert there == here or FLOORS[there] < FLOORS[here] or (FLOORS[there], FLOORS[here]) in {(0, 0), (1, 1)}, (
-            f"{here} (floor {FLOORS[here]}) must not import {name}")
+            f"{here} (floor {FLOORS[here]}) must not import {name}"
+        )
 
 
 @pytest.mark.parametrize("package", ROOMS)
 def test_each_dependency_stays_in_its_room(package):
-    where = {str(path.relative_to(PACKAGE)) for path in FILES
-             if any(name.split(".")[0] == package for name in imports(path))}
+    where = {
+        str(path.relative_to(PACKAGE)) for path in FILES if any(name.split(".")[0] == package for name in imports(path))
+    }
     strangers = {path for path in where if not path.startswith(ROOMS[package] or ("nowhere",))}
     assert not strangers, f"{package} is imported in {strangers}"
 
@@ -70,7 +88,9 @@ config.update(prompts="red apple", seeds=(0,), N=1)
 main.run(config, {str(tmp_path)!r})
 print("loaded:", sorted({{"torch", "tensorflow", "transformers", "diffusers"}} & sys.modules.keys()))
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=PACKAGE.parent, check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=PACKAGE.parent, check=False, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "loaded: []"
     assert (tmp_path / "sample" / "grid.png").is_file()

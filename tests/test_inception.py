@@ -1,4 +1,5 @@
 """FID's Inception against pytorch-fid's own class, random weights carried through a file in its layout."""
+
 import functools
 
 import jax
@@ -16,6 +17,7 @@ def reference():
     torch = references()
     import torchvision
     from pytorch_fid import inception as theirs
+
     net = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, weights=None, init_weights=False)
     net.Mixed_5b = theirs.FIDInceptionA(192, pool_features=32)
     net.Mixed_5c = theirs.FIDInceptionA(256, pool_features=64)
@@ -53,8 +55,13 @@ def test_inception_equals_pytorch_fid(reference, tmp_path):
 @pytest.mark.parametrize("size", [(40, 56), (299, 299), (320, 500)])
 def test_resizing_is_torch_bilinear_without_antialias(size, torch):
     images = normal(0, 1, *size, 3)
-    want = torch.nn.functional.interpolate(torch.tensor(images.transpose(0, 3, 1, 2)), size=(299, 299), mode="bilinear",
-                                           align_corners=False).numpy().transpose(0, 2, 3, 1)
+    want = (
+        torch.nn.functional.interpolate(
+            torch.tensor(images.transpose(0, 3, 1, 2)), size=(299, 299), mode="bilinear", align_corners=False
+        )
+        .numpy()
+        .transpose(0, 2, 3, 1)
+    )
     assert relative(inception.resize(images, 299), want) < 1e-5
 
 

@@ -218,12 +218,17 @@ def test_a_png_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
     assert (images.load_png(path)[0] == 0).all()
 
 
-@pytest.mark.parametrize("given,said,wish", [
-    ("always [madvise] never", None, "glibc.malloc.hugetlb=1"),
-    ("always [madvise] never", "glibc.malloc.arena_max=2", "glibc.malloc.arena_max=2:glibc.malloc.hugetlb=1"),
-    ("always [madvise] never", "glibc.malloc.hugetlb=0", None),
-    ("[always] madvise never", None, None), ("always madvise [never]", None, None), (None, None, None),
-])
+@pytest.mark.parametrize(
+    "given,said,wish",
+    [
+        ("always [madvise] never", None, "glibc.malloc.hugetlb=1"),
+        ("always [madvise] never", "glibc.malloc.arena_max=2", "glibc.malloc.arena_max=2:glibc.malloc.hugetlb=1"),
+        ("always [madvise] never", "glibc.malloc.hugetlb=0", None),
+        ("[always] madvise never", None, None),
+        ("always madvise [never]", None, None),
+        (None, None, None),
+    ],
+)
 def test_huge_pages_are_asked_for_where_the_system_waits_for_it(given, said, wish, tmp_path, monkeypatch):
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     monkeypatch.setattr(huge_pages, "_GIVEN", tmp_path / "enabled")
@@ -244,8 +249,12 @@ def test_asking_for_huge_pages_keeps_process_arguments_and_environment(tmp_path)
         huge_pages.ask()
         sys.exit(3)
     """
-    with subprocess.Popen([sys.executable, "-c", program, "a b", "--c"], stdout=subprocess.PIPE, text=True,
-                          env={"PATH": "", "PYTHONPATH": ":".join(sys.path), "KEPT": "yes"}) as child:
+    with subprocess.Popen(
+        [sys.executable, "-c", program, "a b", "--c"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={"PATH": "", "PYTHONPATH": ":".join(sys.path), "KEPT": "yes"},
+    ) as child:
         lines = child.stdout.read().splitlines()
     assert lines == [f"{child.pid} ['a b', '--c'] yes None", f"{child.pid} ['a b', '--c'] yes glibc.malloc.hugetlb=1"]
     assert child.returncode == 3

@@ -1,4 +1,5 @@
 """The scripts a fresh machine starts with."""
+
 import contextlib
 import hashlib
 import itertools
@@ -47,12 +48,20 @@ def test_demo_works_from_another_folder_and_passes_arguments_on(tmp_path):
     (venv / "activate").write_text("")
     (venv / "python").write_text("")
     (venv / "python").chmod(0o755)
-    done = subprocess.run(["bash", "-c", script, "demo", "--workdir=elsewhere"], check=False, cwd=tmp_path,
-                          env=os.environ | {"VENV": str(tmp_path / "venv")}, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-c", script, "demo", "--workdir=elsewhere"],
+        check=False,
+        cwd=tmp_path,
+        env=os.environ | {"VENV": str(tmp_path / "venv")},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
-        "installs demo", f"ran in {ROOT}: -m instaflow_jax.main --config=configs/demo.py --workdir=runs/demo --cpu_devices=2 "
-        "--workdir=elsewhere"]
+        "installs demo",
+        f"ran in {ROOT}: -m instaflow_jax.main --config=configs/demo.py --workdir=runs/demo --cpu_devices=2 "
+        "--workdir=elsewhere",
+    ]
 
 
 def test_the_cpu_is_split_into_the_devices_asked_for():
@@ -96,13 +105,24 @@ def write_stub(path, body):
 def environment(place, **more):
     """What a script finds; no real gcloud, srun, ... stands behind the stand-ins for those a script calls."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "TPU_"))}
-    return inherited | {"PATH": f"{place}/stubs:{os.environ['PATH']}", "VENV": f"{place}/venv", "LOG": f"{place}/log"} | more
+    return (
+        inherited
+        | {"PATH": f"{place}/stubs:{os.environ['PATH']}", "VENV": f"{place}/venv", "LOG": f"{place}/log"}
+        | more
+    )
 
 
 def launch(place, script, *arguments, cwd=ROOT, **more):
     """A script run to its end; its exit code and the commands it ran."""
-    done = subprocess.run(["bash", str(script), *arguments], cwd=cwd, env=environment(place, **more), check=False,
-                          capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        ["bash", str(script), *arguments],
+        cwd=cwd,
+        env=environment(place, **more),
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     return done, (place / "log").read_text().splitlines()
 
 
@@ -116,28 +136,36 @@ def test_the_compile_cache_is_on_and_may_be_moved(place):
     for more, cache in (({}, f"{place}/venv/compiled"), ({"JAX_COMPILATION_CACHE_DIR": "/elsewhere"}, "/elsewhere")):
         env = environment(place)
         env.pop("JAX_COMPILATION_CACHE_DIR", None)
-        said = subprocess.run(["bash", "-c", show], cwd=place, env=env | more, check=True, capture_output=True, text=True)
+        said = subprocess.run(
+            ["bash", "-c", show], cwd=place, env=env | more, check=True, capture_output=True, text=True
+        )
         assert said.stdout.split() == [str(ROOT), cache]
 
 
 def test_one_node_runs_the_stage_from_any_folder(place):
-    done, log = launch(place, ROOT / "launch" / "one_node.sh", "--config=configs/reflow.py", "--config.watch.prompts=a b",
-                       cwd=place)
+    done, log = launch(
+        place, ROOT / "launch" / "one_node.sh", "--config=configs/reflow.py", "--config.watch.prompts=a b", cwd=place
+    )
     assert done.returncode == 0, done.stderr
     assert log == ["python -m instaflow_jax.main --config=configs/reflow.py --config.watch.prompts=a b"]
 
 
-@pytest.mark.parametrize(("python", "code"), [
-    ("exit 0", 0),
-    ("exit 1", 1),
-    ("kill -TERM $PPID; exit 0", 75),  # it saved
-    ("kill -TERM $PPID; kill -TERM $$", 75),  # it has nothing to save
-    ("kill -TERM $PPID; exit 1", 1),  # it could not save
-    ("kill -KILL $$", 137),
-])
+@pytest.mark.parametrize(
+    ("python", "code"),
+    [
+        ("exit 0", 0),
+        ("exit 1", 1),
+        ("kill -TERM $PPID; exit 0", 75),  # it saved
+        ("kill -TERM $PPID; kill -TERM $$", 75),  # it has nothing to save
+        ("kill -TERM $PPID; exit 1", 1),  # it could not save
+        ("kill -KILL $$", 137),
+    ],
+)
 def test_a_stage_that_was_told_to_stop_asks_to_be_started_again(place, python, code):
     write_stub(place / "venv" / "bin" / "python", python)
-    done = subprocess.run(["bash", "-c", f". {ROOT}/launch/env.sh; stage --config=x"], env=environment(place), check=False)
+    done = subprocess.run(
+        ["bash", "-c", f". {ROOT}/launch/env.sh; stage --config=x"], env=environment(place), check=False
+    )
     assert done.returncode == code
 
 
@@ -167,37 +195,74 @@ def pod(place, ends, *arguments, **more):
     return done, [re.sub(r"/\S+\.tgz", "CODE", line) for line in log]
 
 
-REMOTE = ("--worker=all --command={setup} && mkdir -p instaflow_jax && tar -xzf instaflow_jax.tgz -C instaflow_jax && "
-          "cd instaflow_jax && bash -c '. launch/env.sh; install tpu; stage \"$@\"' stage --processes=0 {arguments} "
-          "--zone=us-east5-a")
+REMOTE = (
+    "--worker=all --command={setup} && mkdir -p instaflow_jax && tar -xzf instaflow_jax.tgz -C instaflow_jax && "
+    "cd instaflow_jax && bash -c '. launch/env.sh; install tpu; stage \"$@\"' stage --processes=0 {arguments} "
+    "--zone=us-east5-a"
+)
 LIST = "gcloud list --filter=name~/nodes/flow$ --format=value(state) --zone=us-east5-a"
 CREATE = "gcloud create flow --accelerator-type=v5p-32 --version=v2-alpha-tpuv5 --spot --zone=us-east5-a"
 SCP = "gcloud scp CODE flow: --worker=all --zone=us-east5-a"
 
 
 def test_a_pod_is_made_again_when_it_is_taken_away(place):
-    done, log = pod(place, f"echo PREEMPTED > {place}/state; exit 255", "--config=configs/reflow.py", "--workdir=/mnt/a b",
-                    TPU_SETUP="sudo mount /mnt")
+    done, log = pod(
+        place,
+        f"echo PREEMPTED > {place}/state; exit 255",
+        "--config=configs/reflow.py",
+        "--workdir=/mnt/a b",
+        TPU_SETUP="sudo mount /mnt",
+    )
     assert done.returncode == 0, done.stderr
-    ssh = "gcloud ssh flow " + REMOTE.format(setup="sudo mount /mnt", arguments=r"--config=configs/reflow.py --workdir=/mnt/a\ b")
-    assert log == [LIST, CREATE, LIST, SCP, ssh, LIST, "sleep 30", LIST, "gcloud delete flow --quiet --zone=us-east5-a",
-                   LIST, CREATE, LIST, SCP, ssh, LIST]
+    ssh = "gcloud ssh flow " + REMOTE.format(
+        setup="sudo mount /mnt", arguments=r"--config=configs/reflow.py --workdir=/mnt/a\ b"
+    )
+    assert log == [
+        LIST,
+        CREATE,
+        LIST,
+        SCP,
+        ssh,
+        LIST,
+        "sleep 30",
+        LIST,
+        "gcloud delete flow --quiet --zone=us-east5-a",
+        LIST,
+        CREATE,
+        LIST,
+        SCP,
+        ssh,
+        LIST,
+    ]
 
 
 def test_what_a_pod_runs_is_the_stage_with_its_arguments(place):
     """The command that workers get, run here by their shell in the folder that the code was copied to."""
     _, log = pod(place, "exit 0", "--config=configs/reflow.py", "--config.watch.prompts=('a cat',)")
     assert {path.name for path in (place / "home").iterdir()} == {
-        "setup.py", "README.md", "LICENSE", "configs", "instaflow_jax", "launch"}
+        "setup.py",
+        "README.md",
+        "LICENSE",
+        "configs",
+        "instaflow_jax",
+        "launch",
+    }
     for path in (place / "home").iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     command = next(line for line in log if line.startswith("gcloud ssh")).partition("--command=")[2]
-    command = command.replace("&& tar -xzf instaflow_jax.tgz -C instaflow_jax", f"&& cp -r {ROOT}/launch {ROOT}/setup.py instaflow_jax")
+    command = command.replace(
+        "&& tar -xzf instaflow_jax.tgz -C instaflow_jax", f"&& cp -r {ROOT}/launch {ROOT}/setup.py instaflow_jax"
+    )
     (place / "log").write_text("")
-    subprocess.run(["bash", "-c", command.removesuffix(" --zone=us-east5-a")], cwd=place / "home", check=True,
-                   env=environment(place))
+    subprocess.run(
+        ["bash", "-c", command.removesuffix(" --zone=us-east5-a")],
+        cwd=place / "home",
+        check=True,
+        env=environment(place),
+    )
     assert (place / "log").read_text() == (
-        "python -m instaflow_jax.main --processes=0 --config=configs/reflow.py --config.watch.prompts=('a cat',)\n")
+        "python -m instaflow_jax.main --processes=0 --config=configs/reflow.py --config.watch.prompts=('a cat',)\n"
+    )
 
 
 def test_a_pod_that_fails_ends_with_its_code(place):
@@ -241,8 +306,9 @@ def slurm(place, *arguments, job, **more):
         write_stub(place / "stubs" / name, body)
     copy = shutil.copy(ROOT / "launch" / "slurm.sbatch", place / "slurm_script")
     env = environment(place, SLURM_JOB_ID=str(job), SLURM_SUBMIT_DIR=str(ROOT), SLURM_CPUS_PER_TASK="8", **more)
-    shell = subprocess.Popen(["bash", copy, *arguments], cwd=place, env=env, stdout=subprocess.PIPE,
-                             stderr=subprocess.STDOUT, text=True)
+    shell = subprocess.Popen(
+        ["bash", copy, *arguments], cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     try:
         yield shell
     finally:
@@ -260,15 +326,20 @@ def end(shell):
 
 
 def started(arguments):
-    return ("srun --kill-on-bad-exit=0 --cpus-per-task=8 bash -c . launch/env.sh; stage \"$@\" stage --processes=0 " +
-            " ".join(arguments))
+    return (
+        'srun --kill-on-bad-exit=0 --cpus-per-task=8 bash -c . launch/env.sh; stage "$@" stage --processes=0 '
+        + " ".join(arguments)
+    )
 
 
-@pytest.mark.parametrize(("python", "code", "requeued"), [
-    ("exit 0", 0, []),
-    ("exit 1", 1, []),
-    ("kill -TERM $PPID; exit 0", 0, ["scontrol requeue 4711"]),
-])
+@pytest.mark.parametrize(
+    ("python", "code", "requeued"),
+    [
+        ("exit 0", 0, []),
+        ("exit 1", 1, []),
+        ("kill -TERM $PPID; exit 0", 0, ["scontrol requeue 4711"]),
+    ],
+)
 def test_a_slurm_job_is_queued_again_only_when_it_was_told_to_stop(place, python, code, requeued):
     write_stub(place / "venv" / "bin" / "python", python)
     with slurm(place, "--config=configs/reflow.py", job=4711) as job:
@@ -279,15 +350,24 @@ def test_a_slurm_job_is_queued_again_only_when_it_was_told_to_stop(place, python
 def test_a_slurm_job_of_two_processes_saves_at_its_time_limit_and_resumes(place, teacher):
     """Reflow for real, its pairs made first; the batch shell is told that time is nearly up."""
     write_stub(place / "venv" / "bin" / "python", f'[ "$2" != pip ] && exec {sys.executable} "$@"')  # installs nothing
-    workdir, env = place / "run", {"JAX_PLATFORMS": "cpu", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-                                   "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    workdir, env = (
+        place / "run",
+        {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        },
+    )
     metrics = workdir / "reflow" / "metrics.jsonl"
     with slurm(place, *tiny_reflow(teacher, workdir, steps=10**6), job=free_job(), **env) as first:
         wait_for(lambda: metrics.is_file() and '"loss"' in metrics.read_text(), first)
         first.send_signal(signal.SIGTERM)
         code, said = end(first)
     assert code == 0, said
-    assert [line.split()[0] for line in (place / "log").read_text().splitlines()] == ["srun", "scancel", "scontrol"], said
+    assert [line.split()[0] for line in (place / "log").read_text().splitlines()] == ["srun", "scancel", "scontrol"], (
+        said
+    )
 
     saved = steps(metrics)
     with slurm(place, *tiny_reflow(teacher, workdir, steps=saved[-1] + 2), job=free_job(), **env) as second:
@@ -299,12 +379,30 @@ def test_a_slurm_job_of_two_processes_saves_at_its_time_limit_and_resumes(place,
 
 
 def tiny_reflow(teacher, workdir, *, steps):
-    fields = {"model": teacher, "batch_size": 4, "watch_every": 10**6, "tensorboard": False, "loop.steps": steps,
-              "loop.log_every": 1, "loop.save_every": 10**6, "watch.prompts": "('red apple',)", "watch.seeds": 1,
-              "watch.steps": "(1,)", "schedule.warmup_steps": 1, "pairs.model": teacher, "pairs.count": 8,
-              "pairs.shard_size": 4, "pairs.batch": 4, "pairs.N": 2, "pairs.preview": 1}
-    return ["--config=configs/reflow.py", f"--workdir={workdir}",
-            *(f"--config.{name}={value}" for name, value in fields.items())]
+    fields = {
+        "model": teacher,
+        "batch_size": 4,
+        "watch_every": 10**6,
+        "tensorboard": False,
+        "loop.steps": steps,
+        "loop.log_every": 1,
+        "loop.save_every": 10**6,
+        "watch.prompts": "('red apple',)",
+        "watch.seeds": 1,
+        "watch.steps": "(1,)",
+        "schedule.warmup_steps": 1,
+        "pairs.model": teacher,
+        "pairs.count": 8,
+        "pairs.shard_size": 4,
+        "pairs.batch": 4,
+        "pairs.N": 2,
+        "pairs.preview": 1,
+    }
+    return [
+        "--config=configs/reflow.py",
+        f"--workdir={workdir}",
+        *(f"--config.{name}={value}" for name, value in fields.items()),
+    ]
 
 
 def steps(metrics):

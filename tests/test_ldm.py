@@ -1,4 +1,5 @@
 """Directories and single files that others publish: the released layout, the original LDM naming of SD 1.x and 2.x."""
+
 import collections
 import functools
 import json
@@ -19,14 +20,21 @@ from instaflow_jax.models import ldm, pipeline, torch_file
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory):
     """Of each kind a directory, and a single file of the original naming with the same weights."""
+
     @functools.cache
     def make(kind):
         folder = tmp_path_factory.mktemp(kind)
         pipe = make_directory(folder / "base", kind)
         state = to_ldm(pipe, kind)
         safetensors.torch.save_file(state, folder / "model.safetensors")
-        return types.SimpleNamespace(kind=kind, base=str(folder / "base"), state=state, pipe=pipe,
-                                     ours=load(folder / "base"), file=str(folder / "model.safetensors"))
+        return types.SimpleNamespace(
+            kind=kind,
+            base=str(folder / "base"),
+            state=state,
+            pipe=pipe,
+            ours=load(folder / "base"),
+            file=str(folder / "model.safetensors"),
+        )
 
     return make
 
@@ -47,10 +55,16 @@ def sd1(worlds):
 def unet_modules(config):
     """diffusers' name of each module → CompVis', by walking through `UNetModel.__init__` and counting."""
     levels, layers = len(config.block_out_channels), config.layers_per_block
-    names = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
-             "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-             "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
-             "mid_block.resnets.1": "middle_block.2"}
+    names = {
+        "conv_in": "input_blocks.0.0",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "mid_block.resnets.0": "middle_block.0",
+        "mid_block.attentions.0": "middle_block.1",
+        "mid_block.resnets.1": "middle_block.2",
+    }
     count = 1
     for level in range(levels):
         for layer in range(layers):
@@ -78,9 +92,14 @@ def vae_modules(config):
     """The same for the autoencoder; the decoder's levels are made from the last to the first."""
     levels, layers, names = len(config.block_out_channels), config.layers_per_block, {}
     for half in ("encoder", "decoder"):
-        names |= {f"{half}.conv_in": f"{half}.conv_in", f"{half}.conv_norm_out": f"{half}.norm_out",
-                  f"{half}.conv_out": f"{half}.conv_out", f"{half}.mid_block.resnets.0": f"{half}.mid.block_1",
-                  f"{half}.mid_block.attentions.0": f"{half}.mid.attn_1", f"{half}.mid_block.resnets.1": f"{half}.mid.block_2"}
+        names |= {
+            f"{half}.conv_in": f"{half}.conv_in",
+            f"{half}.conv_norm_out": f"{half}.norm_out",
+            f"{half}.conv_out": f"{half}.conv_out",
+            f"{half}.mid_block.resnets.0": f"{half}.mid.block_1",
+            f"{half}.mid_block.attentions.0": f"{half}.mid.attn_1",
+            f"{half}.mid_block.resnets.1": f"{half}.mid.block_2",
+        }
     for level in range(levels):
         names |= {f"encoder.down_blocks.{level}.resnets.{j}": f"encoder.down.{level}.block.{j}" for j in range(layers)}
         names[f"encoder.down_blocks.{level}.downsamplers.0.conv"] = f"encoder.down.{level}.downsample.conv"
@@ -90,17 +109,29 @@ def vae_modules(config):
     return names | {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
 
 
-UNET_PARTS = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
-              "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
-VAE_PARTS = {"conv_shortcut": "nin_shortcut", "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v",
-             "to_out.0": "proj_out"}
+UNET_PARTS = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+VAE_PARTS = {
+    "conv_shortcut": "nin_shortcut",
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+}
 
 
 def rename(state, modules, parts, prefix):
     renamed = {}
     for key, tensor in state.items():
         module = max((m for m in modules if key.startswith(m + ".")), key=len)
-        layer, _, word = key[len(module) + 1:].rpartition(".")
+        layer, _, word = key[len(module) + 1 :].rpartition(".")
         renamed[".".join(filter(None, (prefix, modules[module], parts.get(layer, layer), word)))] = tensor
     return renamed
 
@@ -108,6 +139,7 @@ def rename(state, modules, parts, prefix):
 def to_ldm(pipe, kind):
     """The whole state dict of a CompVis checkpoint, with all that such files carry besides."""
     import torch
+
     state = rename(pipe.unet.state_dict(), unet_modules(pipe.unet.config), UNET_PARTS, "model.diffusion_model")
     vae = rename(pipe.vae.state_dict(), vae_modules(pipe.vae.config), VAE_PARTS, "first_stage_model")
     state |= {k: v[..., None, None] if "attn_1" in k and v.ndim == 2 else v for k, v in vae.items()}
@@ -115,13 +147,18 @@ def to_ldm(pipe, kind):
     state |= {f"cond_stage_model.transformer.{k}": v for k, v in text.items()} if kind == "sd1" else to_openclip(text)
     if kind == "sd1":
         state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(16)[None]
-    state |= {"betas": torch.ones(1000), "alphas_cumprod": torch.ones(1000), "model_ema.decay": torch.tensor(0.9999),
-              "model_ema.diffusion_modelinput_blocks00weight": torch.zeros(8, 4, 3, 3)}
+    state |= {
+        "betas": torch.ones(1000),
+        "alphas_cumprod": torch.ones(1000),
+        "model_ema.decay": torch.tensor(0.9999),
+        "model_ema.diffusion_modelinput_blocks00weight": torch.zeros(8, 4, 3, 3),
+    }
     return {key: tensor.clone().contiguous() for key, tensor in state.items()}
 
 
 def to_openclip(text):
     import torch
+
     prefix, state = "cond_stage_model.model.", {}
     state["positional_embedding"] = text["text_model.embeddings.position_embedding.weight"]
     state["token_embedding.weight"] = text["text_model.embeddings.token_embedding.weight"]
@@ -129,9 +166,16 @@ def to_openclip(text):
         state[f"ln_final.{word}"] = text[f"text_model.final_layer_norm.{word}"]
         for i in range(2):
             layer, block = f"text_model.encoder.layers.{i}", f"transformer.resblocks.{i}"
-            state[f"{block}.attn.in_proj_{word}"] = torch.cat([text[f"{layer}.self_attn.{x}_proj.{word}"] for x in "qkv"])
-            for theirs, ours in (("attn.out_proj", "self_attn.out_proj"), ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"),
-                                 ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2")):
+            state[f"{block}.attn.in_proj_{word}"] = torch.cat(
+                [text[f"{layer}.self_attn.{x}_proj.{word}"] for x in "qkv"]
+            )
+            for theirs, ours in (
+                ("attn.out_proj", "self_attn.out_proj"),
+                ("ln_1", "layer_norm1"),
+                ("ln_2", "layer_norm2"),
+                ("mlp.c_fc", "mlp.fc1"),
+                ("mlp.c_proj", "mlp.fc2"),
+            ):
                 state[f"{block}.{theirs}.{word}"] = text[f"{layer}.{ours}.{word}"]
     state |= {"text_projection": torch.eye(16), "logit_scale": torch.tensor(4.6)}
     return {prefix + key: tensor for key, tensor in state.items()}
@@ -142,6 +186,7 @@ def to_openclip(text):
 
 def test_a_single_file_gives_diffusers_weights_to_the_bit(world):
     from diffusers import StableDiffusionPipeline
+
     theirs = StableDiffusionPipeline.from_single_file(world.file, config=world.base, local_files_only=True)
     ours = load(world.file, base=world.base)
     assert_is(ours.params, theirs)
@@ -156,9 +201,15 @@ def test_names_go_both_ways(world):
     tables = {name: ldm.places(name, net, world.kind == "sd2") for name, net in nets.items()}
     places = [place for table in tables.values() for place in table.values()]
     assert len(set(places)) == len(places) == sum(len(net.shapes) for net in nets.values())
-    beside = {"betas", "alphas_cumprod", "model_ema.decay", "model_ema.diffusion_modelinput_blocks00weight",
-              "cond_stage_model.transformer.text_model.embeddings.position_ids",
-              "cond_stage_model.model.text_projection", "cond_stage_model.model.logit_scale"}
+    beside = {
+        "betas",
+        "alphas_cumprod",
+        "model_ema.decay",
+        "model_ema.diffusion_modelinput_blocks00weight",
+        "cond_stage_model.transformer.text_model.embeddings.position_ids",
+        "cond_stage_model.model.text_projection",
+        "cond_stage_model.model.logit_scale",
+    }
     assert {key for key, _ in places} == world.state.keys() - beside
 
 
@@ -171,9 +222,17 @@ def test_a_lightning_checkpoint_is_read_without_lightning(legacy, sd1, torch, tm
     monkeypatch.setitem(sys.modules, module.__name__, module)
     callback = module.ModelCheckpoint()
     callback.best = {"score": np.float64(0.5)}
-    torch.save({"epoch": 3, "state_dict": sd1.state | {"note": "text"}, "callbacks": {module.ModelCheckpoint: callback},
-                "optimizer_states": [{"state": collections.defaultdict(dict, {0: {"exp_avg": torch.ones(4)}})}],
-                "seen": {1, 2}}, tmp_path / "model.ckpt", _use_new_zipfile_serialization=not legacy)
+    torch.save(
+        {
+            "epoch": 3,
+            "state_dict": sd1.state | {"note": "text"},
+            "callbacks": {module.ModelCheckpoint: callback},
+            "optimizer_states": [{"state": collections.defaultdict(dict, {0: {"exp_avg": torch.ones(4)}})}],
+            "seen": {1, 2},
+        },
+        tmp_path / "model.ckpt",
+        _use_new_zipfile_serialization=not legacy,
+    )
     for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
         monkeypatch.delitem(sys.modules, name)
     assert_is(ldm.read(tmp_path / "model.ckpt", sd1.ours.nets), sd1.pipe)
@@ -184,6 +243,7 @@ def test_a_checkpoint_that_wants_code_is_refused(torch, tmp_path):
     class Trap:
         def __reduce__(self):
             return exec, ("raise SystemExit",)
+
     torch.save({"state_dict": {"a": torch.ones(1)}, "callbacks": Trap()}, tmp_path / "model.ckpt")
     with pytest.raises(ValueError, match=r"asks to run (builtins|__builtin__)\.exec"):
         torch_file.read(tmp_path / "model.ckpt")
@@ -207,12 +267,17 @@ def test_missing_extra_and_misshapen_weights_are_named_as_the_file_names_them(sd
     safetensors.torch.save_file(state, tmp_path / "bad.safetensors")
     with pytest.raises(ValueError) as error:
         ldm.read(tmp_path / "bad.safetensors", sd1.ours.nets)
-    for words in ("bad.safetensors", "1 missing: model.diffusion_model.out.2.weight",
-                  "1 extra: model.diffusion_model.input_blocks.9.0.op.weight"):
+    for words in (
+        "bad.safetensors",
+        "1 missing: model.diffusion_model.out.2.weight",
+        "1 extra: model.diffusion_model.input_blocks.9.0.op.weight",
+    ):
         assert words in str(error.value)
     state = sd1.state | {"first_stage_model.quant_conv.bias": torch.zeros(3)}
     safetensors.torch.save_file(state, tmp_path / "bad.safetensors")
-    with pytest.raises(ValueError, match=r"\(vae\).*(\n.*)*quant_conv.bias has shape \(3,\), the config asks for \(8,\)"):
+    with pytest.raises(
+        ValueError, match=r"\(vae\).*(\n.*)*quant_conv.bias has shape \(3,\), the config asks for \(8,\)"
+    ):
         ldm.read(tmp_path / "bad.safetensors", sd1.ours.nets)
 
 
@@ -235,11 +300,13 @@ def released(tmp_path_factory):
     torch = references()
     from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
     from transformers import CLIPConfig, CLIPImageProcessor
+
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     checker = StableDiffusionSafetyChecker(CLIPConfig(text_config=small, vision_config=small | {"image_size": 32}))
     folder = tmp_path_factory.mktemp("released")
-    pipe = make_directory(folder, "flat", safety_checker=checker, feature_extractor=CLIPImageProcessor(),
-                          requires_safety_checker=True)
+    pipe = make_directory(
+        folder, "flat", safety_checker=checker, feature_extractor=CLIPImageProcessor(), requires_safety_checker=True
+    )
     text = folder / "text_encoder" / "pytorch_model.bin"
     torch.save(torch.load(text) | {"text_model.embeddings.position_ids": torch.arange(16)[None]}, text)
     return folder, pipe
@@ -251,7 +318,9 @@ def test_the_released_layout_is_read_and_makes_the_released_picture(released, to
     ours = load(folder)
     assert_is(ours.params, pipe)
     dynamics = sampling.read_dynamics(ours.scheduler, ours.index, "flow")
-    generate = jax.jit(sampling.make_generate(ours.nets, sampling.make_solve(ours.nets["unet"].apply, dynamics, "auto", 1, 1.0)))
+    generate = jax.jit(
+        sampling.make_generate(ours.nets, sampling.make_solve(ours.nets["unet"].apply, dynamics, "auto", 1, 1.0))
+    )
     X0, ids = normal(0, 2, 8, 8, 4), ours.tokenizer(["red apple", "house"])
     with torch.no_grad():
         z = torch.tensor(X0.transpose(0, 3, 1, 2))
@@ -264,6 +333,7 @@ def test_the_released_layout_is_read_and_makes_the_released_picture(released, to
 
 def test_what_is_saved_again_asks_for_no_filter(released, tmp_path):
     from diffusers import StableDiffusionPipeline
+
     pipeline.save(load(released[0]), tmp_path / "again")
     assert json.loads((tmp_path / "again" / "model_index.json").read_text())["safety_checker"] == [None, None]
     assert_is(load(tmp_path / "again").params, StableDiffusionPipeline.from_pretrained(tmp_path / "again"))

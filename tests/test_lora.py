@@ -1,4 +1,5 @@
 """LoRA files and delta weights, against PyTorch diffusers and peft that read the same files, and the stages that take them."""
+
 import json
 import runpy
 import types
@@ -20,12 +21,18 @@ UNET = {  # each kind of layer that files hold: linear, 1×1 and 3×3 convolutio
     "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": 4,
     "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0": 2,
     "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.0.proj": 3,
-    "down_blocks.0.attentions.0.proj_in": 4, "mid_block.attentions.0.proj_out": 1,
-    "down_blocks.0.resnets.0.conv1": 4, "up_blocks.1.resnets.0.conv_shortcut": 2,
-    "down_blocks.0.downsamplers.0.conv": 3, "up_blocks.0.upsamplers.0.conv": 4,
+    "down_blocks.0.attentions.0.proj_in": 4,
+    "mid_block.attentions.0.proj_out": 1,
+    "down_blocks.0.resnets.0.conv1": 4,
+    "up_blocks.1.resnets.0.conv_shortcut": 2,
+    "down_blocks.0.downsamplers.0.conv": 3,
+    "up_blocks.0.upsamplers.0.conv": 4,
 }
-TEXT = {"text_model.encoder.layers.0.self_attn.q_proj": 4, "text_model.encoder.layers.0.self_attn.out_proj": 4,
-        "text_model.encoder.layers.1.mlp.fc1": 2}
+TEXT = {
+    "text_model.encoder.layers.0.self_attn.q_proj": 4,
+    "text_model.encoder.layers.0.self_attn.out_proj": 4,
+    "text_model.encoder.layers.1.mlp.fc1": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +45,22 @@ def tiny(tmp_path_factory):
 def layers(pipe, seed=0):
     """(network, module, down, up) of a random LoRA of `UNET` and `TEXT`, of weights' own size so that nothing hides."""
     import torch
+
     draw = torch.Generator().manual_seed(seed)
     for net, ranks in (("unet", UNET), ("text_encoder", TEXT)):
         for module, rank in ranks.items():
             outputs, inputs, *kernel = getattr(pipe, net).get_submodule(module).weight.shape
-            yield (net, module, torch.randn(rank, inputs, *kernel, generator=draw) / 4,
-                   torch.randn(outputs, rank, *[1] * len(kernel), generator=draw) / 4)
+            yield (
+                net,
+                module,
+                torch.randn(rank, inputs, *kernel, generator=draw) / 4,
+                torch.randn(outputs, rank, *[1] * len(kernel), generator=draw) / 4,
+            )
 
 
 def kohya(pipe, seed=0):
     import torch
+
     state = {}
     for net, module, down, up in layers(pipe, seed):
         name = {"unet": "lora_unet_", "text_encoder": "lora_te_"}[net] + module.replace(".", "_")
@@ -70,6 +83,7 @@ def write(state, path):
 def fused(tiny, *files):
     """What PyTorch diffusers makes of these (file, scale)."""
     from diffusers import StableDiffusionPipeline
+
     pipe = StableDiffusionPipeline.from_pretrained(tiny.folder)
     for path, scale in files:
         pipe.load_lora_weights(Path(path).parent, weight_name=Path(path).name)
@@ -101,6 +115,7 @@ def test_a_merged_file_equals_diffusers(form, tiny, tmp_path):
 
 def test_alpha_in_the_metadata_of_diffusers_counts(tiny, tmp_path):
     from diffusers import StableDiffusionPipeline
+
     state = {key.removeprefix("unet."): t for key, t in diffusers(tiny.pipe).items() if ".attn1.to_q" in key}
     (key,) = (k for k in UNET if "attn1.to_q" in k)
     adapter = {"r": 4, "lora_alpha": 10, "target_modules": [key], "rank_pattern": {}, "alpha_pattern": {}}
@@ -109,8 +124,11 @@ def test_alpha_in_the_metadata_of_diffusers_counts(tiny, tmp_path):
     want = fused(tiny, (path, 1.0)).unet.state_dict()
     assert_close(lora.merge(tiny.ours.params, path, 1.0)["unet"], want, tiny.ours.params["unet"], [key])
     plain = write({f"unet.{k}": t for k, t in state.items()}, tmp_path / "plain.safetensors")
-    factor = [torch_names(lora.merge(tiny.ours.params, p, 1.0)["unet"])[f"{key}.weight"]
-              - torch_names(tiny.ours.params["unet"])[f"{key}.weight"] for p in (path, plain)]
+    factor = [
+        torch_names(lora.merge(tiny.ours.params, p, 1.0)["unet"])[f"{key}.weight"]
+        - torch_names(tiny.ours.params["unet"])[f"{key}.weight"]
+        for p in (path, plain)
+    ]
     assert relative(factor[0], 2.5 * factor[1]) < 1e-5
 
 
@@ -118,6 +136,7 @@ def test_alpha_in_the_metadata_of_diffusers_counts(tiny, tmp_path):
 def test_a_lora_made_by_peft_is_merged_as_peft_merges_it(pattern, tiny, torch, tmp_path):
     import peft
     from diffusers import UNet2DConditionModel
+
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["to_k", "conv1", "proj_in"], alpha_pattern=pattern)
     model = peft.get_peft_model(UNet2DConditionModel.from_pretrained(tiny.folder / "unet"), config)
     torch.manual_seed(0)
@@ -139,7 +158,10 @@ def test_the_names_of_the_first_diffusers_versions_are_read(tiny, tmp_path):
             head, _, last = module.removesuffix(".0").rpartition(".")
             where = f"{net}.{head}.processor.{last}_lora" if net == "unet" else f"{net}.{module}.lora_linear_layer"
             old |= {f"{where}.down.weight": down, f"{where}.up.weight": up}
-    a, b = (lora.merge(tiny.ours.params, write(state, tmp_path / f"{i}.safetensors"), 1.0) for i, state in enumerate((new, old)))
+    a, b = (
+        lora.merge(tiny.ours.params, write(state, tmp_path / f"{i}.safetensors"), 1.0)
+        for i, state in enumerate((new, old))
+    )
     for net in ("unet", "text_encoder"):
         assert any(not np.array_equal(a[net][name], p) for name, p in tiny.ours.params[net].items())
         for name, value in a[net].items():
@@ -162,7 +184,9 @@ def test_files_of_linear_and_convolutional_projections_fit_either(tiny, tmp_path
     """SD 2.x has linear layers where SD 1.x has 1×1 convolutions; they compute the same."""
     state = {k: t for k, t in kohya(tiny.pipe).items() if "proj_in" in k}
     flat = {k: t[..., 0, 0].contiguous() if t.ndim == 4 else t for k, t in state.items()}
-    a, b = (lora.merge(tiny.ours.params, write(s, tmp_path / f"{i}.safetensors"), 1.0) for i, s in enumerate((state, flat)))
+    a, b = (
+        lora.merge(tiny.ours.params, write(s, tmp_path / f"{i}.safetensors"), 1.0) for i, s in enumerate((state, flat))
+    )
     name = "down_blocks.0.attentions.0.proj_in.kernel"
     np.testing.assert_array_equal(a["unet"][name], b["unet"][name])
     assert relative(a["unet"][name], tiny.ours.params["unet"][name]) > 0.05
@@ -177,15 +201,29 @@ def edited(tiny, edit):
 Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 
 
-@pytest.mark.parametrize("edit,words", [
-    (lambda s: s.update({"lora_unet_nowhere.lora_up.weight": s[f"{Q}.lora_up.weight"].clone()}),
-     ["1 unknown: lora_unet_nowhere.lora_up.weight"]),
-    (lambda s: s.update({f"{Q}.dora_scale": s[f"{Q}.alpha"].clone()}), ["1 unknown", f"{Q}.dora_scale"]),
-    (lambda s: s.pop(f"{Q}.lora_up.weight"), ["1 without up or down", Q]),
-    (lambda s: s.update({f"{Q}.lora_up.weight": s[f"{Q}.lora_up.weight"][:, :1].clone()}), ["1 misshapen", "attn1.to_q", "rank"]),
-    (lambda s: s.update({f"{Q}.lora_down.weight": s[f"{Q}.lora_down.weight"][:, :5].clone()}),
-     ["1 misshapen: down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight of unet", "(5, 8)", "(8, 8)"]),
-])
+@pytest.mark.parametrize(
+    "edit,words",
+    [
+        (
+            lambda s: s.update({"lora_unet_nowhere.lora_up.weight": s[f"{Q}.lora_up.weight"].clone()}),
+            ["1 unknown: lora_unet_nowhere.lora_up.weight"],
+        ),
+        (lambda s: s.update({f"{Q}.dora_scale": s[f"{Q}.alpha"].clone()}), ["1 unknown", f"{Q}.dora_scale"]),
+        (lambda s: s.pop(f"{Q}.lora_up.weight"), ["1 without up or down", Q]),
+        (
+            lambda s: s.update({f"{Q}.lora_up.weight": s[f"{Q}.lora_up.weight"][:, :1].clone()}),
+            ["1 misshapen", "attn1.to_q", "rank"],
+        ),
+        (
+            lambda s: s.update({f"{Q}.lora_down.weight": s[f"{Q}.lora_down.weight"][:, :5].clone()}),
+            [
+                "1 misshapen: down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight of unet",
+                "(5, 8)",
+                "(8, 8)",
+            ],
+        ),
+    ],
+)
 def test_what_does_not_fit_is_named(edit, words, tiny, tmp_path):
     path = write(edited(tiny, edit), tmp_path / "bad.safetensors")
     with pytest.raises(ValueError) as error:
@@ -195,7 +233,10 @@ def test_what_does_not_fit_is_named(edit, words, tiny, tmp_path):
 
 def test_other_formulas_of_peft_are_refused(tiny, tmp_path):
     path = tmp_path / "adapter_model.safetensors"
-    write({key.replace("unet.", "base_model.model."): t for key, t in diffusers(tiny.pipe).items() if "unet." in key}, path)
+    write(
+        {key.replace("unet.", "base_model.model."): t for key, t in diffusers(tiny.pipe).items() if "unet." in key},
+        path,
+    )
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 4, "use_dora": True}))
     with pytest.raises(ValueError, match="made with use_dora"):
         lora.merge(tiny.ours.params, path, 1.0)
@@ -240,7 +281,9 @@ def test_a_delta_from_the_model_itself_gives_the_custom_one_and_takes_loras(tiny
 
 def test_a_delta_of_another_architecture_is_refused(tiny):
     params = tiny.ours.params["unet"]
-    other = {name: p for name, p in params.items() if name != "conv_in.bias"} | {"conv_out.bias": np.zeros(9, np.float32)}
+    other = {name: p for name, p in params.items() if name != "conv_in.bias"} | {
+        "conv_out.bias": np.zeros(9, np.float32)
+    }
     with pytest.raises(ValueError) as error:
         merge.add_delta(params, params, other, 1.0, names={"custom": "A", "origin": "B"})
     for words in ("origin='B' is another architecture", "1 missing: conv_in.bias", "conv_out.bias (9,), not (4,)"):
@@ -259,7 +302,10 @@ def config(stage, **fields):
 def test_sampling_takes_loras_and_a_delta_from_the_config(tiny, custom, tmp_path):
     path = write(kohya(tiny.pipe), tmp_path / "x.safetensors")
     settings = {"model": str(tiny.folder), "N": 1, "alpha": 1.0, "prompts": "red apple", "seeds": (0,)}
-    changes = {"loras": f"{path}=0.5|{path}", "delta": {"custom": str(custom.folder), "origin": str(tiny.folder), "scale": 1.0}}
+    changes = {
+        "loras": f"{path}=0.5|{path}",
+        "delta": {"custom": str(custom.folder), "origin": str(tiny.folder), "scale": 1.0},
+    }
     pictures = []
     for name, change in (("plain", {}), ("changed", changes)):
         main.run(config("sample", **settings, **change), str(tmp_path / name))
@@ -274,14 +320,18 @@ def test_sampling_takes_loras_and_a_delta_from_the_config(tiny, custom, tmp_path
 def test_pairs_remember_whose_weights_made_them(tiny, tmp_path):
     path = write(kohya(tiny.pipe), tmp_path / "x.safetensors")
     settings = {"model": str(tiny.folder), "count": 4, "N": 1}
-    plain, changed = (generate_job.prepare(config("generate", **settings, loras=loras)).recipe["teacher"]
-                      for loras in ("", path))
+    plain, changed = (
+        generate_job.prepare(config("generate", **settings, loras=loras)).recipe["teacher"] for loras in ("", path)
+    )
     assert {name for name in plain if plain[name] != changed[name]} == {"unet", "text_encoder"}
 
 
 def test_scales_are_read_from_the_config():
     assert sample.read_loras("a.safetensors=0.8| b.safetensors |c=-1e-1") == [
-        ("a.safetensors", 0.8), ("b.safetensors", 1.0), ("c", -0.1)]
+        ("a.safetensors", 0.8),
+        ("b.safetensors", 1.0),
+        ("c", -0.1),
+    ]
     assert sample.read_loras("") == []
     with pytest.raises(ValueError, match="the scale 'much' of a.safetensors is no number"):
         sample.read_loras("a.safetensors=much")

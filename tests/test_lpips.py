@@ -1,4 +1,5 @@
 """LPIPS against the `lpips` package: random trunks in torchvision's files, the package's real linear heads."""
+
 import importlib.util
 from pathlib import Path
 
@@ -21,6 +22,7 @@ def pair(request, tmp_path_factory):
     torch = references()
     import lpips
     import torchvision
+
     name = request.param
     reference = lpips.LPIPS(net=name, pnet_rand=True, verbose=False).eval()
     randomize(reference.net, gain=1.4)  # ReLU halves the variance
@@ -64,10 +66,17 @@ def test_bfloat16_products_come_close_and_pairs_that_agree_stay_at_zero():
     """What distillation in bfloat16 looks through (`stages.distill.make_distance` takes the recipe's type)."""
     config = configs.distill.get_config("lpips")
     config.dtype = "bfloat16"
-    single, half = (LPIPS.from_pretrained(pipeline.locate("openmoji"), "lpips", dtype=t) for t in (np.float32, "bfloat16"))
+    single, half = (
+        LPIPS.from_pretrained(pipeline.locate("openmoji"), "lpips", dtype=t) for t in (np.float32, "bfloat16")
+    )
     a, b = (np.tanh(normal(i, 4, 32, 32, 3)) for i in (0, 1))
-    values, gradients = zip(*(jax.jit(jax.value_and_grad(lambda x, net=net, params=params: net.apply(params, x, b).sum()))(a)
-                              for net, params in (single, half)), strict=True)
+    values, gradients = zip(
+        *(
+            jax.jit(jax.value_and_grad(lambda x, net=net, params=params: net.apply(params, x, b).sum()))(a)
+            for net, params in (single, half)
+        ),
+        strict=True,
+    )
     assert relative(values[1], values[0]) < 0.01 and relative(gradients[1], gradients[0]) < 0.1
     assert gradients[1].dtype == np.float32 and float(abs(half[0].apply(half[1], a, a)).max()) == 0
     pipe = pipeline.load("openmoji", variant=None, attention="xla", dtype=jax.numpy.bfloat16)
@@ -100,12 +109,17 @@ def test_small_trunks_go_through_the_disk_and_share_their_classifier(tmp_path):
 def test_fresh_heads_are_the_package_without_heads(torch):
     """The distance of unit features, summed over channels: what `lpips=False` computes."""
     import lpips
+
     reference = lpips.LPIPS(net="alex", pnet_rand=True, lpips=False, verbose=False)
     randomize(reference.net, gain=1.4)
     net = LPIPS.from_config(PUBLISHED["alex"])
     trunk = {f"features.{key.split('.', 1)[1]}": t.numpy() for key, t in reference.net.state_dict().items()}
-    params = {name: port.from_torch(name, trunk[port.torch_key(name)]) if name.startswith("features.") else
-              np.ones(shape.shape, np.float32) for name, shape in net.shapes.items()}
+    params = {
+        name: port.from_torch(name, trunk[port.torch_key(name)])
+        if name.startswith("features.")
+        else np.ones(shape.shape, np.float32)
+        for name, shape in net.shapes.items()
+    }
     a, b = (np.tanh(normal(i, 2, 64, 64, 3)) for i in (0, 1))
     with torch.no_grad():
         want = reference(*(torch.tensor(x.transpose(0, 3, 1, 2)) for x in (a, b))).flatten()

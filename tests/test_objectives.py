@@ -1,4 +1,5 @@
 """The losses of reflow and distillation: what they are zero for, what they mean, and that crops stand for the whole."""
+
 import types
 
 import jax
@@ -12,11 +13,11 @@ from instaflow_jax.models.lpips import LPIPS
 from instaflow_jax.models.vae import AutoencoderKL
 from instaflow_jax.train import objectives
 
-TEXT = types.SimpleNamespace(apply=lambda params, ids: types.SimpleNamespace(
-    last_hidden_state=params[ids]))  # an embedding table
+TEXT = types.SimpleNamespace(
+    apply=lambda params, ids: types.SimpleNamespace(last_hidden_state=params[ids])
+)  # an embedding table
 FROZEN = {"text_encoder": normal(9, 16, 3), "null_ids": np.array([[0, 0]])}
-BATCH = {"X0": normal(0, 64, 4, 4, 2), "X1": normal(1, 64, 4, 4, 2),
-         "ids": np.arange(128).reshape(64, 2) % 15 + 1}
+BATCH = {"X0": normal(0, 64, 4, 4, 2), "X1": normal(1, 64, 4, 4, 2), "ids": np.arange(128).reshape(64, 2) % 15 + 1}
 
 
 def net(function):
@@ -96,8 +97,9 @@ def test_bucket_errors_average_to_the_error():
 
 
 def test_distillation_by_l2_is_eq_6():
-    loss = objectives.make_distill_loss(net(lambda p, Z, tau, text: p * Z), TEXT, objectives.latent_distance,
-                                        match=0.0, drop=0.0, steps=1000)
+    loss = objectives.make_distill_loss(
+        net(lambda p, Z, tau, text: p * Z), TEXT, objectives.latent_distance, match=0.0, drop=0.0, steps=1000
+    )
     value, metrics = loss(0.3, FROZEN, BATCH, jax.random.key(0))
     np.testing.assert_allclose(value, np.mean((1.3 * BATCH["X0"] - BATCH["X1"]) ** 2), rtol=1e-6)
     assert metrics == {"l2": value}
@@ -118,13 +120,20 @@ def test_distillation_holds_t_at_zero_but_for_the_share_that_matches():
     assert float(loss(0.0, FROZEN, BATCH, jax.random.key(0))[0]) < 1e-12
 
 
-@pytest.mark.parametrize("make,words", [
-    (lambda: reflow(net(oracle), time="never"), "time='never' is not one of uniform, u_shaped"),
-    (lambda: reflow(net(oracle), penalty="hard"), "penalty='hard' is not one of squared, pseudo_huber"),
-    (lambda: objectives.make_distill_loss(net(oracle), TEXT, objectives.latent_distance, match=1.0, drop=0.0, steps=1000),
-     "match=1.0 must be a share in"),
-    (lambda: objectives.random_crop(jax.random.key(0), jnp.zeros((1, 8, 8, 4)), 9), "does not fit into 8×8"),
-])
+@pytest.mark.parametrize(
+    "make,words",
+    [
+        (lambda: reflow(net(oracle), time="never"), "time='never' is not one of uniform, u_shaped"),
+        (lambda: reflow(net(oracle), penalty="hard"), "penalty='hard' is not one of squared, pseudo_huber"),
+        (
+            lambda: objectives.make_distill_loss(
+                net(oracle), TEXT, objectives.latent_distance, match=1.0, drop=0.0, steps=1000
+            ),
+            "match=1.0 must be a share in",
+        ),
+        (lambda: objectives.random_crop(jax.random.key(0), jnp.zeros((1, 8, 8, 4)), 9), "does not fit into 8×8"),
+    ],
+)
 def test_bad_options_are_refused(make, words):
     with pytest.raises(ValueError, match=words.replace("(", r"\(")):
         make()
@@ -136,16 +145,23 @@ def test_bad_options_are_refused(make, words):
 @pytest.fixture(scope="module")
 def eyes():
     """A random decoder (factor 2) and a random LPIPS, with what `frozen` holds of them."""
-    vae = AutoencoderKL.from_config({
-        "block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2, "norm_num_groups": 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 2})
+    vae = AutoencoderKL.from_config(
+        {
+            "block_out_channels": (8, 8),
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "norm_num_groups": 4,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+        }
+    )
     lpips = LPIPS.from_config({"widths": (8, 8), "depths": (1, 1)})
     frozen = FROZEN | {"vae": vae.init(jax.random.key(0)), "lpips": lpips.init(jax.random.key(1))}
     return vae, lpips, frozen
 
 
 def pair(count, side):
-    return {"X1": normal(1, count, side, side, 4)}, normal(1, count, side, side, 4) + 0.3 * normal(2, count, side, side, 4)
+    return {"X1": normal(1, count, side, side, 4)}, normal(1, count, side, side, 4) + 0.3 * normal(
+        2, count, side, side, 4
+    )
 
 
 def test_lpips_distance_decodes_both_and_adds_l2(eyes):
@@ -157,8 +173,12 @@ def test_lpips_distance_decodes_both_and_adds_l2(eyes):
     want = jnp.mean(lpips.apply(frozen["lpips"], *images))
     np.testing.assert_allclose(metrics["lpips"], want, rtol=1e-5)
     np.testing.assert_allclose(value, want + 0.5 * np.mean((X1_hat - batch["X1"]) ** 2), rtol=1e-5)
-    assert objectives.make_lpips_distance(vae, lpips, l2=0, crop=0, margin=0)(
-        frozen, batch["X1"], batch, jax.random.key(0))[0] < 1e-12
+    assert (
+        objectives.make_lpips_distance(vae, lpips, l2=0, crop=0, margin=0)(
+            frozen, batch["X1"], batch, jax.random.key(0)
+        )[0]
+        < 1e-12
+    )
 
 
 def test_a_cached_target_serves_as_well_as_one_decoded_on_the_fly(eyes):
@@ -166,8 +186,10 @@ def test_a_cached_target_serves_as_well_as_one_decoded_on_the_fly(eyes):
     batch, X1_hat = pair(4, 8)
     target = vae.apply(frozen["vae"], batch["X1"], method="decode")
     span = float(np.abs(target).max())  # bytes cover [−1, 1]; a random decoder does not keep to it
-    frozen = frozen | {"vae": frozen["vae"] | {
-        f"decoder.conv_out.{word}": frozen["vae"][f"decoder.conv_out.{word}"] / span for word in ("kernel", "bias")}}
+    frozen = frozen | {
+        "vae": frozen["vae"]
+        | {f"decoder.conv_out.{word}": frozen["vae"][f"decoder.conv_out.{word}"] / span for word in ("kernel", "bias")}
+    }
     target = np.asarray(jnp.round((vae.apply(frozen["vae"], batch["X1"], method="decode") + 1) * 127.5), np.uint8)
     distance = jax.jit(objectives.make_lpips_distance(vae, lpips, l2=0, crop=0, margin=0))
     fly = distance(frozen, X1_hat, batch, jax.random.key(0))[0]

@@ -122,18 +122,21 @@ def test_names_are_unique_plain_words(emoji, by_name):
     assert clean(":Côte_d’Ivoire:") == "cote d'ivoire" and clean(":Antigua_&_Barbuda:") == "antigua and barbuda"
 
 
-@pytest.mark.parametrize("name, gender, base, tone, subgroup", [
-    ("woman astronaut dark skin tone", "woman", "astronaut", "dark", "person-role"),
-    ("astronaut", "", "astronaut", "", "person-role"),
-    ("man walking facing right", "man", "person walking facing right", "", "person-activity"),
-    ("man red hair medium skin tone", "man", "person red hair", "medium", "person"),
-    ("kiss man man dark and light skin tone", "man and man", "kiss", "dark and light", "family"),
-    ("women holding hands", "women", "people holding hands", "", "family"),
-    ("family man woman girl boy", "man and woman", "family", "", "family"),
-    ("man's shoe", "", "man's shoe", "", "clothing"),
-    ("flag of france", "", "flag of france", "", "country-flag"),
-    ("keycap 7", "", "keycap 7", "", "keycap"),
-])
+@pytest.mark.parametrize(
+    "name, gender, base, tone, subgroup",
+    [
+        ("woman astronaut dark skin tone", "woman", "astronaut", "dark", "person-role"),
+        ("astronaut", "", "astronaut", "", "person-role"),
+        ("man walking facing right", "man", "person walking facing right", "", "person-activity"),
+        ("man red hair medium skin tone", "man", "person red hair", "medium", "person"),
+        ("kiss man man dark and light skin tone", "man and man", "kiss", "dark and light", "family"),
+        ("women holding hands", "women", "people holding hands", "", "family"),
+        ("family man woman girl boy", "man and woman", "family", "", "family"),
+        ("man's shoe", "", "man's shoe", "", "clothing"),
+        ("flag of france", "", "flag of france", "", "country-flag"),
+        ("keycap 7", "", "keycap 7", "", "keycap"),
+    ],
+)
 def test_names_split_into_their_parts(by_name, name, gender, base, tone, subgroup):
     found = by_name[name]
     assert (found.gender, found.base, found.skin_tone, found.subgroup) == (gender, base, tone, subgroup)

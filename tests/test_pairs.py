@@ -17,8 +17,16 @@ from instaflow_jax.data import pairs_manifest, pairs_store
 from instaflow_jax.data.noise import NAME, checksum, noise
 from instaflow_jax.data.pairs import PairBatches, Pairs
 
-RECIPE = {"teacher": {"unet": "u"}, "latent_shape": [2, 2, 4], "tokens": 3, "seed": 5, "noise": NAME, "store_noise": True,
-          "count": 22, "shard_size": 8}
+RECIPE = {
+    "teacher": {"unet": "u"},
+    "latent_shape": [2, 2, 4],
+    "tokens": 3,
+    "seed": 5,
+    "noise": NAME,
+    "store_noise": True,
+    "count": 22,
+    "shard_size": 8,
+}
 
 
 def X1_of(number):
@@ -32,8 +40,15 @@ def ids_of(number):
 def rows(recipe, shard):
     features = pairs_store.make_features(recipe)
     for i in pairs_manifest.shard_range(recipe, shard):
-        yield pairs_store.serialize(features, recipe, prompt=f"prompt {i} é", ids=ids_of(i), seed=i,
-                                    X0=noise(recipe["seed"], i, recipe["latent_shape"]), X1=X1_of(i))
+        yield pairs_store.serialize(
+            features,
+            recipe,
+            prompt=f"prompt {i} é",
+            ids=ids_of(i),
+            seed=i,
+            X0=noise(recipe["seed"], i, recipe["latent_shape"]),
+            X1=X1_of(i),
+        )
 
 
 def write(directory, **changed):
@@ -86,7 +101,9 @@ def test_without_stored_noise_tfds_reads_its_checksum(tmp_path):
 
 def test_another_generator_is_refused(tmp_path, monkeypatch):
     directory = write(tmp_path / "pairs", store_noise=False)
-    monkeypatch.setattr(pairs_file, "noise", lambda seed, index, shape: np.nextafter(noise(seed, index, shape), np.float16(9)))
+    monkeypatch.setattr(
+        pairs_file, "noise", lambda seed, index, shape: np.nextafter(noise(seed, index, shape), np.float16(9))
+    )
     with pytest.raises(ValueError, match="noise of pair 3, drawn again from seed 5, is not the one"):
         Pairs(directory).batch([3])
     monkeypatch.setattr(pairs_file, "NAME", "another")
@@ -162,7 +179,8 @@ def test_batches_are_what_spec_says(directory, dtype):
     batches = PairBatches(Pairs(directory), batch_size=4, seed=0, dtype=dtype)
     spec = batches.spec()
     assert {name: (s.shape, s.dtype) for name, s in spec.items()} == {
-        name: (rows.shape, rows.dtype) for name, rows in next(batches).items()}
+        name: (rows.shape, rows.dtype) for name, rows in next(batches).items()
+    }
     assert spec["X0"].dtype == dtype
 
 
@@ -194,7 +212,9 @@ def test_a_flipped_bit_is_named_by_the_check_and_by_reading(directory):
     np.testing.assert_array_equal(Pairs(directory)[0]["X1"], X1_of(0))
 
 
-@pytest.mark.parametrize("harm", [lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:-1])], ids=["gone", "cut"])
+@pytest.mark.parametrize(
+    "harm", [lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:-1])], ids=["gone", "cut"]
+)
 def test_a_missing_or_short_shard_is_named_and_made_again(directory, harm):
     path = pairs_store.shard_path(directory, RECIPE, 2)
     whole = path.read_bytes()
@@ -227,7 +247,9 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(directory):
 
 def test_the_manifest_of_another_teacher_is_refused(directory, tmp_path):
     other = RECIPE | {"teacher": {"unet": "w"}}
-    with pytest.raises(ValueError, match=r'manifest.json is of other pairs: teacher is {"unet": "u"}, not {"unet": "w"}. Take'):
+    with pytest.raises(
+        ValueError, match=r'manifest.json is of other pairs: teacher is {"unet": "u"}, not {"unet": "w"}. Take'
+    ):
         pairs_manifest.begin(directory, other, {})
     pairs_manifest.begin(tmp_path / "other", other, {})
     (tmp_path / "other" / "manifest.json").replace(directory / "manifest.json")
@@ -239,8 +261,11 @@ def test_the_manifest_of_another_teacher_is_refused(directory, tmp_path):
 def test_an_edited_a_broken_a_future_and_a_missing_manifest_are_refused(directory):
     path = directory / "manifest.json"
     text = path.read_text()
-    for edited, words in ((text.replace('"seed": 5', '"seed": 6'), "changed after"), (text[:-9], "is not JSON"),
-                          (text.replace('"format": 1', '"format": 2'), "format 2 is not 1")):
+    for edited, words in (
+        (text.replace('"seed": 5', '"seed": 6'), "changed after"),
+        (text[:-9], "is not JSON"),
+        (text.replace('"format": 1', '"format": 2'), "format 2 is not 1"),
+    ):
         path.write_text(edited)
         with pytest.raises(ValueError, match=words):
             Pairs(directory)

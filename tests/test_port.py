@@ -1,4 +1,5 @@
 """Weights in and out: every file form bit-equal, foreign readers content, every kind of broken file named."""
+
 import json
 import pickle
 
@@ -11,13 +12,22 @@ from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.models.vae import AutoencoderKL
 
 UNET = {
-    "block_out_channels": (32, 64), "layers_per_block": 1, "cross_attention_dim": 8, "attention_head_dim": 4,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "norm_num_groups": 32, "sample_size": 8,
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "cross_attention_dim": 8,
+    "attention_head_dim": 4,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "norm_num_groups": 32,
+    "sample_size": 8,
 }
 VAE = {
-    "block_out_channels": (32, 32), "down_block_types": ("DownEncoderBlock2D",) * 2, "norm_num_groups": 32,
-    "up_block_types": ("UpDecoderBlock2D",) * 2, "layers_per_block": 1, "sample_size": 16,
+    "block_out_channels": (32, 32),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "norm_num_groups": 32,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "layers_per_block": 1,
+    "sample_size": 16,
 }
 
 
@@ -25,6 +35,7 @@ VAE = {
 def unet():
     references()
     from diffusers import UNet2DConditionModel as Reference
+
     return randomize(Reference(**UNET))
 
 
@@ -32,6 +43,7 @@ def unet():
 def vae():
     references()
     from diffusers import AutoencoderKL as Reference
+
     return randomize(Reference(**VAE))
 
 
@@ -49,11 +61,19 @@ def assert_bit_equal(params, want):
         np.testing.assert_array_equal(p, want[name], err_msg=name)
 
 
-@pytest.mark.parametrize("form", [
-    {}, {"max_shard_size": "100KB"}, {"safe_serialization": False},
-    {"safe_serialization": False, "max_shard_size": "100KB"}, {"variant": "fp16"},
-    {"variant": "fp16", "max_shard_size": "100KB"}, {"variant": "fp16", "safe_serialization": False},
-], ids=lambda form: "-".join(map(str, form.values())) or "safetensors")
+@pytest.mark.parametrize(
+    "form",
+    [
+        {},
+        {"max_shard_size": "100KB"},
+        {"safe_serialization": False},
+        {"safe_serialization": False, "max_shard_size": "100KB"},
+        {"variant": "fp16"},
+        {"variant": "fp16", "max_shard_size": "100KB"},
+        {"variant": "fp16", "safe_serialization": False},
+    ],
+    ids=lambda form: "-".join(map(str, form.values())) or "safetensors",
+)
 def test_every_form_that_diffusers_writes_is_read(form, unet, tmp_path):
     half = "variant" in form
     (unet.half() if half else unet.float()).save_pretrained(tmp_path, **form)
@@ -67,9 +87,17 @@ def test_every_form_that_diffusers_writes_is_read(form, unet, tmp_path):
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "stream"])
 def test_both_containers_of_torch_save_are_read(legacy, torch, tmp_path):
     base = torch.arange(24, dtype=torch.float32).reshape(4, 6)
-    tensors = {"whole": base, "part": base[1:3, ::2], "turned": base.T, "half": base.half(), "brain": base.bfloat16(),
-               "scalar": torch.tensor(3.5), "empty": torch.zeros(0, 2), "ids": torch.arange(5),
-               "parameter": torch.nn.Parameter(base[0])}
+    tensors = {
+        "whole": base,
+        "part": base[1:3, ::2],
+        "turned": base.T,
+        "half": base.half(),
+        "brain": base.bfloat16(),
+        "scalar": torch.tensor(3.5),
+        "empty": torch.zeros(0, 2),
+        "ids": torch.arange(5),
+        "parameter": torch.nn.Parameter(base[0]),
+    }
     torch.save(tensors, tmp_path / "x.bin", _use_new_zipfile_serialization=not legacy)
     read = torch_file.read(tmp_path / "x.bin")
     assert read.keys() == tensors.keys()
@@ -78,13 +106,21 @@ def test_both_containers_of_torch_save_are_read(legacy, torch, tmp_path):
         assert read[key].dtype.name == str(tensor.dtype).removeprefix("torch.")
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"dtype": np.float16, "variant": "fp16"}, {"shard_bytes": 100_000}, {"form": "flax"},
-    {"shard_bytes": 100_000, "dtype": np.float16, "variant": "fp16"},
-], ids=["safetensors", "fp16", "sharded", "flax", "fp16-sharded"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dtype": np.float16, "variant": "fp16"},
+        {"shard_bytes": 100_000},
+        {"form": "flax"},
+        {"shard_bytes": 100_000, "dtype": np.float16, "variant": "fp16"},
+    ],
+    ids=["safetensors", "fp16", "sharded", "flax", "fp16-sharded"],
+)
 def test_what_we_write_we_read_and_so_does_diffusers(options, unet, vae, torch, tmp_path):
     from diffusers import AutoencoderKL as TorchVAE
     from diffusers import UNet2DConditionModel as TorchUNet
+
     for reference, theirs, ours in ((unet, TorchUNet, UNet2DConditionModel), (vae, TorchVAE, AutoencoderKL)):
         folder, variant = tmp_path / ours.__name__, options.get("variant")
         net = ours.from_config(dict(reference.config))
@@ -100,8 +136,11 @@ def test_what_we_write_we_read_and_so_does_diffusers(options, unet, vae, torch, 
 def test_the_old_flax_classes_read_our_file_and_we_read_theirs(unet, vae, tmp_path):
     """That the numbers lie where the classes want them is seen in test_unet_vae, which runs them."""
     from diffusers import FlaxAutoencoderKL, FlaxUNet2DConditionModel
-    for reference, flax, ours in ((unet, FlaxUNet2DConditionModel, UNet2DConditionModel),
-                                  (vae, FlaxAutoencoderKL, AutoencoderKL)):
+
+    for reference, flax, ours in (
+        (unet, FlaxUNet2DConditionModel, UNet2DConditionModel),
+        (vae, FlaxAutoencoderKL, AutoencoderKL),
+    ):
         net, folder = ours.from_config(dict(reference.config)), tmp_path / ours.__name__
         want = expected(reference, net)
         net.save_pretrained(want, folder / "ours", form="flax")
@@ -129,6 +168,7 @@ def test_old_spellings_of_the_autoencoder_are_read(vae, torch, tmp_path):
 
 def test_a_cached_hub_id_is_read_offline(unet, tmp_path, monkeypatch):
     from huggingface_hub import constants
+
     snapshot = tmp_path / "models--someone--tiny-sd" / "snapshots" / "abc"
     (snapshot.parent.parent / "refs").mkdir(parents=True)
     (snapshot.parent.parent / "refs" / "main").write_text("abc")
@@ -161,6 +201,7 @@ def folder(unet, tmp_path):
 def change(folder, edit):
     """Rewrites the weights of a folder after `edit` changed their dict."""
     from safetensors.numpy import load_file, save_file
+
     path = folder / "diffusion_pytorch_model.safetensors"
     tensors = load_file(path)
     edit(tensors)
@@ -173,25 +214,34 @@ def test_missing_extra_and_misshapen_weights_are_all_named_at_once(folder):
         tensors["conv_in.wait"] = np.zeros(3, "float32")
         tensors["conv_out.bias"] = np.zeros(5, "float32")
         tensors["mid_block.resnets.0.conv1.weight"] = np.zeros((64, 64, 1, 1), "float32")
+
     change(folder, edit)
     with pytest.raises(ValueError) as error:
         UNet2DConditionModel.from_pretrained(folder)
     message = str(error.value)
     assert str(folder) in message
-    for words in ("1 missing: conv_in.weight", "1 extra: conv_in.wait", "2 misshapen",
-                  "conv_out.bias has shape (5,), the config asks for (4,)",
-                  "mid_block.resnets.0.conv1.weight has shape (64, 64, 1, 1), the config asks for (64, 64, 3, 3)"):
+    for words in (
+        "1 missing: conv_in.weight",
+        "1 extra: conv_in.wait",
+        "2 misshapen",
+        "conv_out.bias has shape (5,), the config asks for (4,)",
+        "mid_block.resnets.0.conv1.weight has shape (64, 64, 1, 1), the config asks for (64, 64, 3, 3)",
+    ):
         assert words in message
 
 
-@pytest.mark.parametrize("name,options", [
-    ("diffusion_pytorch_model.safetensors", {}), ("diffusion_pytorch_model.bin", {"safe_serialization": False}),
-])
+@pytest.mark.parametrize(
+    "name,options",
+    [
+        ("diffusion_pytorch_model.safetensors", {}),
+        ("diffusion_pytorch_model.bin", {"safe_serialization": False}),
+    ],
+)
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
 def test_a_truncated_file_is_named(name, options, share, unet, tmp_path):
     unet.save_pretrained(tmp_path, **options)
     data = (tmp_path / name).read_bytes()
-    (tmp_path / name).write_bytes(data[:int(share * len(data))])
+    (tmp_path / name).write_bytes(data[: int(share * len(data))])
     with pytest.raises(ValueError, match=f"{name}.*truncated"):
         UNet2DConditionModel.from_pretrained(tmp_path)
 
@@ -205,7 +255,7 @@ def test_a_truncated_flax_file_or_stream_is_named(share, unet, torch, tmp_path):
         if path == stream:
             torch.save(unet.state_dict(), stream, _use_new_zipfile_serialization=False)
         data = path.read_bytes()
-        path.write_bytes(data[:int(share * len(data))])
+        path.write_bytes(data[: int(share * len(data))])
         with pytest.raises(ValueError, match=f"{path.name}.*truncated"):
             UNet2DConditionModel.from_pretrained(tmp_path)
 

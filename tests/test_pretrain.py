@@ -1,4 +1,5 @@
 """The four networks of the embedded world in small: through the stage their loss falls, and what it writes opens."""
+
 import jax
 import numpy as np
 import pytest
@@ -22,8 +23,9 @@ def emoji(count: int) -> openmoji.Arrays:
     """Smooth pictures in place of emoji, so that no test waits for drawing."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 255, (count, 4, 4, 3)).astype(np.uint8)
-    words = [Emoji(f"{i:X}", NAMES[i % len(NAMES)], "objects", "tool", "", "", NAMES[i % len(NAMES)])
-             for i in range(count)]
+    words = [
+        Emoji(f"{i:X}", NAMES[i % len(NAMES)], "objects", "tool", "", "", NAMES[i % len(NAMES)]) for i in range(count)
+    ]
     return openmoji.Arrays(coarse.repeat(8, 1).repeat(8, 2), words)
 
 
@@ -41,8 +43,15 @@ def shrunk(variant: str):
         config.model.block_out_channels = (8, 8, 8)
     if variant == "diffusion":
         config.copies = 1
-        config.unet.update({"block_out_channels": (16,), "attention_head_dim": (1,), "sample_size": 8,
-                            "down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)})
+        config.unet.update(
+            {
+                "block_out_channels": (16,),
+                "attention_head_dim": (1,),
+                "sample_size": 8,
+                "down_block_types": ("CrossAttnDownBlock2D",),
+                "up_block_types": ("CrossAttnUpBlock2D",),
+            }
+        )
         config.text_encoder.num_hidden_layers = 1
         config.watch.update({"prompts": config.watch.prompts[:2], "seeds": 2, "N": 2})
     if variant == "classifier":
@@ -69,6 +78,7 @@ def unmoved(key, pixels):
 
 def test_equal_captions_are_no_mistakes():
     """Eight pictures of one caption: a CLIP that tells nothing apart has the least loss there is, log 8."""
+
     class Blind:
         def apply(self, params, ids, pixels):
             return type("Out", (), {"logits_per_image": np.zeros((len(pixels), len(ids)), np.float32)})

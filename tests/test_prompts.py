@@ -16,7 +16,12 @@ TIDY = Cleaning(normalize=True, min_chars=1, max_chars=0, unique=False)
 
 
 def load(source, column="", cleaning=TIDY, **fields):
-    return prompts.load(str(source), column=column, cleaning=cleaning, **{"split": "val", "data_dir": "", "count": 0, "seed": 0} | fields)
+    return prompts.load(
+        str(source),
+        column=column,
+        cleaning=cleaning,
+        **{"split": "val", "data_dir": "", "count": 0, "seed": 0} | fields,
+    )
 
 
 def test_normalising_composes_and_squeezes():
@@ -41,7 +46,14 @@ def test_text_file_with_a_broken_line(tmp_path):
 
 
 def test_jsonl_takes_nested_columns_and_lists(tmp_path):
-    rows = ['{"c": {"t": "one"}}', '{"c": {"t": ["two", 3]}}', '{"c": 1}', "{broken", '{"c": {"t": "a \\ud800"}}', "[" * 9999]
+    rows = [
+        '{"c": {"t": "one"}}',
+        '{"c": {"t": ["two", 3]}}',
+        '{"c": 1}',
+        "{broken",
+        '{"c": {"t": "a \\ud800"}}',
+        "[" * 9999,
+    ]
     (tmp_path / "p.jsonl").write_text("\n".join(rows))
     found = load(tmp_path / "p.jsonl", "c.t")
     assert found.texts == ["one", "two"] and found.report["malformed"] == 5
@@ -50,6 +62,7 @@ def test_jsonl_takes_nested_columns_and_lists(tmp_path):
 def test_parquet_globs_in_order_of_name_and_names_its_columns(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
+
     parquet.write_table(pyarrow.table({"TEXT": ["three", None], "W": [1, 2]}), tmp_path / "b.parquet")
     parquet.write_table(pyarrow.table({"TEXT": ["one", "two"], "W": [1, 2]}), tmp_path / "a.parquet")
     found = load(tmp_path / "*.parquet", "TEXT")
@@ -73,7 +86,10 @@ def coco(tmp_path):
     """A TFDS set with the features of coco_captions, where TFDS would have prepared it."""
     captions = tfds.features.Sequence({"id": np.int64, "text": tfds.features.Text()})
     features = tfds.features.FeaturesDict({"image": tfds.features.Image(shape=(None, None, 3)), "captions": captions})
-    row = {"image": _png(np.zeros((8, 8, 3), np.uint8)), "captions": [{"id": 1, "text": "a dog"}, {"id": 2, "text": "é"}]}
+    row = {
+        "image": _png(np.zeros((8, 8, 3), np.uint8)),
+        "captions": [{"id": 1, "text": "a dog"}, {"id": 2, "text": "é"}],
+    }
     directory = tmp_path / "coco_captions" / "2014" / "1.1.0"
     directory.mkdir(parents=True)
     records.write(directory / "coco_captions-val.array_record-00000-of-00001", [features.serialize_example(row)])
@@ -87,7 +103,9 @@ def test_tfds_by_name_and_by_directory(coco):
         assert load(f"tfds:{name}", "captions.text", data_dir=str(coco.parents[2])).texts == ["a dog", "é"]
     with pytest.raises(ValueError, match="no split 'train'; it has val"):
         load(f"tfds:{coco}", "captions.text", split="train")
-    with pytest.raises(ValueError, match="no column 'text'; it has image, captions|no column 'text'; it has captions, image"):
+    with pytest.raises(
+        ValueError, match="no column 'text'; it has image, captions|no column 'text'; it has captions, image"
+    ):
         load(f"tfds:{coco}", "text")
     with pytest.raises(ValueError, match="gave no prompt"):
         load(f"tfds:{coco}", "captions.id")
@@ -99,13 +117,16 @@ def test_openmoji_captions_are_a_prefix_of_longer_ones_and_never_empty():
     assert load("openmoji", count=60, seed=4).texts != more
 
 
-@pytest.mark.parametrize("source, column, error, words", [
-    ("nowhere.txt", "", FileNotFoundError, "nowhere.txt"),
-    ("prompts.csv", "", ValueError, r"openmoji, tfds:NAME, or a file ending in .txt, .jsonl, .parquet"),
-    ("tfds:nowhere", "text", FileNotFoundError, "no prepared set in .*nowhere"),
-    ("tfds:coco_captions", "", ValueError, "needs prompts.column"),
-    ("openmoji", "", ValueError, "count=0 is not positive"),
-])
+@pytest.mark.parametrize(
+    "source, column, error, words",
+    [
+        ("nowhere.txt", "", FileNotFoundError, "nowhere.txt"),
+        ("prompts.csv", "", ValueError, r"openmoji, tfds:NAME, or a file ending in .txt, .jsonl, .parquet"),
+        ("tfds:nowhere", "text", FileNotFoundError, "no prepared set in .*nowhere"),
+        ("tfds:coco_captions", "", ValueError, "needs prompts.column"),
+        ("openmoji", "", ValueError, "count=0 is not positive"),
+    ],
+)
 def test_what_cannot_be_read_is_refused(source, column, error, words, tmp_path):
     with pytest.raises(error, match=words):
         load(source, column, data_dir=str(tmp_path))

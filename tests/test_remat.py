@@ -1,4 +1,5 @@
 """Computing again in the backward pass: the same outputs and gradients, less memory, and nothing else changes."""
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -11,13 +12,27 @@ from instaflow_jax.models.vae import AutoencoderKL
 from instaflow_jax.train import objectives
 
 # Few channels and 144 tokens: shapes for which `models.cpu` has no way of its own.
-UNET = UNet2DConditionModel.from_config({
-    "sample_size": 12, "block_out_channels": (16, 24), "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "layers_per_block": 1, "cross_attention_dim": 24,
-    "attention_head_dim": 2, "norm_num_groups": 4})
-VAE = AutoencoderKL.from_config({
-    "block_out_channels": (8, 16), "down_block_types": ("DownEncoderBlock2D",) * 2, "norm_num_groups": 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 2, "sample_size": 32})
+UNET = UNet2DConditionModel.from_config(
+    {
+        "sample_size": 12,
+        "block_out_channels": (16, 24),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+        "cross_attention_dim": 24,
+        "attention_head_dim": 2,
+        "norm_num_groups": 4,
+    }
+)
+VAE = AutoencoderKL.from_config(
+    {
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "norm_num_groups": 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "sample_size": 32,
+    }
+)
 TRUNK = LPIPS.from_config({"net": "vgg", "widths": (8, 16), "depths": (2, 2)})
 UNET_INPUTS = normal(0, 8, 12, 12, 4), jnp.linspace(1.0, 1000.0, 8), normal(1, 8, 7, 24)
 

@@ -1,4 +1,5 @@
 """The released loop on the real UNet, pipelines on disk, and the `sample` stage from prompts to PNGs."""
+
 import json
 import runpy
 import shutil
@@ -18,14 +19,26 @@ from instaflow_jax.models.unet import UNet2DConditionModel
 
 ROOT = Path(__file__).parent.parent
 UNET = {
-    "block_out_channels": (32, 64), "layers_per_block": 1, "cross_attention_dim": 16, "attention_head_dim": 4,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "norm_num_groups": 8, "sample_size": 8,
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "cross_attention_dim": 16,
+    "attention_head_dim": 4,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "norm_num_groups": 8,
+    "sample_size": 8,
 }
 SCHEDULER = {
-    "_class_name": "PNDMScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
-    "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
-    "trained_betas": None, "clip_sample": False,
+    "_class_name": "PNDMScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+    "clip_sample": False,
 }
 
 
@@ -36,19 +49,40 @@ def tiny(tmp_path_factory):
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline
     from diffusers import UNet2DConditionModel as TorchUNet
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-    folder, torch_tokenizer = tmp_path_factory.mktemp("tiny"), CLIPTokenizer.from_pretrained(
-        Path(pipeline.EMBEDDED) / "openmoji" / "tokenizer")
+
+    folder, torch_tokenizer = (
+        tmp_path_factory.mktemp("tiny"),
+        CLIPTokenizer.from_pretrained(Path(pipeline.EMBEDDED) / "openmoji" / "tokenizer"),
+    )
     torch.manual_seed(0)
-    text = CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(torch_tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=torch_tokenizer.model_max_length,
-        eos_token_id=torch_tokenizer.eos_token_id))
-    vae = AutoencoderKL(block_out_channels=(16, 32), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=8,
-                        up_block_types=("UpDecoderBlock2D",) * 2, sample_size=16)
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(torch_tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=torch_tokenizer.model_max_length,
+            eos_token_id=torch_tokenizer.eos_token_id,
+        )
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        norm_num_groups=8,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        sample_size=16,
+    )
     StableDiffusionPipeline(
-        vae=randomize(vae), text_encoder=randomize(text), tokenizer=torch_tokenizer, unet=randomize(TorchUNet(**UNET)),
-        scheduler=PNDMScheduler.from_config(SCHEDULER), safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False).save_pretrained(folder)
+        vae=randomize(vae),
+        text_encoder=randomize(text),
+        tokenizer=torch_tokenizer,
+        unet=randomize(TorchUNet(**UNET)),
+        scheduler=PNDMScheduler.from_config(SCHEDULER),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
     return folder
 
 
@@ -76,13 +110,25 @@ def released_loop(torch, unet, X0, text, null, N, alpha):
 @pytest.mark.parametrize("N", [1, 2, 25])
 def test_flow_equals_the_released_loop(N, alpha, torch, tmp_path):
     from diffusers import UNet2DConditionModel as TorchUNet
+
     reference = randomize(TorchUNet(**UNET))
     reference.save_pretrained(tmp_path)
     net, params = UNet2DConditionModel.from_pretrained(tmp_path)
     X0, text, negative = normal(0, 2, 8, 8, 4), normal(1, 2, 5, 16), normal(2, 1, 5, 16)
     with torch.no_grad():
-        want = released_loop(torch, reference, torch.tensor(X0.transpose(0, 3, 1, 2)), torch.tensor(text),
-                             torch.tensor(np.repeat(negative, 2, 0)), N, alpha).numpy().transpose(0, 2, 3, 1)
+        want = (
+            released_loop(
+                torch,
+                reference,
+                torch.tensor(X0.transpose(0, 3, 1, 2)),
+                torch.tensor(text),
+                torch.tensor(np.repeat(negative, 2, 0)),
+                N,
+                alpha,
+            )
+            .numpy()
+            .transpose(0, 2, 3, 1)
+        )
     solve = jax.jit(sampling.make_solve(net.apply, sampling.Flow(1, 1000), "euler", N, alpha))
     assert relative(solve(params, X0, text, negative), want) < 1e-5
 
@@ -90,12 +136,19 @@ def test_flow_equals_the_released_loop(N, alpha, torch, tmp_path):
 @pytest.mark.parametrize("solver,scheduler", [("dpm_solver", "DPMSolverMultistepScheduler"), ("ddim", "DDIMScheduler")])
 def test_teacher_equals_the_diffusers_pipeline(solver, scheduler, tiny, torch):
     import diffusers
+
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny)
     pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     X0 = normal(0, 2, 8, 8, 4)
-    want = pipe(["red apple", "house"], negative_prompt=["a face"] * 2, num_inference_steps=25, guidance_scale=3.0,
-                latents=torch.tensor(X0.transpose(0, 3, 1, 2)), output_type="np").images
+    want = pipe(
+        ["red apple", "house"],
+        negative_prompt=["a face"] * 2,
+        num_inference_steps=25,
+        guidance_scale=3.0,
+        latents=torch.tensor(X0.transpose(0, 3, 1, 2)),
+        output_type="np",
+    ).images
     ours = pipeline.load(str(tiny), variant=None, attention="xla")
     dynamics = sampling.read_dynamics(ours.scheduler, ours.index, "auto")
     assert isinstance(dynamics, teacher.Schedule)
@@ -107,6 +160,7 @@ def test_teacher_equals_the_diffusers_pipeline(solver, scheduler, tiny, torch):
 
 def test_a_saved_pipeline_is_the_same_pipeline(tiny, tmp_path, torch):
     from diffusers import StableDiffusionPipeline
+
     ours = pipeline.load(str(tiny), variant=None, attention="xla")
     pipeline.save(ours, tmp_path / "again")
     again = pipeline.load(str(tmp_path / "again"), variant=None, attention="xla")
@@ -124,14 +178,26 @@ def test_noise_depends_on_the_seed_alone():
     assert np.abs(both[0] - both[1]).max() > 0.1
 
 
-@pytest.mark.parametrize("scheduler,index,kind,want", [
-    (SCHEDULER, "StableDiffusionPipeline", "auto", teacher.Schedule),
-    (SCHEDULER, "StableDiffusionPipeline", "flow", sampling.Flow(1, 1000)),
-    (SCHEDULER, "RectifiedFlowPipeline", "auto", sampling.Flow(1, 1000)),
-    ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "StableDiffusionPipeline", "auto", sampling.Flow(-1, 1000)),
-    ({"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction", "flow_shift": 1.0},
-     "StableDiffusionPipeline", "auto", sampling.Flow(-1, 1000)),
-])
+@pytest.mark.parametrize(
+    "scheduler,index,kind,want",
+    [
+        (SCHEDULER, "StableDiffusionPipeline", "auto", teacher.Schedule),
+        (SCHEDULER, "StableDiffusionPipeline", "flow", sampling.Flow(1, 1000)),
+        (SCHEDULER, "RectifiedFlowPipeline", "auto", sampling.Flow(1, 1000)),
+        (
+            {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+            "StableDiffusionPipeline",
+            "auto",
+            sampling.Flow(-1, 1000),
+        ),
+        (
+            {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction", "flow_shift": 1.0},
+            "StableDiffusionPipeline",
+            "auto",
+            sampling.Flow(-1, 1000),
+        ),
+    ],
+)
 def test_dynamics_are_what_the_scheduler_says(scheduler, index, kind, want):
     got = sampling.read_dynamics(scheduler, {"_class_name": index}, kind)
     assert got == want if isinstance(want, sampling.Flow) else isinstance(got, want)
@@ -172,24 +238,35 @@ def test_stage_writes_pictures_and_a_grid(tiny, tmp_path):
 
 def test_stage_reads_prompts_from_a_file_and_takes_other_sizes(tiny, tmp_path):
     (tmp_path / "prompts.txt").write_text("house\n\nred apple\n")
-    main.run(config(tiny, prompts=str(tmp_path / "prompts.txt"), seeds=(1,), height=20, width=12, alpha=1.0, N=1,
-                    kind="flow"), str(tmp_path))
+    main.run(
+        config(
+            tiny, prompts=str(tmp_path / "prompts.txt"), seeds=(1,), height=20, width=12, alpha=1.0, N=1, kind="flow"
+        ),
+        str(tmp_path),
+    )
     assert Image.open(tmp_path / "sample" / "001_red-apple_seed1_N1_alpha1.png").size == (12, 20)
 
 
-@pytest.mark.parametrize("fields,error,words", [
-    ({"height": 17}, ValueError, "config.height=17 is not divisible by the autoencoder's factor 2; use 16 or 18"),
-    ({"prompts": "nowhere.txt"}, FileNotFoundError, "config.prompts='nowhere.txt': no such file"),
-    ({"N": 0}, ValueError, "N=0"),
-    ({"solver": "euler"}, ValueError, "solver='euler' does not fit a teacher; choose auto or one of ddim, dpm_solver"),
-    ({"kind": "dream"}, ValueError, "kind='dream' is not one of auto, flow, teacher"),
-    ({"dtype": "int8"}, ValueError, "config.dtype='int8' is not one of float32, bfloat16"),
-    ({"attention": "magic"}, ValueError, "attention='magic' is not one of"),
-    ({"seeds": (-1,)}, ValueError, "config.seeds"),
-    ({"alpha": 1.0, "negative": "a face"}, ValueError, "guidance needs alpha > 1"),
-    ({"stage": "dream"}, ValueError, "config.stage='dream' is not one of"),
-    ({"batch": 0}, ValueError, "config.batch=0"),
-])
+@pytest.mark.parametrize(
+    "fields,error,words",
+    [
+        ({"height": 17}, ValueError, "config.height=17 is not divisible by the autoencoder's factor 2; use 16 or 18"),
+        ({"prompts": "nowhere.txt"}, FileNotFoundError, "config.prompts='nowhere.txt': no such file"),
+        ({"N": 0}, ValueError, "N=0"),
+        (
+            {"solver": "euler"},
+            ValueError,
+            "solver='euler' does not fit a teacher; choose auto or one of ddim, dpm_solver",
+        ),
+        ({"kind": "dream"}, ValueError, "kind='dream' is not one of auto, flow, teacher"),
+        ({"dtype": "int8"}, ValueError, "config.dtype='int8' is not one of float32, bfloat16"),
+        ({"attention": "magic"}, ValueError, "attention='magic' is not one of"),
+        ({"seeds": (-1,)}, ValueError, "config.seeds"),
+        ({"alpha": 1.0, "negative": "a face"}, ValueError, "guidance needs alpha > 1"),
+        ({"stage": "dream"}, ValueError, "config.stage='dream' is not one of"),
+        ({"batch": 0}, ValueError, "config.batch=0"),
+    ],
+)
 def test_bad_settings_end_in_one_clear_message(fields, error, words, tiny, tmp_path):
     with pytest.raises(error) as raised:
         main.run(config(tiny, **fields), str(tmp_path))
@@ -201,12 +278,18 @@ def test_a_long_prompt_is_cut_with_a_warning_that_names_the_lost_words(tiny, tmp
         main.run(config(tiny, prompts="a red apple " * 12 + "and final words", seeds=(1,)), str(tmp_path))
 
 
-@pytest.mark.parametrize("edit,words", [
-    (lambda index: index.update(unet=["diffusers", "UNet3DConditionModel"]), ["unet", "UNet3DConditionModel"]),
-    (lambda index: index.update(_class_name="StableDiffusionXLPipeline"), ["_class_name", "StableDiffusionXLPipeline"]),
-    (lambda index: index.update(text_encoder_2=["transformers", "CLIPTextModel"]), ["text_encoder_2"]),
-    (lambda index: index.pop("vae"), ["names no vae"]),
-])
+@pytest.mark.parametrize(
+    "edit,words",
+    [
+        (lambda index: index.update(unet=["diffusers", "UNet3DConditionModel"]), ["unet", "UNet3DConditionModel"]),
+        (
+            lambda index: index.update(_class_name="StableDiffusionXLPipeline"),
+            ["_class_name", "StableDiffusionXLPipeline"],
+        ),
+        (lambda index: index.update(text_encoder_2=["transformers", "CLIPTextModel"]), ["text_encoder_2"]),
+        (lambda index: index.pop("vae"), ["names no vae"]),
+    ],
+)
 def test_an_unknown_part_of_a_pipeline_is_refused(edit, words, copy):
     index = json.loads((copy / "model_index.json").read_text())
     edit(index)
@@ -224,8 +307,18 @@ def test_folders_of_two_models_are_refused(copy):
 
 
 def test_the_command_line_reports_an_error_in_one_line_and_exits_with_1(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "instaflow_jax.main", "--config=configs/sample.py",
-                           f"--config.model={tmp_path / 'nowhere'}"], cwd=ROOT,
-                          check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "instaflow_jax.main",
+            "--config=configs/sample.py",
+            f"--config.model={tmp_path / 'nowhere'}",
+        ],
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1
     assert "Traceback" not in done.stderr and str(tmp_path / "nowhere") in done.stderr.strip().splitlines()[-1]

@@ -1,4 +1,5 @@
 """What a program sends, read from its text: every spelling of HLO that matters, and a real step on simulated devices."""
+
 import json
 import math
 import os
@@ -47,16 +48,25 @@ ENTRY %main (p: f32[8,4]) -> f32[] {
 
 def test_every_spelling_is_read():
     assert sorted(read(PROGRAM), key=lambda c: (c.kind, c.shape)) == [
-        Collective("all-gather", "f32", (16, 4), 2, 1), Collective("all-gather", "bf16", (32, 4), 4, 3),
-        Collective("all-reduce", "f32", (), 8, 1), Collective("all-reduce", "f32", (16,), 8, 1),
-        Collective("all-to-all", "u8", (8,), 2, 1), Collective("all-to-all", "u8", (8,), 2, 1),
-        Collective("collective-permute", "s32", (5,), 2, 1), Collective("reduce-scatter", "f32", (1, 4), 4, 1)]
+        Collective("all-gather", "f32", (16, 4), 2, 1),
+        Collective("all-gather", "bf16", (32, 4), 4, 3),
+        Collective("all-reduce", "f32", (), 8, 1),
+        Collective("all-reduce", "f32", (16,), 8, 1),
+        Collective("all-to-all", "u8", (8,), 2, 1),
+        Collective("all-to-all", "u8", (8,), 2, 1),
+        Collective("collective-permute", "s32", (5,), 2, 1),
+        Collective("reduce-scatter", "f32", (1, 4), 4, 1),
+    ]
 
 
 def test_bytes_of_each_kind():
     assert sent_by_kind(read(PROGRAM)) == {
-        "all-reduce": 2 * 7 / 8 * (64 + 4), "all-gather": 3 * 3 / 4 * 256 + 1 / 2 * 256, "reduce-scatter": 3 * 16,
-        "all-to-all": 2 * 1 / 2 * 8, "collective-permute": 20}
+        "all-reduce": 2 * 7 / 8 * (64 + 4),
+        "all-gather": 3 * 3 / 4 * 256 + 1 / 2 * 256,
+        "reduce-scatter": 3 * 16,
+        "all-to-all": 2 * 1 / 2 * 8,
+        "collective-permute": 20,
+    }
 
 
 def test_a_loop_of_unknown_length_that_sends_is_refused():
@@ -72,7 +82,8 @@ def test_only_parameters_may_be_gathered_and_twice_a_round():
     fine = [gather((128, 3, 3, 64), 4), gather((64, 64), 2), Collective("all-reduce", "f32", (64, 64, 64, 320), 8, 9)]
     assert not unexpected(fine, kernels, rounds=2)
     assert unexpected([*fine, gather((3, 3, 64, 128), 1)], kernels, rounds=2) == [
-        "1 × all-gather of f32[3, 3, 64, 128] among 8"]
+        "1 × all-gather of f32[3, 3, 64, 128] among 8"
+    ]
     assert unexpected([gather((64, 64, 64, 320), 1)], kernels, rounds=2)
     assert unexpected([gather((64, 64), 1)], [], rounds=1)  # data parallelism gathers nothing
     for kind in KINDS[3:]:
@@ -119,7 +130,10 @@ def test_sharded_steps_send_what_their_shapes_say(steps):
     assert data_parallel["all-gather"] == 0
     assert 4 * sum(map(math.prod, steps[1]["sharded"])) == kernels
     assert fsdp["all-gather"] == pytest.approx(7 / 8 * kernels)
-    assert cut["all-gather"] in (pytest.approx(3 / 4 * kernels), pytest.approx(2 * 3 / 4 * kernels))  # out of the loop, or in
+    assert cut["all-gather"] in (
+        pytest.approx(3 / 4 * kernels),
+        pytest.approx(2 * 3 / 4 * kernels),
+    )  # out of the loop, or in
 
 
 def test_sharded_steps_send_nothing_else_and_agree(steps):

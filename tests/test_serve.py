@@ -1,4 +1,5 @@
 """Stage `serve`: what it draws, what it refuses, and its page, asked through gradio's client and by a browser."""
+
 import itertools
 import runpy
 import shutil
@@ -22,8 +23,15 @@ from instaflow_jax.stages import serve
 
 ROOT = Path(__file__).parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync")
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 
 
 def read(stage):
@@ -39,8 +47,17 @@ def free_port():
 def tiny(folder, **changed):
     """The shipped config on the tiny model, as flow and as its own teacher."""
     config = read("serve")
-    config.update({"model": str(folder), "kind": "flow", "steps": (1, 2), "teacher": str(folder), "teacher_N": 3,
-                   "port": free_port()} | changed)
+    config.update(
+        {
+            "model": str(folder),
+            "kind": "flow",
+            "steps": (1, 2),
+            "teacher": str(folder),
+            "teacher_N": 3,
+            "port": free_port(),
+        }
+        | changed
+    )
     return config
 
 
@@ -49,8 +66,13 @@ def tiny(folder, **changed):
 
 def stand_in(title, counts, room=5):
     """Draws one pixel that tells seed and steps; words are tokens."""
-    return serve.Painter(title, counts, room, lambda prompt: len(prompt.split()),
-                         lambda prompt, seed, N: np.full((1, 1, 3), (seed, N, len(prompt)), np.uint8))
+    return serve.Painter(
+        title,
+        counts,
+        room,
+        lambda prompt: len(prompt.split()),
+        lambda prompt, seed, N: np.full((1, 1, 3), (seed, N, len(prompt)), np.uint8),
+    )
 
 
 def respond(*request):
@@ -67,21 +89,24 @@ def test_flow_and_teacher_draw_the_same_seeds_each_with_its_steps():
     assert all(len(drawn.seconds) == 2 and min(drawn.seconds) > 0 for drawn in (flow, teacher))
 
 
-@pytest.mark.parametrize(("request_", "words"), [
-    (("", 0, 1, 1), "write a prompt"),
-    ((None, 0, 1, 1), "write a prompt"),
-    (("a b c d e", 0, 1, 1), "the prompt has 5 tokens, but 4 fit"),
-    (("x" * 31, 0, 1, 1), "the prompt has 31 characters; at most 30"),
-    (("cat", -1, 1, 1), "the seed must be a whole number from 0 to 4294967295, not -1"),
-    (("cat", 2**32 - 1, 1, 2), "the seed must be a whole number from 0 to 4294967294"),
-    (("cat", 0.5, 1, 1), "the seed must be a whole number"),
-    (("cat", None, 1, 1), "the seed must be a whole number"),
-    (("cat", float("inf"), 1, 1), "the seed must be a whole number"),
-    (("cat", float("nan"), 1, 1), "the seed must be a whole number"),
-    (("cat", 0, 2, 1), "2 steps are not among the possible 1, 4"),
-    (("cat", 0, 1, 0), "the number of pictures must be a whole number from 1 to 3, not 0"),
-    (("cat", 0, 1, 4), "the number of pictures must be a whole number from 1 to 3, not 4"),
-])
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (("", 0, 1, 1), "write a prompt"),
+        ((None, 0, 1, 1), "write a prompt"),
+        (("a b c d e", 0, 1, 1), "the prompt has 5 tokens, but 4 fit"),
+        (("x" * 31, 0, 1, 1), "the prompt has 31 characters; at most 30"),
+        (("cat", -1, 1, 1), "the seed must be a whole number from 0 to 4294967295, not -1"),
+        (("cat", 2**32 - 1, 1, 2), "the seed must be a whole number from 0 to 4294967294"),
+        (("cat", 0.5, 1, 1), "the seed must be a whole number"),
+        (("cat", None, 1, 1), "the seed must be a whole number"),
+        (("cat", float("inf"), 1, 1), "the seed must be a whole number"),
+        (("cat", float("nan"), 1, 1), "the seed must be a whole number"),
+        (("cat", 0, 2, 1), "2 steps are not among the possible 1, 4"),
+        (("cat", 0, 1, 0), "the number of pictures must be a whole number from 1 to 3, not 0"),
+        (("cat", 0, 1, 4), "the number of pictures must be a whole number from 1 to 3, not 4"),
+    ],
+)
 def test_requests_out_of_bounds_are_refused(request_, words):
     with pytest.raises(ValueError, match=words):
         respond(*request_)
@@ -101,8 +126,9 @@ def test_tokens_are_counted_as_the_tokenizer_cuts_them():
 
 
 def test_a_picture_is_the_one_that_sample_draws(teacher, tmp_path):
-    painter = serve.make_painter(pipeline.load(str(teacher), variant=None, attention="xla"), "tiny", kind="flow", alpha=1.0,
-                                 counts=(2,))
+    painter = serve.make_painter(
+        pipeline.load(str(teacher), variant=None, attention="xla"), "tiny", kind="flow", alpha=1.0, counts=(2,)
+    )
     config = read("sample")
     config.update({"model": str(teacher), "kind": "flow", "N": 2, "alpha": 1.0, "prompts": "cat face", "seeds": (5,)})
     main.run(config, str(tmp_path))
@@ -131,12 +157,15 @@ def test_without_model_and_teacher_there_is_nothing_to_show(tmp_path):
         serve.find_model(config, str(tmp_path))
 
 
-@pytest.mark.parametrize(("fields", "words"), [
-    ({"dtype": "int8"}, "config.dtype='int8' is not one of"),
-    ({"queue": 0}, "config.queue=0 must be at least 1"),
-    ({"steps": ()}, "must name at least one number of steps"),
-    ({"host": "256.0.0.1"}, "cannot listen at config.host='256.0.0.1'"),
-])
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"dtype": "int8"}, "config.dtype='int8' is not one of"),
+        ({"queue": 0}, "config.queue=0 must be at least 1"),
+        ({"steps": ()}, "must name at least one number of steps"),
+        ({"host": "256.0.0.1"}, "cannot listen at config.host='256.0.0.1'"),
+    ],
+)
 def test_bad_settings_end_in_one_clear_message_before_anything_is_loaded(fields, words):
     config = read("serve")
     config.update({"model": "nowhere", "port": free_port()} | fields)
@@ -187,13 +216,16 @@ def test_the_page_answers_with_pictures_and_seconds(client, teacher):
     assert np.any(pixels[0] != pixels[2])
 
 
-@pytest.mark.parametrize(("request_", "words"), [
-    (("cat " * 50, 0, 1, 1), "the prompt has 50 tokens, but 14 fit"),
-    (("x" * 600, 0, 1, 1), "500"),
-    (("cat", -5, 1, 1), "-5"),
-    (("cat", 0, 7, 1), "7"),
-    (("cat", 0, 1, 99), "99"),
-])
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (("cat " * 50, 0, 1, 1), "the prompt has 50 tokens, but 14 fit"),
+        (("x" * 600, 0, 1, 1), "500"),
+        (("cat", -5, 1, 1), "-5"),
+        (("cat", 0, 7, 1), "7"),
+        (("cat", 0, 1, 99), "99"),
+    ],
+)
 def test_the_page_shows_what_is_wrong_as_text(client, request_, words):
     with pytest.raises(AppError, match=words):
         client.predict(*request_, api_name="/draw")
@@ -219,11 +251,20 @@ def test_requests_beyond_the_queue_are_turned_away():
         return np.zeros((8, 8, 3), np.uint8)
 
     painter = serve.Painter("slow", (1,), 5, len, wait)
-    page = serve_page.make_page([painter], serve.make_respond([painter], max_chars=9, max_pictures=1), notice="slow",
-                                examples=("cat",), max_chars=9, max_pictures=1)
+    page = serve_page.make_page(
+        [painter],
+        serve.make_respond([painter], max_chars=9, max_pictures=1),
+        notice="slow",
+        examples=("cat",),
+        max_chars=9,
+        max_pictures=1,
+    )
     try:
-        client = Client(serve_page.open_page(page, host="127.0.0.1", port=free_port(), queue=1), verbose=False,
-                        analytics_enabled=False)
+        client = Client(
+            serve_page.open_page(page, host="127.0.0.1", port=free_port(), queue=1),
+            verbose=False,
+            analytics_enabled=False,
+        )
         drawn = client.submit("cat", 0, 1, 1, api_name="/draw")
         assert begun.wait(60)
         waiting = [client.submit("cat", 0, 1, 1, api_name="/draw") for _ in range(3)]
@@ -253,7 +294,9 @@ def test_the_page_in_a_browser(page, tmp_path):
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as browsers, tempfile.TemporaryDirectory() as profile:
-        browser = browsers.chromium.launch_persistent_context(profile, executable_path=CHROMIUM, headless=True, args=FLAGS)
+        browser = browsers.chromium.launch_persistent_context(
+            profile, executable_path=CHROMIUM, headless=True, args=FLAGS
+        )
         tab = browser.new_page()
         asked = []
         tab.on("request", lambda request: asked.append(request.url))
@@ -266,7 +309,8 @@ def test_the_page_in_a_browser(page, tmp_path):
         pictures.nth(1).wait_for()
         assert pictures.count() == 2
         style, width, shown = pictures.nth(0).evaluate(
-            "p => [getComputedStyle(p).imageRendering, p.naturalWidth, p.getBoundingClientRect().width]")
+            "p => [getComputedStyle(p).imageRendering, p.naturalWidth, p.getBoundingClientRect().width]"
+        )
         assert (style, width) == ("pixelated", 4) and shown > 100
 
         tab.get_by_label("Prompt").fill("cat " * 50)

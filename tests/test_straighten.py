@@ -1,4 +1,5 @@
 """Stages `reflow` and `distill` on a tiny random model: each makes what it lacks, resumes, and writes a flow that samples."""
+
 import dataclasses
 import itertools
 import json
@@ -23,9 +24,16 @@ WATCH = {"prompts": ("red apple",), "seeds": 1, "steps": (1,)}
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     """One level each, 4×4 latents and pixels."""
-    return make_random(tmp_path_factory.mktemp("teacher"), {
-        "block_out_channels": (8,), "down_block_types": ("DownEncoderBlock2D",), "norm_num_groups": 4,
-        "up_block_types": ("UpDecoderBlock2D",), "sample_size": 4})
+    return make_random(
+        tmp_path_factory.mktemp("teacher"),
+        {
+            "block_out_channels": (8,),
+            "down_block_types": ("DownEncoderBlock2D",),
+            "norm_num_groups": 4,
+            "up_block_types": ("UpDecoderBlock2D",),
+            "sample_size": 4,
+        },
+    )
 
 
 def read(stage, variant="openmoji"):
@@ -115,14 +123,17 @@ def test_direct_distillation_learns_from_the_teachers_pairs(run, teacher):
     assert (run / "direct" / "export" / "model_index.json").is_file()
 
 
-@pytest.mark.parametrize("fields,words", [
-    ({"dtype": "int8"}, "config.dtype='int8' is not one of"),
-    ({"drop": 1.5}, "config.drop=1.5 must be a share"),
-    ({"watch_every": 0}, "config.watch_every=0"),
-    ({"distance": "taste"}, "config.distance='taste' is not one of l2, lpips"),
-    ({"match": 1.0}, "match=1.0 must be a share"),
-    ({"batch_size": 9}, "batch_size=9 must be 1 to the 8 pairs there are"),
-])
+@pytest.mark.parametrize(
+    "fields,words",
+    [
+        ({"dtype": "int8"}, "config.dtype='int8' is not one of"),
+        ({"drop": 1.5}, "config.drop=1.5 must be a share"),
+        ({"watch_every": 0}, "config.watch_every=0"),
+        ({"distance": "taste"}, "config.distance='taste' is not one of l2, lpips"),
+        ({"match": 1.0}, "match=1.0 must be a share"),
+        ({"batch_size": 9}, "batch_size=9 must be 1 to the 8 pairs there are"),
+    ],
+)
 def test_bad_settings_end_in_one_clear_message(fields, words, run, teacher):
     config = distill_config(teacher)
     config.update(fields)

@@ -133,16 +133,20 @@ def test_other_numbers_of_steps_follow_diffusers(solver, spacing, N):
     assert_follows_diffusers(solver, SD21 | {"timestep_spacing": spacing}, N)
 
 
-@pytest.mark.parametrize("change", [
-    {"prediction_type": "sample"},
-    {"set_alpha_to_one": True},
-    {"final_sigmas_type": "sigma_min"},
-    {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"},
-    {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
-    {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"},
-    {"trained_betas": list(np.geomspace(1e-4, 0.03, 500)), "num_train_timesteps": 500},
-    {"steps_offset": 3, "timestep_spacing": "leading"},
-], ids=lambda change: "-".join(map(str, change)))
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prediction_type": "sample"},
+        {"set_alpha_to_one": True},
+        {"final_sigmas_type": "sigma_min"},
+        {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"},
+        {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
+        {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"},
+        {"trained_betas": list(np.geomspace(1e-4, 0.03, 500)), "num_train_timesteps": 500},
+        {"steps_offset": 3, "timestep_spacing": "leading"},
+    ],
+    ids=lambda change: "-".join(map(str, change)),
+)
 @pytest.mark.parametrize("N", [14, 15])  # 15 is where DPM-Solver's last step may be of second order
 @pytest.mark.parametrize("solver", THEIRS)
 def test_every_field_of_the_schedule_means_what_it_means_to_diffusers(solver, N, change):
@@ -294,22 +298,28 @@ def test_a_schedule_can_be_neither_changed_nor_confused():
 # --- refusals ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"_class_name": "UniPCMultistepScheduler"}, r"_class_name='UniPC.*' is not supported; supported: DDIMSched.*PNDM"),
-    ({"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction' .* epsilon, v_prediction, sample"),
-    ({"beta_schedule": "sigmoid"}, "beta_schedule='sigmoid' .* linear, scaled_linear, squaredcos_cap_v2"),
-    ({"timestep_spacing": "even"}, "timestep_spacing='even' .* leading, trailing, linspace"),
-    ({"final_sigmas_type": "one"}, "final_sigmas_type='one' .* zero, sigma_min"),
-    ({"clip_sample": True}, "clip_sample=True is not supported; supported: False"),
-    ({"thresholding": True}, "thresholding=True is not supported; supported: False"),
-    ({"use_karras_sigmas": True}, "use_karras_sigmas=True is not supported; supported: False"),
-    ({"algorithm_type": "sde-dpmsolver++"}, r"algorithm_type='sde-dpmsolver\+\+' .* supported: dpmsolver\+\+"),
-    ({"solver_order": 3}, "solver_order=3 is not supported; supported: 2"),
-    ({"variance_type": "learned_range"}, "variance_type='learned_range' is not supported"),
-    ({"bete_start": 0.1}, "unknown field bete_start=0.1; known: num_train_timesteps, beta_start"),
-    ({"trained_betas": [0.1, 0.2]}, r"trained_betas has shape \(2,\), but num_train_timesteps=1000"),
-    ({"beta_end": 1.5}, r"betas run from 0.00085 to 1.5, but must lie in \(0, 1\)"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"_class_name": "UniPCMultistepScheduler"},
+            r"_class_name='UniPC.*' is not supported; supported: DDIMSched.*PNDM",
+        ),
+        ({"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction' .* epsilon, v_prediction, sample"),
+        ({"beta_schedule": "sigmoid"}, "beta_schedule='sigmoid' .* linear, scaled_linear, squaredcos_cap_v2"),
+        ({"timestep_spacing": "even"}, "timestep_spacing='even' .* leading, trailing, linspace"),
+        ({"final_sigmas_type": "one"}, "final_sigmas_type='one' .* zero, sigma_min"),
+        ({"clip_sample": True}, "clip_sample=True is not supported; supported: False"),
+        ({"thresholding": True}, "thresholding=True is not supported; supported: False"),
+        ({"use_karras_sigmas": True}, "use_karras_sigmas=True is not supported; supported: False"),
+        ({"algorithm_type": "sde-dpmsolver++"}, r"algorithm_type='sde-dpmsolver\+\+' .* supported: dpmsolver\+\+"),
+        ({"solver_order": 3}, "solver_order=3 is not supported; supported: 2"),
+        ({"variance_type": "learned_range"}, "variance_type='learned_range' is not supported"),
+        ({"bete_start": 0.1}, "unknown field bete_start=0.1; known: num_train_timesteps, beta_start"),
+        ({"trained_betas": [0.1, 0.2]}, r"trained_betas has shape \(2,\), but num_train_timesteps=1000"),
+        ({"beta_end": 1.5}, r"betas run from 0.00085 to 1.5, but must lie in \(0, 1\)"),
+    ],
+)
 def test_what_a_scheduler_file_may_not_say(change, message):
     with pytest.raises(ValueError, match=message):
         teacher.read_schedule(SD15 | change)
@@ -327,11 +337,14 @@ def test_a_wrong_number_of_steps_is_refused(solver, N):
         solver(teacher.read_schedule(SD15), N)
 
 
-@pytest.mark.parametrize(("solver", "spacing", "N"), [
-    (teacher.ddim, "leading", 1000),  # the offset pushes the first step to 1000
-    (teacher.dpm_solver, "leading", 1000),  # 1001 points over 1000 times: all of them 0
-    (teacher.dpm_solver, "linspace", 1000),
-])
+@pytest.mark.parametrize(
+    ("solver", "spacing", "N"),
+    [
+        (teacher.ddim, "leading", 1000),  # the offset pushes the first step to 1000
+        (teacher.dpm_solver, "leading", 1000),  # 1001 points over 1000 times: all of them 0
+        (teacher.dpm_solver, "linspace", 1000),
+    ],
+)
 def test_a_grid_that_leaves_the_schedule_is_refused(solver, spacing, N):
     schedule = teacher.read_schedule(SD15 | {"timestep_spacing": spacing})
     with pytest.raises(ValueError, match=f"N=1000 steps with timestep_spacing='{spacing}' and steps_offset=1 do not"):

@@ -1,4 +1,5 @@
 """The tokenizer against transformers' two, and its warnings and errors."""
+
 import json
 import shutil
 import warnings
@@ -12,8 +13,19 @@ from instaflow_jax.models.pipeline import EMBEDDED
 from instaflow_jax.models.tokenizer import Tokenizer
 
 SOURCE = EMBEDDED / "openmoji" / "tokenizer"
-PLAIN = ["red apple", "Woman ASTRONAUT, dark skin tone", "", "  two   spaces\tand\nlines ", "it's we'll i'd", "a1b22 333",
-         "café naïve", "what?!... (really)", "a photo-realistic fox", "#hash @at $5", "<|endoftext|>"]
+PLAIN = [
+    "red apple",
+    "Woman ASTRONAUT, dark skin tone",
+    "",
+    "  two   spaces\tand\nlines ",
+    "it's we'll i'd",
+    "a1b22 333",
+    "café naïve",
+    "what?!... (really)",
+    "a photo-realistic fox",
+    "#hash @at $5",
+    "<|endoftext|>",
+]
 FAST_ONLY = ["日本語", "👨‍👩‍👧 family", "ΟΔΟΣ"]  # where OpenAI's own and the slow class's stand-in for ftfy differ
 
 
@@ -32,6 +44,7 @@ def folder(request, tmp_path):
 def test_equal_to_transformers(folder):
     references()
     from transformers import CLIPTokenizer, CLIPTokenizerFast
+
     ours = Tokenizer.from_pretrained(folder.parent)
     for cls, prompts in ((CLIPTokenizerFast, PLAIN + FAST_ONLY), (CLIPTokenizer, PLAIN)):
         theirs = cls.from_pretrained(folder)(prompts, padding="max_length", truncation=True).input_ids
@@ -47,6 +60,7 @@ def test_newer_files_with_learned_words_are_read(folder, tmp_path):
     """`added_tokens_decoder`, as transformers writes it and textual inversion fills it; vocabulary in one file or two."""
     references()
     from transformers import CLIPTokenizerFast
+
     theirs = CLIPTokenizerFast.from_pretrained(folder)
     theirs.add_tokens(["<cat-toy>", "blorp"])
     theirs.save_pretrained(tmp_path / "new")
@@ -64,6 +78,7 @@ def test_newer_files_with_learned_words_are_read(folder, tmp_path):
 def test_saved_files_are_read_by_transformers_and_by_us(folder, tmp_path):
     references()
     from transformers import CLIPTokenizer
+
     ours = Tokenizer.from_pretrained(folder, subfolder="")
     ours.save_pretrained(tmp_path / "again")
     want = ours(PLAIN[:3])
@@ -94,20 +109,36 @@ def edit(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize("spoil,error,words", [
-    (lambda d: (d / "vocab.json").unlink(), FileNotFoundError, "has no tokenizer: it needs vocab.json"),
-    (lambda d: (d / "tokenizer_config.json").unlink(), FileNotFoundError, "tokenizer_config.json is missing"),
-    (lambda d: (d / "vocab.json").write_text('{"a": 1'), ValueError, "vocab.json: not valid JSON"),
-    (lambda d: (d / "merges.txt").write_text("#version: 0.2\na b\nc"), ValueError, "'c' is not a merge of two tokens"),
-    (lambda d: (d / "merges.txt").write_text("qqq zzz\n"), ValueError, "must belong together"),
-    (lambda d: (d / "tokenizer_config.json").write_text("{}"), ValueError, "model_max_length=None"),
-    (lambda d: edit(d / "special_tokens_map.json", pad_token="<pad>"), ValueError, "pad_token is '<pad>', which"),
-    (lambda d: edit(d / "tokenizer_config.json", added_tokens_decoder={"7": {"content": "blorp"}}), ValueError,
-     "gives 'blorp' the id 7"),
-    (lambda d: [(d / n).unlink() for n in ("vocab.json", "merges.txt")]
-     and (d / "tokenizer.json").write_text('{"model": {"type": "WordPiece"}}'), ValueError, "is not CLIP's tokenizer"),
-    (lambda d: shutil.rmtree(d), FileNotFoundError, "has no folder 'tokenizer'"),
-])
+@pytest.mark.parametrize(
+    "spoil,error,words",
+    [
+        (lambda d: (d / "vocab.json").unlink(), FileNotFoundError, "has no tokenizer: it needs vocab.json"),
+        (lambda d: (d / "tokenizer_config.json").unlink(), FileNotFoundError, "tokenizer_config.json is missing"),
+        (lambda d: (d / "vocab.json").write_text('{"a": 1'), ValueError, "vocab.json: not valid JSON"),
+        (
+            lambda d: (d / "merges.txt").write_text("#version: 0.2\na b\nc"),
+            ValueError,
+            "'c' is not a merge of two tokens",
+        ),
+        (lambda d: (d / "merges.txt").write_text("qqq zzz\n"), ValueError, "must belong together"),
+        (lambda d: (d / "tokenizer_config.json").write_text("{}"), ValueError, "model_max_length=None"),
+        (lambda d: edit(d / "special_tokens_map.json", pad_token="<pad>"), ValueError, "pad_token is '<pad>', which"),
+        (
+            lambda d: edit(d / "tokenizer_config.json", added_tokens_decoder={"7": {"content": "blorp"}}),
+            ValueError,
+            "gives 'blorp' the id 7",
+        ),
+        (
+            lambda d: (
+                [(d / n).unlink() for n in ("vocab.json", "merges.txt")]
+                and (d / "tokenizer.json").write_text('{"model": {"type": "WordPiece"}}')
+            ),
+            ValueError,
+            "is not CLIP's tokenizer",
+        ),
+        (lambda d: shutil.rmtree(d), FileNotFoundError, "has no folder 'tokenizer'"),
+    ],
+)
 def test_broken_files_are_named(spoil, error, words, tmp_path):
     folder = Path(shutil.copytree(SOURCE, tmp_path / "tokenizer"))
     spoil(folder)

@@ -1,4 +1,5 @@
 """UNet and autoencoder against PyTorch diffusers and its last Flax classes, at small sizes in float32."""
+
 import contextlib
 import io
 
@@ -12,14 +13,23 @@ from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.models.vae import AutoencoderKL
 
 SD1 = {  # as in SD 1.x: eight heads, convolutions as projections, but three levels: XLA compiles them in 2 s
-    "block_out_channels": (32, 64, 64), "down_block_types": ("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 2, "layers_per_block": 1, "cross_attention_dim": 24,
-    "attention_head_dim": 8, "norm_num_groups": 8, "sample_size": 16,
+    "block_out_channels": (32, 64, 64),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 2,
+    "layers_per_block": 1,
+    "cross_attention_dim": 24,
+    "attention_head_dim": 8,
+    "norm_num_groups": 8,
+    "sample_size": 16,
 }
 SD2 = SD1 | {"attention_head_dim": (2, 4, 8), "use_linear_projection": True}
 VAE = {
-    "block_out_channels": (16, 32, 32), "down_block_types": ("DownEncoderBlock2D",) * 3, "norm_num_groups": 8,
-    "up_block_types": ("UpDecoderBlock2D",) * 3, "layers_per_block": 2, "sample_size": 32,
+    "block_out_channels": (16, 32, 32),
+    "down_block_types": ("DownEncoderBlock2D",) * 3,
+    "norm_num_groups": 8,
+    "up_block_types": ("UpDecoderBlock2D",) * 3,
+    "layers_per_block": 2,
+    "sample_size": 32,
 }
 
 
@@ -34,12 +44,14 @@ def nhwc(x):
 def torch_unet(config, seed=0):
     references()
     from diffusers import UNet2DConditionModel as Reference
+
     return randomize(Reference(**config), seed)
 
 
 def torch_vae(config=VAE, seed=0):
     references()
     from diffusers import AutoencoderKL as Reference
+
     return randomize(Reference(**config), seed)
 
 
@@ -112,9 +124,11 @@ def test_unet_and_vae_beside_the_old_flax_classes(tmp_path, capsys):
     flax_vae, flax_vae_params = FlaxAutoencoderKL.from_pretrained(str(tmp_path / "flax_vae"))
     theirs = (
         jax.jit(lambda p, *a: flax_unet.apply({"params": p}, *a).sample)(
-            flax_unet_params, x.transpose(0, 3, 1, 2), tau, text).transpose(0, 2, 3, 1),
+            flax_unet_params, x.transpose(0, 3, 1, 2), tau, text
+        ).transpose(0, 2, 3, 1),
         jax.jit(lambda p, z: flax_vae.apply({"params": p}, z, method=flax_vae.decode).sample)(
-            flax_vae_params, z.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1),
+            flax_vae_params, z.transpose(0, 3, 1, 2)
+        ).transpose(0, 2, 3, 1),
     )
     decode = jax.jit(lambda p, z: net_v.apply(p, z, method="decode"))
     ours = jax.jit(net_u.apply)(params_u, x, tau, text), decode(params_v, z * net_v.config.scaling_factor)
@@ -134,10 +148,16 @@ def test_bfloat16_computes_close_to_float32_on_float32_parameters():
     assert 1e-5 < relative(outs[1], outs[0]) < 5e-2
 
 
-@pytest.mark.parametrize("change,words", [
-    ({"class_embed_type": "timestep"}, ["class_embed_type", "timestep"]),
-    ({"down_block_types": ["DownBlock2D", "DownBlock2D", "SimpleCrossAttnDownBlock2D"]}, ["down_block_types", "Simple"]),
-])
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        ({"class_embed_type": "timestep"}, ["class_embed_type", "timestep"]),
+        (
+            {"down_block_types": ["DownBlock2D", "DownBlock2D", "SimpleCrossAttnDownBlock2D"]},
+            ["down_block_types", "Simple"],
+        ),
+    ],
+)
 def test_a_unet_we_do_not_have_is_refused(change, words):
     with pytest.raises(ValueError) as error:
         UNet2DConditionModel.from_config(SD1 | change)

@@ -2,6 +2,7 @@
 
 What is changed is what a reader would fill in (DIR, FILE, a hub id, COCO), and numbers: steps, pictures, channels.
 """
+
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,11 +31,16 @@ BLOCKS = [text for language, text in FENCES if language == "bash" and commands_o
 
 # What a stage is run for, in its workdir.
 PRODUCTS = {
-    "sample": ("sample/*.png",), "generate": ("pairs/*.array_record*", "pairs/preview.png"),
-    "reflow": ("reflow/export/unet/*.safetensors",), "distill": ("{into}/export/unet/*.safetensors",),
-    "evaluate": ("evaluate/table.md", "evaluate/grid.png"), "evaluate_coco": ("evaluate/coco/results.md",),
+    "sample": ("sample/*.png",),
+    "generate": ("pairs/*.array_record*", "pairs/preview.png"),
+    "reflow": ("reflow/export/unet/*.safetensors",),
+    "distill": ("{into}/export/unet/*.safetensors",),
+    "evaluate": ("evaluate/table.md", "evaluate/grid.png"),
+    "evaluate_coco": ("evaluate/coco/results.md",),
     "export": ("export/orbax", "export/diffusers", "export/stablehlo/draw.py", "export/msgpack", "export/README.md"),
-    "serve": (), "demo": ("report.html",), "pretrain": ("export/unet/*.safetensors",),
+    "serve": (),
+    "demo": ("report.html",),
+    "pretrain": ("export/unet/*.safetensors",),
 }
 
 
@@ -49,10 +55,13 @@ def world(tmp_path_factory, folder, models):  # noqa: F811
     weight = pipe.unet.get_submodule("mid_block.resnets.0.conv1").weight
     for i, name in enumerate(("FILE", "FILE2")):
         down, up = np.random.default_rng(i).normal(size=(2, 2, 144)).astype(np.float32)
-        safetensors.numpy.save_file({
-            "lora_unet_mid_block_resnets_0_conv1.lora_down.weight": down.reshape(2, *weight.shape[1:]),
-            "lora_unet_mid_block_resnets_0_conv1.lora_up.weight": up[:, :16].T.reshape(16, 2, 1, 1).copy()},
-            root / f"{name}.safetensors")
+        safetensors.numpy.save_file(
+            {
+                "lora_unet_mid_block_resnets_0_conv1.lora_down.weight": down.reshape(2, *weight.shape[1:]),
+                "lora_unet_mid_block_resnets_0_conv1.lora_up.weight": up[:, :16].T.reshape(16, 2, 1, 1).copy(),
+            },
+            root / f"{name}.safetensors",
+        )
     (root / "prompts.txt").write_text("red apple\nhouse\n")
     shutil.copytree(folder / "val", root / "COCO" / "val2017")
     (root / "COCO" / "annotations").mkdir()
@@ -63,9 +72,16 @@ def world(tmp_path_factory, folder, models):  # noqa: F811
 
 def filled_in(words, world, workdir):
     """The command with the reader's own folders and files in it; hub ids are directories too."""
-    mine = {"DIR_OR_HUB_ID": world.sd, "FILE.safetensors": world.root / "sd.safetensors", "DIR": workdir,
-            "prompts.txt": world.root / "prompts.txt", "COCO/": f"{world.root}/COCO/", "FILE=": f"{world.root}/FILE.safetensors=",
-            "FILE2=": f"{world.root}/FILE2.safetensors=", "pt_inception": f"{world.root}/pt_inception"}
+    mine = {
+        "DIR_OR_HUB_ID": world.sd,
+        "FILE.safetensors": world.root / "sd.safetensors",
+        "DIR": workdir,
+        "prompts.txt": world.root / "prompts.txt",
+        "COCO/": f"{world.root}/COCO/",
+        "FILE=": f"{world.root}/FILE.safetensors=",
+        "FILE2=": f"{world.root}/FILE2.safetensors=",
+        "pt_inception": f"{world.root}/pt_inception",
+    }
     if any(word.startswith("--config.delta.custom=") for word in words):
         mine["DIR"] = world.root / "custom"
 
@@ -117,6 +133,7 @@ def smaller_training(config, tiny):
 def quick(monkeypatch, no_drawing):  # noqa: F811
     """Inception in six numbers, and a page that closes when it would wait."""
     from gradio import Blocks
+
     monkeypatch.setattr(features, "load_inception", small_inception)
     monkeypatch.setattr(evaluate_coco_measure, "sha256_of_params", lambda weights: "of the six numbers")
     monkeypatch.setattr(Blocks, "block_thread", lambda page: page.close())
@@ -129,7 +146,9 @@ def test_every_line_of_a_block_runs(block, world, quick, tmp_path, monkeypatch):
         config = parse(command, monkeypatch)
         smaller(config, world)
         monkeypatch.chdir(tmp_path)
-        workdir = next((word.partition("=")[2] for word in command if word.startswith("--workdir=")), str(tmp_path / "runs"))
+        workdir = next(
+            (word.partition("=")[2] for word in command if word.startswith("--workdir=")), str(tmp_path / "runs")
+        )
         main.run(config, workdir)
         for product in PRODUCTS[config.stage]:
             product = product.format(into=config.get("into"))

@@ -1,4 +1,5 @@
 """A teacher's weights as the start of a flow: equal noise, refitted clock, and a far smaller error than untouched weights."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +27,9 @@ def test_tau_of_equal_noise_is_the_inverse_of_the_schedule(schedule):
 
 
 def test_beyond_the_schedule_its_ends_hold(schedule):
-    np.testing.assert_array_equal(warm_start.equal_noise(schedule, np.array([1e-6, 1 - 1e-6])), [len(schedule.abar) - 1, 0])
+    np.testing.assert_array_equal(
+        warm_start.equal_noise(schedule, np.array([1e-6, 1 - 1e-6])), [len(schedule.abar) - 1, 0]
+    )
 
 
 def test_a_clock_fitted_to_itself_stays_what_it_was():
@@ -46,7 +49,11 @@ def test_the_clock_layer_says_by_our_sinusoids_what_it_said_by_theirs():
 def test_velocity_at_noise_starts_as_minus_the_noise(pipe, schedule):
     net, params = pipe.nets["unet"], warm_start.from_teacher(pipe.params["unet"], pipe.nets["unet"], schedule, 1000)
     X0 = sampling.noise(np.arange(8), pipe.latent_shape)
-    text = pipe.nets["text_encoder"].apply(pipe.params["text_encoder"], pipe.tokenizer(["red apple"] * 8)).last_hidden_state
+    text = (
+        pipe.nets["text_encoder"]
+        .apply(pipe.params["text_encoder"], pipe.tokenizer(["red apple"] * 8))
+        .last_hidden_state
+    )
     v = net.apply(params, X0, flow.clock(jnp.zeros(8)), text)
     assert float(jnp.mean((v + X0) ** 2)) < 0.05  # the teacher knows noise when it sees nothing else
 

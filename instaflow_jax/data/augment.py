@@ -1,4 +1,5 @@
 """One emoji becomes many: moved and scaled a little, it stays itself; turned and recoloured, it is another of its kind."""
+
 import itertools
 
 import jax

@@ -3,6 +3,7 @@
 Of an image's five captions the first counts. Photographs are resized by Lanczos, the short side to the size wanted, and
 the square in the middle is cut out: the protocol of the paper's tables.
 """
+
 import dataclasses
 import functools
 import io
@@ -54,13 +55,17 @@ def load(source: str, captions: str, split: str) -> list[Photo]:
     """
     if source.startswith("tfds:"):
         if captions or not split:
-            raise ValueError(f"source={source!r} has its captions in itself and needs a split: give split=... and "
-                             f"captions='', not captions={captions!r} and split={split!r}")
+            raise ValueError(
+                f"source={source!r} has its captions in itself and needs a split: give split=... and "
+                f"captions='', not captions={captions!r} and split={split!r}"
+            )
         photos = _from_tfds(source.removeprefix("tfds:"), split)
     else:
         if split or not captions:
-            raise ValueError(f"source={source!r}, a directory, needs a file of captions and has no splits: give "
-                             f"captions=... and split='', not captions={captions!r} and split={split!r}")
+            raise ValueError(
+                f"source={source!r}, a directory, needs a file of captions and has no splits: give "
+                f"captions=... and split='', not captions={captions!r} and split={split!r}"
+            )
         photos = _from_directory(Path(source).expanduser(), Path(captions).expanduser())
     if not photos:
         raise ValueError(f"{source} holds no photographs")
@@ -74,8 +79,10 @@ def choose(photos: Sequence[Photo], count: int) -> list[Photo]:
       ValueError: there are fewer.
     """
     if count > len(photos):
-        raise ValueError(f"{count} captions were asked for, but there are only {len(photos)} photographs: ask for "
-                         "fewer, or give the whole set")
+        raise ValueError(
+            f"{count} captions were asked for, but there are only {len(photos)} photographs: ask for "
+            "fewer, or give the whole set"
+        )
     drawn = np.random.default_rng(0).permutation(len(photos))[:count]
     return [photos[i] for i in sorted(drawn)]
 
@@ -84,8 +91,10 @@ def check_present(photos: Sequence[Photo]) -> None:
     """FileNotFoundError if a photograph is not there, naming the first and counting the others."""
     absent = [photo.where for photo in photos if not photo.present()]
     if absent:
-        raise FileNotFoundError(f"{absent[0]} is missing, as are {len(absent) - 1} more of {len(photos)} photographs; "
-                                f"the zip files of all are at {HOME}")
+        raise FileNotFoundError(
+            f"{absent[0]} is missing, as are {len(absent) - 1} more of {len(photos)} photographs; "
+            f"the zip files of all are at {HOME}"
+        )
 
 
 def pixels(photo: Photo, size: int) -> UInt8[np.ndarray, "size size 3"]:
@@ -115,15 +124,21 @@ def square(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
 def _from_directory(folder: Path, captions: Path) -> list[Photo]:
     if not folder.is_dir() or not captions.is_file():
         gone = captions if folder.is_dir() else folder
-        raise FileNotFoundError(f"{gone} is missing: this takes COCO's images (e.g. val2017.zip) and its captions "
-                                f"(annotations_trainval2017.zip), which are at {HOME}")
+        raise FileNotFoundError(
+            f"{gone} is missing: this takes COCO's images (e.g. val2017.zip) and its captions "
+            f"(annotations_trainval2017.zip), which are at {HOME}"
+        )
     names, first = _read_captions(captions)
     silent = [name for number, name in names.items() if number not in first]
     if silent:
-        raise ValueError(f"{captions} has no caption of {silent[0]}, nor of {len(silent) - 1} more of {len(names)} "
-                         "images: is it the file of captions (captions_val2017.json), and whole?")
-    return [Photo(number, first[number], str(folder / name), (folder / name).is_file, (folder / name).read_bytes)
-            for number, name in names.items()]
+        raise ValueError(
+            f"{captions} has no caption of {silent[0]}, nor of {len(silent) - 1} more of {len(names)} "
+            "images: is it the file of captions (captions_val2017.json), and whole?"
+        )
+    return [
+        Photo(number, first[number], str(folder / name), (folder / name).is_file, (folder / name).read_bytes)
+        for number, name in names.items()
+    ]
 
 
 def _read_captions(path: Path) -> tuple[dict[int, str], dict[int, str]]:
@@ -135,8 +150,10 @@ def _read_captions(path: Path) -> tuple[dict[int, str], dict[int, str]]:
         for annotation in content["annotations"]:
             first.setdefault(annotation["image_id"], annotation["caption"].strip())
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a file of COCO's captions: no {error} where it should be; take "
-                         "annotations/captions_val2017.json or the like") from error
+        raise ValueError(
+            f"{path} is not a file of COCO's captions: no {error} where it should be; take "
+            "annotations/captions_val2017.json or the like"
+        ) from error
     return names, first
 
 
@@ -155,13 +172,17 @@ def _from_tfds(name: str, split: str) -> list[Photo]:
         if part not in builder.info.splits:
             raise ValueError(f"{folder} has no split {part!r}; it has {', '.join(builder.info.splits) or 'none'}")
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
-        raise ValueError(f"{folder} is stored as {builder.info.file_format.value}, which takes TensorFlow to read; "
-                         "prepare it with "
-                         "tfds.builder('coco_captions', file_format='array_record').download_and_prepare()")
+        raise ValueError(
+            f"{folder} is stored as {builder.info.file_format.value}, which takes TensorFlow to read; "
+            "prepare it with "
+            "tfds.builder('coco_captions', file_format='array_record').download_and_prepare()"
+        )
     # Raw records: what TFDS decodes by itself would decode every photograph for the sake of its caption.
     records = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-    words, image = (tfds.features.FeaturesDict({key: builder.info.features[key] for key in keys})
-                    for keys in (("image/id", "captions"), ("image",)))
+    words, image = (
+        tfds.features.FeaturesDict({key: builder.info.features[key] for key in keys})
+        for keys in (("image/id", "captions"), ("image",))
+    )
     decoders = {"image": tfds.decode.SkipDecoding()}
 
     def read(row: int) -> bytes:
@@ -172,8 +193,9 @@ def _from_tfds(name: str, split: str) -> list[Photo]:
         number, texts = int(known["image/id"]), known["captions"]["text"]
         if not len(texts):
             raise ValueError(f"{folder}: image {number} has no caption")
-        return Photo(number, texts[0].decode().strip(), f"{folder}, image {number}", lambda: True,
-                     functools.partial(read, row))
+        return Photo(
+            number, texts[0].decode().strip(), f"{folder}, image {number}", lambda: True, functools.partial(read, row)
+        )
 
     return [photo(row) for row in range(len(records))]
 
@@ -186,8 +208,10 @@ def _prepared(name: str) -> Path:
     root = root if root.is_dir() else Path(tfds.core.constants.DATA_DIR).expanduser() / name
     found = sorted(path.parent for path in root.rglob("dataset_info.json"))
     if not found:
-        raise FileNotFoundError(f"tfds:{name}: no prepared set in {root}; prepare it with "
-                                "tfds.builder('coco_captions', file_format='array_record').download_and_prepare()")
+        raise FileNotFoundError(
+            f"tfds:{name}: no prepared set in {root}; prepare it with "
+            "tfds.builder('coco_captions', file_format='array_record').download_and_prepare()"
+        )
     if len(found) > 1:
         raise ValueError(f"tfds:{name} is one of several sets: take tfds:DIRECTORY of {', '.join(map(str, found))}")
     return found[0]

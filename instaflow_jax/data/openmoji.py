@@ -33,7 +33,7 @@ class Arrays(NamedTuple):
 
 
 def split_of(emoji: Emoji) -> str:
-    """"train", or "heldout" for one base name in 16, by hash.
+    """ "train", or "heldout" for one base name in 16, by hash.
 
     The base name decides, not the code point: a held-out astronaut whose five other tones were trained on would be no
     test of an autoencoder. Mirror images ("facing right") go with their originals for the same reason.
@@ -91,7 +91,13 @@ def _write(directory: Path, size: int, drawn: list[tuple[Emoji, np.ndarray]]) ->
         records.write(directory / f"openmoji-{split}.array_record-00000-of-00001", shard)
         splits[split] = [(len(shard), sum(map(len, shard)))]
     records.write_metadata(
-        directory, "openmoji", features, splits, version=VERSION, license=LICENSE, homepage="https://openmoji.org",
+        directory,
+        "openmoji",
+        features,
+        splits,
+        version=VERSION,
+        license=LICENSE,
+        homepage="https://openmoji.org",
         description=f"{ATTRIBUTION}\n{_sources()}",
     )
 

@@ -34,19 +34,26 @@ class Pairs:
         self._recipe = self.manifest["recipe"]
         self._shape = tuple(self._recipe["latent_shape"])
         if not self._recipe["store_noise"] and self._recipe["noise"] != NAME:
-            raise ValueError(f"{directory} keeps only the seeds of its noise, drawn by {self._recipe['noise']!r}; this "
-                             f"version draws by {NAME!r}: read it with the version that made it")
+            raise ValueError(
+                f"{directory} keeps only the seeds of its noise, drawn by {self._recipe['noise']!r}; this "
+                f"version draws by {NAME!r}: read it with the version that made it"
+            )
         self._paths = self._find(Path(directory))
         self._readers: dict[int, Any] = {}
 
     def _find(self, directory: Path) -> list[Path]:
         shards = range(pairs_manifest.shard_count(self._recipe))
         paths = [pairs_store.shard_path(directory, self._recipe, shard) for shard in shards]
-        absent = [path for shard, path in zip(shards, paths, strict=True)
-                  if pairs_store.finished(directory, self._recipe, shard) is None]
+        absent = [
+            path
+            for shard, path in zip(shards, paths, strict=True)
+            if pairs_store.finished(directory, self._recipe, shard) is None
+        ]
         if absent:
-            raise FileNotFoundError(f"{len(absent)} of {len(paths)} shards are missing or not whole, the first "
-                                    f"{absent[0]}: start generate again with the same config, it makes just these")
+            raise FileNotFoundError(
+                f"{len(absent)} of {len(paths)} shards are missing or not whole, the first "
+                f"{absent[0]}: start generate again with the same config, it makes just these"
+            )
         return paths
 
     def __len__(self) -> int:
@@ -83,8 +90,10 @@ class Pairs:
                 self._readers[shard] = self._open(str(self._paths[shard]), "readahead_buffer_size:0")
             return self._readers[shard].read([number - first for number in numbers])
         except RuntimeError as error:
-            raise ValueError(f"{self._paths[shard]} is damaged ({error}): delete it and start generate again with the "
-                             "same config, it makes just this shard") from error
+            raise ValueError(
+                f"{self._paths[shard]} is damaged ({error}): delete it and start generate again with the "
+                "same config, it makes just this shard"
+            ) from error
 
     def _arrays(self, number: int, fields: Mapping[str, Any]) -> dict[str, np.ndarray]:
         X0 = self._latent(fields["X0"]) if self._recipe["store_noise"] else self._drawn(number, fields)
@@ -96,9 +105,11 @@ class Pairs:
     def _drawn(self, number: int, fields: Mapping[str, Any]) -> np.ndarray:
         X0 = noise(self._recipe["seed"], number, self._shape)
         if checksum(X0) != fields["noise_crc"].int64_list.value[0]:
-            raise ValueError(f"the noise of pair {number}, drawn again from seed {self._recipe['seed']}, is not the one it "
-                             "was made from: this machine's generator does not agree. Generate the pairs again with "
-                             "store_noise=True to train here")
+            raise ValueError(
+                f"the noise of pair {number}, drawn again from seed {self._recipe['seed']}, is not the one it "
+                "was made from: this machine's generator does not agree. Generate the pairs again with "
+                "store_noise=True to train here"
+            )
         return X0
 
 
@@ -120,8 +131,9 @@ class PairBatches:
 
     def __init__(self, pairs: Pairs, *, batch_size: int, seed: int, dtype=np.float32):
         if not 1 <= batch_size <= len(pairs):
-            raise ValueError(f"batch_size={batch_size} must be 1 to the {len(pairs)} pairs there are: lower it, or "
-                             "generate more")
+            raise ValueError(
+                f"batch_size={batch_size} must be 1 to the {len(pairs)} pairs there are: lower it, or generate more"
+            )
         if batch_size % jax.process_count():
             raise ValueError(f"batch_size={batch_size} must be a multiple of the {jax.process_count()} processes")
         self._pairs, self._seed, self._dtype = pairs, seed, np.dtype(dtype)

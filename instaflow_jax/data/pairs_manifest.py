@@ -40,7 +40,6 @@ def shard_range(recipe: Recipe, shard: int) -> range:
     return range(first, min(first + recipe["shard_size"], recipe["count"]))
 
 
-
 def begin(directory: Path, recipe: Recipe, about: Mapping[str, Any]) -> None:
     """Writes the manifest, or makes sure that the one there is of the same recipe.
 
@@ -73,8 +72,10 @@ def read(directory: Path) -> dict[str, Any]:
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{path}: format {manifest.get('format')!r} is not {FORMAT}, the one this version reads")
     if sha256_of_json(manifest["recipe"]) != manifest["recipe_sha256"]:
-        raise ValueError(f"{path}: the recipe does not agree with its checksum, so it was changed after the pairs were "
-                         "made; put the original back")
+        raise ValueError(
+            f"{path}: the recipe does not agree with its checksum, so it was changed after the pairs were "
+            "made; put the original back"
+        )
     return manifest
 
 
@@ -83,8 +84,9 @@ def _check_same(path: Path, there: Recipe, wanted: Recipe) -> None:
     differ = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
     if differ:
         listed = "; ".join(f"{name} is {_short(there.get(name))}, not {_short(here.get(name))}" for name in differ)
-        raise ValueError(f"{path} is of other pairs: {listed}. Take another directory, or delete this one to replace "
-                         "its pairs")
+        raise ValueError(
+            f"{path} is of other pairs: {listed}. Take another directory, or delete this one to replace its pairs"
+        )
 
 
 def _short(value: Any) -> str:

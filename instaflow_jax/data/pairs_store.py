@@ -67,14 +67,22 @@ def write_shard(directory: Path, recipe: Recipe, shard: int, pairs: Iterator[byt
     try:
         records.write(temporary, pairs)
         numbers = shard_range(recipe, shard)
-        note = {"file": path.name, "first": numbers[0], "pairs": len(numbers), "bytes": temporary.stat().st_size,
-                "sha256": sha256_of_file(temporary), "recipe_sha256": sha256_of_json(recipe)}
+        note = {
+            "file": path.name,
+            "first": numbers[0],
+            "pairs": len(numbers),
+            "bytes": temporary.stat().st_size,
+            "sha256": sha256_of_file(temporary),
+            "recipe_sha256": sha256_of_json(recipe),
+        }
         note_path(path).unlink(missing_ok=True)  # that of an earlier file must not speak for this one
         os.replace(temporary, path)
         pairs_manifest.write_json(note_path(path), note)
     except OSError as error:
-        raise OSError(f"{error}. {path.name} is not finished; finished shards in {directory} are whole: make room and "
-                      "start again, and it goes on from here") from error
+        raise OSError(
+            f"{error}. {path.name} is not finished; finished shards in {directory} are whole: make room and "
+            "start again, and it goes on from here"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     return note["bytes"]
@@ -109,8 +117,10 @@ def finished(directory: Path, recipe: Recipe, shard: int) -> dict[str, Any] | No
         return None
     note = pairs_manifest.read_json(note_path(path))
     if note["recipe_sha256"] != sha256_of_json(recipe):
-        raise ValueError(f"{note_path(path)}: this shard was made by another recipe (teacher, solver, prompts or seed) "
-                         f"than {directory / MANIFEST} says; put the right manifest back, or delete the shard")
+        raise ValueError(
+            f"{note_path(path)}: this shard was made by another recipe (teacher, solver, prompts or seed) "
+            f"than {directory / MANIFEST} says; put the right manifest back, or delete the shard"
+        )
     return note if path.stat().st_size == note["bytes"] else None
 
 
@@ -122,8 +132,13 @@ def finish(directory: Path, recipe: Recipe) -> bool:
     manifest = pairs_manifest.read(directory)
     if manifest.get("shards") != notes or not (directory / "dataset_info.json").is_file():
         records.write_metadata(
-            directory, NAME, make_features(recipe), {SPLIT: [(note["pairs"], note["bytes"]) for note in notes]},
-            version="1.0.0", description=f"(X0, text, X1) of {recipe['teacher']['unet']}; see {MANIFEST}", license="",
+            directory,
+            NAME,
+            make_features(recipe),
+            {SPLIT: [(note["pairs"], note["bytes"]) for note in notes]},
+            version="1.0.0",
+            description=f"(X0, text, X1) of {recipe['teacher']['unet']}; see {MANIFEST}",
+            license="",
             homepage="",
         )
         pairs_manifest.write_json(directory / MANIFEST, manifest | {"shards": notes})
@@ -146,6 +161,8 @@ def verify(directory: Path) -> dict[str, Any]:
         elif sha256_of_file(path) != note["sha256"]:
             faults.append(f"{path} is damaged: its bytes do not agree with {note_path(path).name}")
     if faults:
-        raise ValueError(f"{len(faults)} of {shard_count(recipe)} shards must be made again: {'; '.join(faults)}. Delete "
-                         "the damaged ones and start generate with the same config: it makes just these")
+        raise ValueError(
+            f"{len(faults)} of {shard_count(recipe)} shards must be made again: {'; '.join(faults)}. Delete "
+            "the damaged ones and start generate with the same config: it makes just these"
+        )
     return manifest

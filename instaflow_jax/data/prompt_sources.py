@@ -28,8 +28,10 @@ def openmoji(count: int, seed: int) -> Rows:
     try:
         known, _ = catalogue()
     except ModuleNotFoundError as error:
-        raise ValueError("prompts.source='openmoji' needs the names in the package 'emoji': pip install emoji, or give "
-                         "a file of prompts") from error
+        raise ValueError(
+            "prompts.source='openmoji' needs the names in the package 'emoji': pip install emoji, or give "
+            "a file of prompts"
+        ) from error
     deck = [e for e in known for _ in range(1 if e.skin_tone else _PLAIN)]
     for start in range(0, count, len(deck)):
         order = np.random.default_rng([seed, start]).permutation(len(deck))
@@ -56,8 +58,9 @@ def files(source: str, column: str) -> Rows:
     """
     path = Path(source).expanduser()
     if path.suffix not in _READERS:
-        raise ValueError(f"prompts.source={source!r} is not known: openmoji, tfds:NAME, or a file ending in "
-                         f"{', '.join(_READERS)}")
+        raise ValueError(
+            f"prompts.source={source!r} is not known: openmoji, tfds:NAME, or a file ending in {', '.join(_READERS)}"
+        )
     paths = [path] if path.is_file() else [Path(found) for found in sorted(glob.glob(str(path)))]
     if not paths:
         raise FileNotFoundError(f"prompts.source={source!r}: no such file")
@@ -137,8 +140,10 @@ def tfds_set(name: str, column: str, split: str, data_dir: str) -> Rows:
     if names[0] not in builder.info.features:
         raise ValueError(f"tfds:{name} has no column {names[0]!r}; it has {', '.join(builder.info.features)}")
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
-        raise ValueError(f"tfds:{name} is stored as {builder.info.file_format}, which takes TensorFlow to read; prepare "
-                         "it with file_format='array_record'")
+        raise ValueError(
+            f"tfds:{name} is stored as {builder.info.file_format}, which takes TensorFlow to read; prepare "
+            "it with file_format='array_record'"
+        )
     feature = tfds.features.FeaturesDict({names[0]: builder.info.features[names[0]]})
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     for record in builder.as_data_source(split, deserialize_method=raw):
@@ -150,8 +155,10 @@ def _prepared(name: str, data_dir: Path) -> Path:
     root = Path(name) if Path(name).is_dir() else data_dir.expanduser() / name
     found = sorted(path.parent for path in root.rglob("dataset_info.json"))
     if not found:
-        raise FileNotFoundError(f"prompts.source='tfds:{name}': no prepared set in {root}; prepare it there with "
-                                f"tfds.builder({name!r}, file_format='array_record').download_and_prepare()")
+        raise FileNotFoundError(
+            f"prompts.source='tfds:{name}': no prepared set in {root}; prepare it there with "
+            f"tfds.builder({name!r}, file_format='array_record').download_and_prepare()"
+        )
     if len(found) > 1:
         listed = ", ".join(str(path) for path in found)
         raise ValueError(f"prompts.source='tfds:{name}' is one of several sets: take tfds:DIRECTORY of {listed}")

@@ -64,8 +64,10 @@ def load(source: str, *, column: str, split: str, data_dir: str, count: int, see
         rows = sources.files(source, column)
     found = clean(rows, cleaning)
     if not found.texts:
-        raise ValueError(f"prompts.source={source!r} gave no prompt ({describe(found.report)}): "
-                         "check prompts.column and the limits of length")
+        raise ValueError(
+            f"prompts.source={source!r} gave no prompt ({describe(found.report)}): "
+            "check prompts.column and the limits of length"
+        )
     return found
 
 

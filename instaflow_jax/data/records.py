@@ -78,7 +78,10 @@ def write_metadata(directory: Path, name: str, features, splits: dict[str, list[
         for split, shards in splits.items()
     ]
     tfds.folder_dataset.write_metadata(
-        data_dir=directory, features=features, split_infos=infos, check_data=False,
+        data_dir=directory,
+        features=features,
+        split_infos=infos,
+        check_data=False,
         filename_template=tfds.core.ShardedFileTemplate(
             data_dir=directory, dataset_name=name, filetype_suffix="array_record"
         ),

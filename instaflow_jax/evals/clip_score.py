@@ -2,6 +2,7 @@
 
 The networks that the paper's figures rest on are OpenCLIP's ViT-g/14, `laion/CLIP-ViT-g-14-laion2B-s12B-b42K`.
 """
+
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -81,8 +82,14 @@ class Preprocessor:
         shortest = size if isinstance(size, int) else size.get("shortest_edge", 0)
         both = () if shortest else _both(size)
         crop = _both(raw.get("crop_size", 224)) if stated["do_center_crop"] else ()
-        return cls(shortest, both, crop, raw.get("resample", 3), tuple(raw.get("image_mean", _MEAN)),
-                   tuple(raw.get("image_std", _STD)))
+        return cls(
+            shortest,
+            both,
+            crop,
+            raw.get("resample", 3),
+            tuple(raw.get("image_mean", _MEAN)),
+            tuple(raw.get("image_std", _STD)),
+        )
 
     @classmethod
     def for_plain(cls, image_size: int) -> Self:
@@ -116,8 +123,10 @@ def read_preprocessor(source: str | Path, subfolder: str, net: Net) -> Preproces
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if (preprocessor.crop or preprocessor.size) != (side, side):
-        raise ValueError(f"{path} makes pictures of {preprocessor.crop or preprocessor.size}, but the network beside "
-                         f"it takes {side}×{side}")
+        raise ValueError(
+            f"{path} makes pictures of {preprocessor.crop or preprocessor.size}, but the network beside "
+            f"it takes {side}×{side}"
+        )
     return preprocessor
 
 
@@ -150,4 +159,4 @@ def _crop(image: UInt8[np.ndarray, "H W 3"], crop: tuple[int, ...]) -> UInt8[np.
     # an odd margin is larger above and left, as in transformers
     image = np.pad(image, [*((margin - margin // 2, margin // 2) for margin in margins), (0, 0)])
     top, left = ((have - want) // 2 for want, have in zip(crop, image.shape[:2], strict=True))
-    return image[top:top + crop[0], left:left + crop[1]]
+    return image[top : top + crop[0], left : left + crop[1]]

@@ -1,4 +1,5 @@
 """Networks over many pictures: every device of this process, full batches, and results that come back as one array."""
+
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,8 +38,11 @@ class Spread:
         def program(fixed, rows):
             return function(fixed, *rows)
 
-        self._program = jax.jit(jax.shard_map(program, mesh=mesh, in_specs=(whole.spec, self._split.spec),
-                                              out_specs=self._split.spec, check_vma=False))
+        self._program = jax.jit(
+            jax.shard_map(
+                program, mesh=mesh, in_specs=(whole.spec, self._split.spec), out_specs=self._split.spec, check_vma=False
+            )
+        )
 
     def __call__(self, *arrays: np.ndarray) -> np.ndarray:
         """The results of all rows, [N, ...] from arrays [N, ...]; what a call is short of is filled up and cut off."""
@@ -73,4 +77,5 @@ def check_inception(path: str | Path) -> None:
     if not Path(path).is_file():
         raise FileNotFoundError(
             f"{path} is missing: the FID needs pytorch-fid's weights, pt_inception-2015-12-05-6726825d.pth, from "
-            "https://github.com/mseitzer/pytorch-fid/releases/tag/fid_weights")
+            "https://github.com/mseitzer/pytorch-fid/releases/tag/fid_weights"
+        )

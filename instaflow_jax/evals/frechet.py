@@ -4,6 +4,7 @@
 
 All on the host and in float64, since both terms are small differences of large numbers.
 """
+
 import dataclasses
 import zipfile
 from pathlib import Path
@@ -45,8 +46,10 @@ class Moments:
             raise ValueError(f"features of shape {features.shape}, expected [N, {len(self.mean)}]")
         if not np.isfinite(features).all():
             bad = int((~np.isfinite(features).all(1)).sum())
-            raise ValueError(f"{bad} of {len(features)} features are not finite: the pictures, or the network's "
-                             "weights, hold NaN or infinity")
+            raise ValueError(
+                f"{bad} of {len(features)} features are not finite: the pictures, or the network's "
+                "weights, hold NaN or infinity"
+            )
         if not len(features):
             return self
         mean = features.mean(0)
@@ -95,12 +98,15 @@ class Moments:
             raise ValueError(f"{path} is no .npz file of arrays, or a truncated one ({error})") from error
         absent = {"mu", "sigma"} - arrays.keys()
         if absent:
-            raise ValueError(f"{path} holds {', '.join(arrays)}, but no {' and no '.join(sorted(absent))}; expected "
-                             "statistics as pytorch-fid writes them")
+            raise ValueError(
+                f"{path} holds {', '.join(arrays)}, but no {' and no '.join(sorted(absent))}; expected "
+                "statistics as pytorch-fid writes them"
+            )
         mean, covariance = (arrays[name].astype(np.float64) for name in ("mu", "sigma"))
         if mean.ndim != 1 or covariance.shape != mean.shape * 2:
-            raise ValueError(f"{path}: mu of shape {mean.shape} and sigma of shape {covariance.shape} do not belong "
-                             "together")
+            raise ValueError(
+                f"{path}: mu of shape {mean.shape} and sigma of shape {covariance.shape} do not belong together"
+            )
         return cls(int(arrays["count"]) if "count" in arrays else None, mean, covariance)
 
 
@@ -135,5 +141,7 @@ def _factor(covariance: Float[np.ndarray, "D D"]) -> Float[np.ndarray, "D r"]:
 
 def _check_same_width(a: Moments, b: Moments) -> None:
     if len(a.mean) != len(b.mean):
-        raise ValueError(f"features of {len(a.mean)} and of {len(b.mean)} numbers cannot be compared: were both made "
-                         "by the same network?")
+        raise ValueError(
+            f"features of {len(a.mean)} and of {len(b.mean)} numbers cannot be compared: were both made "
+            "by the same network?"
+        )

@@ -1,10 +1,12 @@
 """Kernel Inception Distance (Bińkowski et al., 2018): unbiased where an FID is not, so of use for few pictures."""
+
 import numpy as np
 from jaxtyping import Float
 
 
-def kid(a: Float[np.ndarray, "N D"], b: Float[np.ndarray, "M D"], *, subsets: int = 100, size: int = 1000,
-        seed: int = 0) -> tuple[float, float]:
+def kid(
+    a: Float[np.ndarray, "N D"], b: Float[np.ndarray, "M D"], *, subsets: int = 100, size: int = 1000, seed: int = 0
+) -> tuple[float, float]:
     """Squared maximum mean discrepancy of two sets of features, with the kernel (x·y/D + 1)³.
 
     Args:

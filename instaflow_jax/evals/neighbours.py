@@ -2,6 +2,7 @@
 
 A set's manifold is the union of balls around its features, each reaching to its k-th nearest neighbour in the set.
 """
+
 from collections.abc import Iterator
 
 import numpy as np
@@ -20,8 +21,9 @@ def precision_recall(real: Float[np.ndarray, "N D"], made: Float[np.ndarray, "M 
     if real.ndim != 2 or made.ndim != 2 or real.shape[1] != made.shape[1]:
         raise ValueError(f"features of shapes {real.shape} and {made.shape} are not [N, D] and [M, D]")
     if not 1 <= k < min(len(real), len(made)):
-        raise ValueError(f"k={k}: a k-th neighbour needs more than k features in each set, got {len(real)} and "
-                         f"{len(made)}")
+        raise ValueError(
+            f"k={k}: a k-th neighbour needs more than k features in each set, got {len(real)} and {len(made)}"
+        )
     return coverage(made, real, radii(real, k)), coverage(real, made, radii(made, k))
 
 
@@ -31,8 +33,9 @@ def radii(features: Float[np.ndarray, "N D"], k: int) -> Float[np.ndarray, " N"]
     return np.concatenate([np.partition(d, k, axis=1)[:, k] for d in _squared_distances(features, features)])
 
 
-def coverage(points: Float[np.ndarray, "N D"], centres: Float[np.ndarray, "M D"],
-             radii: Float[np.ndarray, " M"]) -> float:
+def coverage(
+    points: Float[np.ndarray, "N D"], centres: Float[np.ndarray, "M D"], radii: Float[np.ndarray, " M"]
+) -> float:
     """The share of points that lie in at least one of the balls."""
     return float(np.concatenate([(d <= radii).any(1) for d in _squared_distances(points, centres)]).mean())
 

@@ -1,4 +1,5 @@
 """S, how far a flow's roads are from straight, as one number with its error bar; `flow.straightness` measures it."""
+
 import math
 
 import numpy as np

@@ -1,4 +1,5 @@
 """Files that are whole or not there, and JSON that says what is wrong with it."""
+
 import contextlib
 import json
 import os

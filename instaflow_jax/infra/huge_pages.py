@@ -1,4 +1,5 @@
 """Large arrays in huge pages, where Linux gives those only to programs that ask."""
+
 import os
 import sys
 from pathlib import Path

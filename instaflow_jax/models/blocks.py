@@ -1,4 +1,5 @@
 """Blocks that the UNet and the autoencoder share: residual block, down- and upsampler."""
+
 import jax
 from flax import nnx
 

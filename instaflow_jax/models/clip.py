@@ -1,6 +1,7 @@
 """CLIP (Radford et al., 2021), named like transformers' classes: the text encoder that conditions Stable Diffusion,
 and text and image towers together for the CLIP score.
 """
+
 import dataclasses
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -137,8 +138,10 @@ class TextEmbeddings(nnx.Module):
     def __call__(self, ids):
         length, limit = ids.shape[1], self.position_embedding.num_embeddings
         if length > limit:
-            raise ValueError(f"prompts of {length} tokens exceed the text encoder's {limit} positions; "
-                             "tokenize with the tokenizer that belongs to it")
+            raise ValueError(
+                f"prompts of {length} tokens exceed the text encoder's {limit} positions; "
+                "tokenize with the tokenizer that belongs to it"
+            )
         return self.token_embedding(ids) + self.position_embedding(jnp.arange(length))
 
 
@@ -166,8 +169,10 @@ class VisionEmbeddings(nnx.Module):
 
     def __call__(self, pixels):
         if pixels.shape[1:3] != (self.image_size,) * 2:
-            raise ValueError(f"images of {pixels.shape[1]}x{pixels.shape[2]} pixels; this CLIP takes "
-                             f"{self.image_size}x{self.image_size}, resize them first")
+            raise ValueError(
+                f"images of {pixels.shape[1]}x{pixels.shape[2]} pixels; this CLIP takes "
+                f"{self.image_size}x{self.image_size}, resize them first"
+            )
         patches = self.patch_embedding(pixels)
         patches = patches.reshape(len(pixels), -1, patches.shape[-1])
         first = jnp.broadcast_to(self.class_embedding[...], (len(pixels), 1, patches.shape[-1]))

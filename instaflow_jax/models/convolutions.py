@@ -3,6 +3,7 @@
 Winograd's algorithms F(m×m, 3×3) (arXiv 1509.09308) make a tile of m×m pixels from sums of its neighbourhood by (m + 2)²
 products for each pair of channels, where 9m² were; `models/cpu.py` knows when they pay.
 """
+
 import functools
 from collections.abc import Callable, Sequence
 
@@ -19,7 +20,7 @@ def by_columns(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"], stri
     """A 3×3 convolution as one product of the nine shifted images, side by side, and the kernel; h is ⌈H / stride⌉."""
     height, width = x.shape[1:3]
     x = _framed(x)
-    columns = [x[:, i:i + height:stride, j:j + width:stride] for i in range(3) for j in range(3)]
+    columns = [x[:, i : i + height : stride, j : j + width : stride] for i in range(3) for j in range(3)]
     return jnp.concatenate(columns, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
@@ -31,8 +32,11 @@ def winograd(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Flo
     return _by_strips(_winograd_strip, 2, x, kernel, _kernel_parts)
 
 
-def doubled(x: Float[Array, "B h w C"], kernel: Float[Array, "3 3 C D"], bias: Float[Array, "D"],
-            ) -> Float[Array, "B H W D"]:
+def doubled(
+    x: Float[Array, "B h w C"],
+    kernel: Float[Array, "3 3 C D"],
+    bias: Float[Array, "D"],
+) -> Float[Array, "B H W D"]:
     """A 3×3 convolution of the image that nearest neighbours double, H = 2h, W = 2w, by a quarter of the products.
 
     Along a line, with a kernel (a, b, c) whose sum is s, pixels 2i and 2i + 1 become s·x[i] − a·(x[i] − x[i − 1]) and
@@ -63,7 +67,7 @@ def _by_strips(function: Callable, step: int, x, kernel, along: Callable, *other
 def _rows(x, step: int) -> int:
     """Of x, that are taken at a time, where `step` of its pixels become a tile."""
     tiles, width = x.shape[1] // step, x.shape[2] // step
-    at_once = _TILES // max(1, step // 2)**2
+    at_once = _TILES // max(1, step // 2) ** 2
     return step * next(rows for rows in range(max(1, min(tiles, at_once // width)), 0, -1) if tiles % rows == 0)
 
 
@@ -73,14 +77,16 @@ def _in_turn(function, step, x, parts):
     (batch, height, width, depth), D = x.shape, parts[0].shape[-1]
     rows, scale = _rows(x, step), 2 // step
     framed = _framed_above_and_below(x)
-    in_place = step == 2 and D == depth  # a strip's result may lie where its first rows were: none of them is wanted again
+    in_place = (
+        step == 2 and D == depth
+    )  # a strip's result may lie where its first rows were: none of them is wanted again
 
     def one(i, y):
         strip = function(_strip(y if in_place else framed, rows, i), parts)
         return lax.dynamic_update_slice_in_dim(y, strip, scale * rows * i, 1)
 
     start = framed if in_place else _to_be_overwritten(framed, batch, scale * height, scale * width, D)
-    return lax.fori_loop(0, height // rows, one, start)[:, :scale * height]
+    return lax.fori_loop(0, height // rows, one, start)[:, : scale * height]
 
 
 def _in_turn_forward(function, step, x, parts):
@@ -153,16 +159,20 @@ def _interleaved(tiles):
 
 def _doubled_strip(x, parts):
     """Rows [B, h + 2, w + 2, C] by the kernel's nine parts [C, D], plus the bias [D] → [B, 2h, 2w, D]."""
+
     def columns(x, s, a, c, bias=0):
         slope = x[:, :, 1:] - x[:, :, :-1]
         middle = x[:, :, 1:-1] @ s + bias
         return middle - slope[:, :, :-1] @ a, middle + slope[:, :, 1:] @ c
 
     slope = x[:, 1:] - x[:, :-1]
-    middle, above, below = (columns(*each) for each in (
-        (x[:, 1:-1], *parts[:3], parts[9]), (slope[:, :-1], *parts[3:6]), (slope[:, 1:], *parts[6:9])))
-    return _interleaved([[m - a for m, a in zip(middle, above, strict=True)],
-                         [m + b for m, b in zip(middle, below, strict=True)]])
+    middle, above, below = (
+        columns(*each)
+        for each in ((x[:, 1:-1], *parts[:3], parts[9]), (slope[:, :-1], *parts[3:6]), (slope[:, 1:], *parts[6:9]))
+    )
+    return _interleaved(
+        [[m - a for m, a in zip(middle, above, strict=True)], [m + b for m, b in zip(middle, below, strict=True)]]
+    )
 
 
 def _doubling_parts(a, b, c):
@@ -174,7 +184,7 @@ def _winograd_strip(x, U):
     h, w = x.shape[1] // 2 - 1, x.shape[2] // 2 - 1
     V = [v.reshape(-1, v.shape[-1]) for row in _image_parts(x, 1) for v in _image_parts(row, 2)]
     M = [v @ u for v, u in zip(V, U, strict=True)]
-    rows = zip(*(_sums(*M[i:i + 4]) for i in range(0, 16, 4)), strict=True)  # by column of a tile
+    rows = zip(*(_sums(*M[i : i + 4]) for i in range(0, 16, 4)), strict=True)  # by column of a tile
     columns = [_sums(*row) for row in rows]
     return _interleaved([[columns[j][i].reshape(x.shape[0], h, w, -1) for j in range(2)] for i in range(2)])
 
@@ -213,12 +223,16 @@ def _interpolation(points: Sequence[float]) -> tuple[list, list, list]:
     return image.tolist(), kernel.tolist(), result.tolist()
 
 
-_IMAGE, _KERNEL, _RESULT = _interpolation((0.0, 0.75, -0.75, 1.5, -1.5))  # of F(4, 3); 0, ±1, ±2 would round twice as badly
+_IMAGE, _KERNEL, _RESULT = _interpolation(
+    (0.0, 0.75, -0.75, 1.5, -1.5)
+)  # of F(4, 3); 0, ±1, ±2 would round twice as badly
 
 
 def _sum(weights, terms):
     """Σ weight · term, without those whose weight is known to be 0."""
-    return functools.reduce(jnp.add, [w * x for w, x in zip(weights, terms, strict=True) if not isinstance(w, float) or w])
+    return functools.reduce(
+        jnp.add, [w * x for w, x in zip(weights, terms, strict=True) if not isinstance(w, float) or w]
+    )
 
 
 @jax.custom_vjp
@@ -254,12 +268,16 @@ def winograd_of_fours(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"
         return lax.dynamic_update_slice_in_dim(y, strip, rows * i, 1), R, Z
 
     y = framed if in_place else _to_be_overwritten(framed, batch, height, width, D)
-    R, Z = (_to_be_overwritten(framed, *shape) for shape in ((6, batch, h, 4 * (w + 1) * depth), (6, batch * h * w, 4, D)))
+    R, Z = (
+        _to_be_overwritten(framed, *shape) for shape in ((6, batch, h, 4 * (w + 1) * depth), (6, batch * h * w, 4, D))
+    )
     return lax.fori_loop(0, height // rows, one, (y, R, Z))[0][:, :height]
 
 
-winograd_of_fours.defvjp(lambda x, kernel: (winograd_of_fours(x, kernel), (x, kernel)),
-                         lambda saved, slope: jax.vjp(winograd, *saved)[1](slope))
+winograd_of_fours.defvjp(
+    lambda x, kernel: (winograd_of_fours(x, kernel), (x, kernel)),
+    lambda saved, slope: jax.vjp(winograd, *saved)[1](slope),
+)
 
 
 def _six(x, count: int, axis: int):

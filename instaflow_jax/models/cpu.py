@@ -3,6 +3,7 @@
 The choice is made from shapes, and from the platform when a program is lowered, so that a program exported for several
 keeps all. Results are equal to float32's rounding; `benchmarks/RESULTS.md` tells what each way brings.
 """
+
 import functools
 import math
 from collections.abc import Callable

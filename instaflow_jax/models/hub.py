@@ -1,4 +1,5 @@
 """Where a network's files are: folders and hub ids in diffusers / transformers layout, and which file forms they hold."""
+
 import dataclasses
 import re
 from collections.abc import Callable
@@ -58,11 +59,13 @@ def snapshot(repository: str, patterns: list[str]) -> Path:
         raise FileNotFoundError(f"{repository!r} is neither a directory nor a hub id of the form owner/name")
     import huggingface_hub  # here, so that local use needs no network client
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
     try:
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise FileNotFoundError(f"{repository!r} is not a directory, and the hub does not give it: "
-                                f"{str(error).splitlines()[0]}") from error
+        raise FileNotFoundError(
+            f"{repository!r} is not a directory, and the hub does not give it: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _forms(layout: Layout, variant: str | None) -> list[tuple[str, ...]]:
@@ -88,9 +91,11 @@ def weight_files(directory: Path, layout: Layout, variant: str | None) -> list[P
         if index:
             return index
     asked = f"variant {variant!r} of " if variant else ""
-    raise FileNotFoundError(f"{directory} has no {asked}weights ({layout.stem}.safetensors, {layout.pickle}.bin, their "
-                            f"shards or {layout.flax}); it holds {_listing(directory)}. A name such as "
-                            "'model.fp16.safetensors' is read with variant='fp16'.")
+    raise FileNotFoundError(
+        f"{directory} has no {asked}weights ({layout.stem}.safetensors, {layout.pickle}.bin, their "
+        f"shards or {layout.flax}); it holds {_listing(directory)}. A name such as "
+        "'model.fp16.safetensors' is read with variant='fp16'."
+    )
 
 
 def _shards(index: Path) -> list[Path]:

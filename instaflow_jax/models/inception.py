@@ -3,6 +3,7 @@
 The weights were made in TensorFlow in 2015; `pytorch-fid` carries them over, and its file is what we read. Against
 torchvision's Inception v3, average pools leave the padding out of the mean, and the last block takes a maximum instead.
 """
+
 import dataclasses
 from pathlib import Path
 
@@ -40,8 +41,17 @@ class BasicConv2d(nnx.Module):
 
     def __init__(self, make: Make, inputs: int, outputs: int, kernel, stride: int = 1, padding=0):
         kernel, padding = (p if isinstance(p, tuple) else (p, p) for p in (kernel, padding))
-        self.conv = nnx.Conv(inputs, outputs, kernel, stride, padding=[(p, p) for p in padding], use_bias=False,
-                             dtype=make.dtype, **LATER, rngs=NO_KEYS)
+        self.conv = nnx.Conv(
+            inputs,
+            outputs,
+            kernel,
+            stride,
+            padding=[(p, p) for p in padding],
+            use_bias=False,
+            dtype=make.dtype,
+            **LATER,
+            rngs=NO_KEYS,
+        )
         self.bn = FrozenBatchNorm(outputs)
 
     def __call__(self, x):
@@ -85,7 +95,8 @@ class InceptionA(nnx.Module):
             self.branch1x1(x),
             _chain(x, self.branch5x5_1, self.branch5x5_2),
             _chain(x, self.branch3x3dbl_1, self.branch3x3dbl_2, self.branch3x3dbl_3),
-            self.branch_pool(_average(x)))
+            self.branch_pool(_average(x)),
+        )
 
 
 class InceptionB(nnx.Module):
@@ -97,9 +108,8 @@ class InceptionB(nnx.Module):
 
     def __call__(self, x):
         return _join(
-            self.branch3x3(x),
-            _chain(x, self.branch3x3dbl_1, self.branch3x3dbl_2, self.branch3x3dbl_3),
-            _halve(x))
+            self.branch3x3(x), _chain(x, self.branch3x3dbl_1, self.branch3x3dbl_2, self.branch3x3dbl_3), _halve(x)
+        )
 
 
 class InceptionC(nnx.Module):
@@ -120,9 +130,16 @@ class InceptionC(nnx.Module):
         return _join(
             self.branch1x1(x),
             _chain(x, self.branch7x7_1, self.branch7x7_2, self.branch7x7_3),
-            _chain(x, self.branch7x7dbl_1, self.branch7x7dbl_2, self.branch7x7dbl_3, self.branch7x7dbl_4,
-                   self.branch7x7dbl_5),
-            self.branch_pool(_average(x)))
+            _chain(
+                x,
+                self.branch7x7dbl_1,
+                self.branch7x7dbl_2,
+                self.branch7x7dbl_3,
+                self.branch7x7dbl_4,
+                self.branch7x7dbl_5,
+            ),
+            self.branch_pool(_average(x)),
+        )
 
 
 class InceptionD(nnx.Module):
@@ -138,7 +155,8 @@ class InceptionD(nnx.Module):
         return _join(
             _chain(x, self.branch3x3_1, self.branch3x3_2),
             _chain(x, self.branch7x7x3_1, self.branch7x7x3_2, self.branch7x7x3_3, self.branch7x7x3_4),
-            _halve(x))
+            _halve(x),
+        )
 
 
 class InceptionE(nnx.Module):
@@ -161,9 +179,12 @@ class InceptionE(nnx.Module):
         single, double = self.branch3x3_1(x), _chain(x, self.branch3x3dbl_1, self.branch3x3dbl_2)
         return _join(
             self.branch1x1(x),
-            self.branch3x3_2a(single), self.branch3x3_2b(single),
-            self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double),
-            self.branch_pool(self.pool(x)))
+            self.branch3x3_2a(single),
+            self.branch3x3_2b(single),
+            self.branch3x3dbl_3a(double),
+            self.branch3x3dbl_3b(double),
+            self.branch_pool(self.pool(x)),
+        )
 
 
 class InceptionV3(Model):
@@ -206,8 +227,17 @@ class InceptionV3(Model):
         x = 2 * resize(images, self.image_size) - 1
         first = _halve(_chain(x, self.Conv2d_1a_3x3, self.Conv2d_2a_3x3, self.Conv2d_2b_3x3))
         second = _halve(_chain(first, self.Conv2d_3b_1x1, self.Conv2d_4a_3x3))
-        third = _chain(second, self.Mixed_5b, self.Mixed_5c, self.Mixed_5d, self.Mixed_6a, self.Mixed_6b,
-                       self.Mixed_6c, self.Mixed_6d, self.Mixed_6e)
+        third = _chain(
+            second,
+            self.Mixed_5b,
+            self.Mixed_5c,
+            self.Mixed_5d,
+            self.Mixed_6a,
+            self.Mixed_6b,
+            self.Mixed_6c,
+            self.Mixed_6d,
+            self.Mixed_6e,
+        )
         last = _chain(third, self.Mixed_7a, self.Mixed_7b, self.Mixed_7c)
         return [first, second, third, last.astype(jnp.float32).mean((1, 2))]
 

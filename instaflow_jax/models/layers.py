@@ -3,6 +3,7 @@
 `Make` builds layers that share a compute type and an attention implementation, so that a block's `__init__` reads
 like the reference's. Parameters are always created in float32 and cast where they are used.
 """
+
 import dataclasses
 import functools
 import math
@@ -64,15 +65,31 @@ class Make:
     def conv(self, inputs: int, outputs: int, kernel: int, stride: int = 1, padding=0, bias: bool = True) -> "Conv":
         """A square convolution with torch's explicit padding: an int, or ((top, bottom), (left, right))."""
         pads = ((padding, padding),) * 2 if isinstance(padding, int) else padding
-        return Conv(inputs, outputs, (kernel, kernel), stride, padding=pads, use_bias=bias, dtype=self.dtype,
-                    conv_general_dilated=cpu.convolve, **LATER, rngs=NO_KEYS)
+        return Conv(
+            inputs,
+            outputs,
+            (kernel, kernel),
+            stride,
+            padding=pads,
+            use_bias=bias,
+            dtype=self.dtype,
+            conv_general_dilated=cpu.convolve,
+            **LATER,
+            rngs=NO_KEYS,
+        )
 
     def linear(self, inputs: int, outputs: int, bias: bool = True) -> nnx.Linear:
         return nnx.Linear(inputs, outputs, use_bias=bias, dtype=self.dtype, **LATER, rngs=NO_KEYS)
 
     def embed(self, count: int, features: int) -> nnx.Embed:
-        return nnx.Embed(count, features, dtype=self.dtype, embedding_init=nnx.initializers.zeros,
-                         embedding_metadata={DRAWN: True}, rngs=NO_KEYS)
+        return nnx.Embed(
+            count,
+            features,
+            dtype=self.dtype,
+            embedding_init=nnx.initializers.zeros,
+            embedding_metadata={DRAWN: True},
+            rngs=NO_KEYS,
+        )
 
     def group_norm(self, channels: int, groups: int, eps: float) -> "GroupNorm":
         return GroupNorm(channels, groups, epsilon=eps, dtype=self.dtype, rngs=NO_KEYS)
@@ -91,8 +108,9 @@ class Conv(nnx.Conv):
             return self(resize_nearest(x, size))
 
         def plain(x, kernel, bias):
-            return bias + lax.conv_general_dilated(resize_nearest(x, size), kernel, (1, 1), ((1, 1), (1, 1)),
-                                                   dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            return bias + lax.conv_general_dilated(
+                resize_nearest(x, size), kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
 
         return lax.platform_dependent(x, kernel, bias, cpu=cpu.doubled, default=plain)
 
@@ -106,7 +124,9 @@ class GroupNorm(nnx.GroupNorm):
     def __call__(self, x):
         count = math.prod(x.shape[1:-1]) * self.group_size
         wide = x.astype(jnp.float32)
-        mean, square = (self._over_groups(jnp.sum(y, axis=tuple(range(1, x.ndim - 1))) / count) for y in (wide, wide * wide))
+        mean, square = (
+            self._over_groups(jnp.sum(y, axis=tuple(range(1, x.ndim - 1))) / count) for y in (wide, wide * wide)
+        )
         scale = self.scale[...] * lax.rsqrt(jnp.maximum(square - mean * mean, 0) + self.epsilon)
         shift = self.bias[...] - mean * scale
         shape = (-1, *(1,) * (x.ndim - 2), x.shape[-1])
@@ -147,6 +167,7 @@ def attend(q, k, v, heads: int, implementation: str, causal: bool = False):
 
     The only place where attention is computed. Softmax runs in float32.
     """
+
     def split(x):
         return x.reshape(*x.shape[:2], heads, -1)
 

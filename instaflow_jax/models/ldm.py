@@ -4,6 +4,7 @@ The rules run from our names to the file's, so that the networks' configs say wh
 number layers in the order in which CompVis' constructors make them; the text encoder is transformers' CLIP (SD 1.x) or
 OpenCLIP's (SD 2.x).
 """
+
 import itertools
 import re
 from collections.abc import Mapping
@@ -22,24 +23,52 @@ _UNET, _VAE = "model.diffusion_model.", "first_stage_model."
 _CLIP, _OPENCLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 # What such files carry beside the networks: schedules (names without a dot), a second copy of the weights averaged in
 # training, the autoencoder's discriminator, projections that Stable Diffusion does not use, constants.
-_BESIDE = (r"^[^.]+$|^model_ema\.|^first_stage_model\.loss\.|^cond_stage_model\.(\w+\.)?(logit_scale|text_projection)\b|"
-           r"\.position_ids$")
+_BESIDE = (
+    r"^[^.]+$|^model_ema\.|^first_stage_model\.loss\.|^cond_stage_model\.(\w+\.)?(logit_scale|text_projection)\b|"
+    r"\.position_ids$"
+)
 Place = tuple[str, int | None]  # key in the file; which third of it (query, key, value), or None for all of it
 
 
 # ---------------------------------------------------------------- names
 
-_UNET_ENDS = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0",
-              "time_embedding.linear_2": "time_embed.2", "conv_norm_out": "out.0", "conv_out": "out.2"}
-_UNET_LAYERS = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
-                "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
-_VAE_LAYERS = {"conv_shortcut": "nin_shortcut", "conv_norm_out": "norm_out", "group_norm": "norm", "to_q": "q",
-               "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-_OPENCLIP_LAYERS = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
-                    "self_attn.out_proj": "attn.out_proj"}
-_OPENCLIP_ENDS = {"embeddings.token_embedding.weight": "token_embedding.weight",
-                  "embeddings.position_embedding.weight": "positional_embedding",
-                  "final_layer_norm.weight": "ln_final.weight", "final_layer_norm.bias": "ln_final.bias"}
+_UNET_ENDS = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+_UNET_LAYERS = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_VAE_LAYERS = {
+    "conv_shortcut": "nin_shortcut",
+    "conv_norm_out": "norm_out",
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+}
+_OPENCLIP_LAYERS = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+_OPENCLIP_ENDS = {
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm.weight": "ln_final.weight",
+    "final_layer_norm.bias": "ln_final.bias",
+}
 
 
 def unet_key(key: str, config: UNetConfig) -> str:
@@ -73,8 +102,9 @@ def vae_key(key: str, config: VAEConfig) -> str:
     key = re.sub(r"mid_block\.resnets\.(\d)", lambda found: f"mid.block_{int(found[1]) + 1}", key)
     key = key.replace("mid_block.attentions.0", "mid.attn_1").replace(".resnets.", ".block.")
     key = re.sub(r"(down|up)samplers\.0", r"\1sample", key)
-    return _VAE + re.sub(r"\b({})(?=\.\w+$)".format("|".join(map(re.escape, _VAE_LAYERS))),
-                         lambda found: _VAE_LAYERS[found[1]], key)
+    return _VAE + re.sub(
+        r"\b({})(?=\.\w+$)".format("|".join(map(re.escape, _VAE_LAYERS))), lambda found: _VAE_LAYERS[found[1]], key
+    )
 
 
 def openclip_place(key: str) -> Place:
@@ -116,8 +146,10 @@ def read(path: Path, nets: Mapping[str, Net]) -> dict[str, Params]:
     """
     stored = {_respell(key): get for key, get in port.open_weights(path).items()}
     if not any(key.startswith(_UNET) for key in stored):
-        raise ValueError(f"{path} holds no {_UNET}… and so is no checkpoint in the original naming; it holds "
-                         f"{', '.join(itertools.islice(stored, 3))}, …")
+        raise ValueError(
+            f"{path} holds no {_UNET}… and so is no checkpoint in the original naming; it holds "
+            f"{', '.join(itertools.islice(stored, 3))}, …"
+        )
     openclip = any(key.startswith(_OPENCLIP) for key in stored)
     tables = {name: places(name, net, openclip) for name, net in nets.items()}
     _check(path, stored, tables, nets["text_encoder"].config.num_hidden_layers)
@@ -133,8 +165,9 @@ def _check(path: Path, stored: port.Stored, tables: Mapping[str, Mapping[str, Pl
     beside = re.compile(rf"{_BESIDE}|^{re.escape(_OPENCLIP)}transformer\.resblocks\.{text_blocks}\.")
     wanted = {place[0] for table in tables.values() for place in table.values()}
     held = {key for key in stored if not beside.search(key)}
-    port.complain(f"{path} does not fit the networks that the base's configs describe", missing=wanted - held,
-                  extra=held - wanted)
+    port.complain(
+        f"{path} does not fit the networks that the base's configs describe", missing=wanted - held, extra=held - wanted
+    )
 
 
 def _fill(path: Path, stored: port.Stored, name: str, net: Net, table: Mapping[str, Place]) -> Params:
@@ -149,6 +182,6 @@ def _reader(stored: port.Stored, key: str, third: int | None, rank: int):
         if rank == 2 and array.shape[2:] == (1, 1):  # the autoencoder's attention is made of 1×1 convolutions there
             return array[..., 0, 0]
         size = len(array) // 3 if third is not None else 0
-        return array if third is None else array[third * size:(third + 1) * size]
+        return array if third is None else array[third * size : (third + 1) * size]
 
     return get

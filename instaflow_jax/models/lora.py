@@ -4,6 +4,7 @@ Read as kohya's trainer writes them (`lora_unet_down_blocks_0_…_to_q.lora_down
 (`unet.down_blocks.0.….to_q.lora_A.weight`) and before peft (`….to_q.lora.down.weight`, `….processor.to_q_lora.down.weight`),
 and as peft does (`base_model.model.….lora_A.weight` beside an `adapter_config.json`).
 """
+
 import collections
 import dataclasses
 import json
@@ -20,7 +21,9 @@ from instaflow_jax.models import port
 
 _KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
 _PEFT = "base_model.model."
-_PART = re.compile(r"(.+?)\.(?:lora\.|lora_linear_layer\.)?(lora_down|lora_A|down|lora_up|lora_B|up)\.weight|(.+)\.alpha")
+_PART = re.compile(
+    r"(.+?)\.(?:lora\.|lora_linear_layer\.)?(lora_down|lora_A|down|lora_up|lora_B|up)\.weight|(.+)\.alpha"
+)
 _PART_NAMES = {"lora_down": "down", "lora_A": "down", "lora_up": "up", "lora_B": "up", None: "alpha"}
 _OTHER_FORMULAS = ("use_dora", "use_rslora", "lora_bias")  # fields of peft's config that ask for one
 Target = tuple[str, str]  # network, parameter
@@ -103,8 +106,10 @@ def read(path: Path, params: Mapping[str, Params]) -> dict[Target, Layer]:
     halves = [module for module, held in parts.items() if not {"up", "down"} <= held.keys()]
     port.complain(f"{path} is no LoRA of this model", unknown=unknown, **{"without up or down": halves})
     common = _common_ranks((targets[module][0], len(held["down"])) for module, held in parts.items())
-    return {targets[module]: Layer(held["down"], held["up"], _alpha(module, held, config, common[targets[module][0]]))
-            for module, held in parts.items()}
+    return {
+        targets[module]: Layer(held["down"], held["up"], _alpha(module, held, config, common[targets[module][0]]))
+        for module, held in parts.items()
+    }
 
 
 def _today(key: str) -> str:
@@ -161,5 +166,7 @@ def _config(path: Path) -> dict[str, dict[str, Any]]:
         config = {"": files.read_json(beside)}
     strange = sorted({field for fields in config.values() for field in _OTHER_FORMULAS if fields.get(field)})
     if strange:
-        raise ValueError(f"{path} is made with {', '.join(strange)}, which is not W + scale·up@down; merge it with peft")
+        raise ValueError(
+            f"{path} is made with {', '.join(strange)}, which is not W + scale·up@down; merge it with peft"
+        )
     return config

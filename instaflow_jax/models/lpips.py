@@ -3,6 +3,7 @@
 The trunk is torchvision's `vgg16` or `alexnet` under its own names (`features.N`), at the published widths or smaller
 ones: a small trunk trained here as a `VGGClassifier` is the same network with another `config.json`.
 """
+
 import dataclasses
 import functools
 import itertools
@@ -87,17 +88,20 @@ def _trunk(config: TrunkConfig, make: Make) -> tuple[nnx.List, tuple[int, ...]]:
 
 def _run(features: nnx.List, taps: tuple[int, ...], images, again: Callable = lambda stage: stage) -> list[Array]:
     """The tapped outputs for `images` in [-1, 1]; every stage runs as `again(stage)`."""
+
     def chain(layers, x):
         for layer in layers:
             x = layer(x)
             if 0 in x.shape:
-                raise ValueError(f"images of {images.shape[1]}x{images.shape[2]} pixels are too small for a trunk of "
-                                 f"{len(taps)} stages; enlarge them")
+                raise ValueError(
+                    f"images of {images.shape[1]}x{images.shape[2]} pixels are too small for a trunk of "
+                    f"{len(taps)} stages; enlarge them"
+                )
         return x
 
     x, outputs = (images - jnp.asarray(_SHIFT)) / jnp.asarray(_SCALE), []
     for before, last in itertools.pairwise((-1, *taps)):
-        x = again(functools.partial(chain, features[before + 1:last + 1]))(x)
+        x = again(functools.partial(chain, features[before + 1 : last + 1]))(x)
         outputs.append(x)
     return outputs
 

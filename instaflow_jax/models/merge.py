@@ -1,4 +1,5 @@
 """Delta weights: a customised Stable Diffusion's change, added to a flow that began as the same model."""
+
 import dataclasses
 from collections.abc import Mapping
 
@@ -32,8 +33,17 @@ def add_delta(params: Params, custom: Params, origin: Params, scale: float, *, n
       ValueError: they are not of one architecture; names every weight that differs.
     """
     for role, others in (("custom", custom), ("origin", origin)):
-        wrong = [f"{port.torch_key(name)} {others[name].shape}, not {weight.shape}"
-                 for name, weight in params.items() if name in others and others[name].shape != weight.shape]
-        port.complain(f"{role}={names[role]!r} is another architecture than the model it is to change",
-                      missing=params.keys() - others.keys(), extra=others.keys() - params.keys(), misshapen=wrong)
-    return jax.tree.map(lambda weight, new, old: weight + np.float32(scale) * (new - old), params, dict(custom), dict(origin))
+        wrong = [
+            f"{port.torch_key(name)} {others[name].shape}, not {weight.shape}"
+            for name, weight in params.items()
+            if name in others and others[name].shape != weight.shape
+        ]
+        port.complain(
+            f"{role}={names[role]!r} is another architecture than the model it is to change",
+            missing=params.keys() - others.keys(),
+            extra=others.keys() - params.keys(),
+            misshapen=wrong,
+        )
+    return jax.tree.map(
+        lambda weight, new, old: weight + np.float32(scale) * (new - old), params, dict(custom), dict(origin)
+    )

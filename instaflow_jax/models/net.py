@@ -4,6 +4,7 @@ A parameter's name is its dotted path, equal to the PyTorch key but for the last
 `embedding` stand for `weight`). Outside `models/` nobody sees nnx: a flat dict differentiates, shards, donates and
 checkpoints as it is.
 """
+
 import dataclasses
 import json
 import math
@@ -135,8 +136,15 @@ class Model(nnx.Module):
         return Net(cls, config, raw, graphdef, _named(state, lambda path, variable: (path, variable)))
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, subfolder: str = "", *, variant: str | None = None,
-                        dtype=jnp.float32, attention: str = "xla") -> tuple[Net, Params]:
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        subfolder: str = "",
+        *,
+        variant: str | None = None,
+        dtype=jnp.float32,
+        attention: str = "xla",
+    ) -> tuple[Net, Params]:
         """Reads a network from a directory or hub id in diffusers / transformers layout.
 
         Args:

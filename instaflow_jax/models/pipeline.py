@@ -2,6 +2,7 @@
 
 Single files are read too, and a model's weights may be changed as they are read: by another's delta, by LoRA files.
 """
+
 import dataclasses
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -25,11 +26,20 @@ NETWORKS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": 
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _CLASSES = {name: (cls.__name__, "Flax" + cls.__name__) for name, cls in NETWORKS.items()}
 _CLASSES |= {
-    "_class_name": ("StableDiffusionPipeline", "FlaxStableDiffusionPipeline", "RectifiedFlowPipeline",
-                    "InstaFlowPipeline"),
+    "_class_name": (
+        "StableDiffusionPipeline",
+        "FlaxStableDiffusionPipeline",
+        "RectifiedFlowPipeline",
+        "InstaFlowPipeline",
+    ),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
-_NOT_OURS = ("safety_checker", "feature_extractor", "requires_safety_checker", "image_encoder")  # filters, not the model
+_NOT_OURS = (
+    "safety_checker",
+    "feature_extractor",
+    "requires_safety_checker",
+    "image_encoder",
+)  # filters, not the model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +73,16 @@ def locate(source: str) -> str:
     return str(embedded) if "/" not in source and embedded.is_dir() and not Path(source).is_dir() else source
 
 
-def load(source: str, *, variant: str | None, dtype=jnp.float32, attention: str, base: str = "",
-         delta: Delta | None = None, loras: Sequence[tuple[str, float]] = ()) -> Pipeline:
+def load(
+    source: str,
+    *,
+    variant: str | None,
+    dtype=jnp.float32,
+    attention: str,
+    base: str = "",
+    delta: Delta | None = None,
+    loras: Sequence[tuple[str, float]] = (),
+) -> Pipeline:
     """Reads a pipeline from a directory, a hub id, the name of an embedded model ("openmoji"), or a single file.
 
     Args:
@@ -85,7 +103,9 @@ def load(source: str, *, variant: str | None, dtype=jnp.float32, attention: str,
     check_index(index, home)
     nets, params = networks(source, NETWORKS, **options)
     _check_widths(nets, source)
-    pipe = Pipeline(nets, params, Tokenizer.from_pretrained(home), _read(home, "scheduler", "scheduler_config.json"), index)
+    pipe = Pipeline(
+        nets, params, Tokenizer.from_pretrained(home), _read(home, "scheduler", "scheduler_config.json"), index
+    )
     if delta:
         pipe = _customised(pipe, delta, options)
     for path, scale in loras:
@@ -93,16 +113,31 @@ def load(source: str, *, variant: str | None, dtype=jnp.float32, attention: str,
     return pipe
 
 
-def networks(source: str, names: Collection[str], *, variant: str | None, dtype=jnp.float32, attention: str = "xla",
-             base: str = "") -> tuple[dict[str, Net], dict[str, Params]]:
+def networks(
+    source: str,
+    names: Collection[str],
+    *,
+    variant: str | None,
+    dtype=jnp.float32,
+    attention: str = "xla",
+    base: str = "",
+) -> tuple[dict[str, Net], dict[str, Params]]:
     """The networks called `names` ("unet", "vae", "text_encoder") and their weights; see `load`."""
     if not _is_file(source):
-        loaded = {name: NETWORKS[name].from_pretrained(locate(source), name, variant=variant, dtype=dtype,
-                                                       attention=attention) for name in names}
+        loaded = {
+            name: NETWORKS[name].from_pretrained(
+                locate(source), name, variant=variant, dtype=dtype, attention=attention
+            )
+            for name in names
+        }
         return tuple({name: pair[i] for name, pair in loaded.items()} for i in (0, 1))
     home = _home(source, base)
-    nets = {name: cls.from_config(hub.read_config(_folder(home, f"{name}/config.json") / name, cls.__name__), dtype=dtype,
-                                  attention=attention) for name, cls in NETWORKS.items()}
+    nets = {
+        name: cls.from_config(
+            hub.read_config(_folder(home, f"{name}/config.json") / name, cls.__name__), dtype=dtype, attention=attention
+        )
+        for name, cls in NETWORKS.items()
+    }
     params = ldm.read(Path(source).expanduser(), nets)
     return {name: nets[name] for name in names}, {name: params[name] for name in names}
 
@@ -110,8 +145,13 @@ def networks(source: str, names: Collection[str], *, variant: str | None, dtype=
 def _customised(pipe: Pipeline, delta: Delta, options: Mapping[str, Any]) -> Pipeline:
     nets, params = networks(delta.custom, NETWORKS, **options)
     _, origin = networks(delta.origin, ["unet"], **options)
-    unet = add_delta(pipe.params["unet"], params["unet"], origin["unet"], delta.scale,
-                     names={"custom": delta.custom, "origin": delta.origin})
+    unet = add_delta(
+        pipe.params["unet"],
+        params["unet"],
+        origin["unet"],
+        delta.scale,
+        names={"custom": delta.custom, "origin": delta.origin},
+    )
     tokenizer = Tokenizer.from_pretrained(_home(delta.custom, options["base"]))
     nets, params = nets | {"unet": pipe.nets["unet"]}, params | {"unet": unet}
     _check_widths(nets, delta.custom)
@@ -131,8 +171,10 @@ def _home(source: str, base: str) -> str:
     try:
         _folder(locate(base), "model_index.json")
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{source} is a single file, which has no configs and no tokenizer in it; name a directory "
-                                f"in diffusers layout of the same family as base. {error}") from error
+        raise FileNotFoundError(
+            f"{source} is a single file, which has no configs and no tokenizer in it; name a directory "
+            f"in diffusers layout of the same family as base. {error}"
+        ) from error
     return locate(base)
 
 
@@ -159,8 +201,10 @@ def check_index(index: Mapping[str, Any], source: str) -> None:
             raise ValueError(f"{source}/model_index.json: {name} is {cls!r}; supported: {', '.join(_CLASSES[name])}")
         known = name in _CLASSES or name in _NOT_OURS or name == "scheduler" or name.startswith("_")
         if not known and isinstance(value, list) and cls is not None:
-            raise ValueError(f"{source}/model_index.json: part {name!r} ({cls}) is not supported; "
-                             f"supported parts: {', '.join((*NETWORKS, 'tokenizer', 'scheduler'))}")
+            raise ValueError(
+                f"{source}/model_index.json: part {name!r} ({cls}) is not supported; "
+                f"supported parts: {', '.join((*NETWORKS, 'tokenizer', 'scheduler'))}"
+            )
     absent = [name for name in (*NETWORKS, "tokenizer", "scheduler") if name not in index]
     if absent:
         raise ValueError(f"{source}/model_index.json names no {', '.join(absent)}")
@@ -168,11 +212,14 @@ def check_index(index: Mapping[str, Any], source: str) -> None:
 
 def _check_widths(nets: Mapping[str, Net], source: str) -> None:
     unet, text, vae = (nets[name].config for name in ("unet", "text_encoder", "vae"))
-    for what, ours, theirs in (("cross_attention_dim", unet.cross_attention_dim, text.hidden_size),
-                               ("in_channels", unet.in_channels, vae.latent_channels)):
+    for what, ours, theirs in (
+        ("cross_attention_dim", unet.cross_attention_dim, text.hidden_size),
+        ("in_channels", unet.in_channels, vae.latent_channels),
+    ):
         if ours != theirs:
-            raise ValueError(f"{source}: unet has {what}={ours}, but its partner gives {theirs}; "
-                             "the folders are not of one model")
+            raise ValueError(
+                f"{source}: unet has {what}={ours}, but its partner gives {theirs}; the folders are not of one model"
+            )
 
 
 def save(pipeline: Pipeline, directory: str | Path, **options) -> None:

@@ -4,6 +4,7 @@ Reads a directory (or hub id) in diffusers / transformers layout: safetensors, s
 `.bin`, fp16 and other variants of these, and the `.msgpack` of the old Flax classes. Writes safetensors (sharded when
 asked) and `.msgpack`. The only file that knows NCHW.
 """
+
 import json
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -22,8 +23,13 @@ from instaflow_jax.models.hub import Layout, weight_files
 
 Stored = Mapping[str, Callable[[], np.ndarray]]  # key in the file → reads that tensor
 
-_TORCH_WORD = {"kernel": "weight", "scale": "weight", "embedding": "weight", "mean": "running_mean",
-               "var": "running_var"}
+_TORCH_WORD = {
+    "kernel": "weight",
+    "scale": "weight",
+    "embedding": "weight",
+    "mean": "running_mean",
+    "var": "running_var",
+}
 _BUFFERS = (r"(^|\.)position_ids$", r"(^|\.)num_batches_tracked$")  # constants that old files carry along
 
 
@@ -94,8 +100,9 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path}: not readable as safetensors ({error}); the file may be truncated, download or save it "
-                      "anew.")
+    return ValueError(
+        f"{path}: not readable as safetensors ({error}); the file may be truncated, download or save it anew."
+    )
 
 
 def _read_msgpack(path: Path) -> dict[str, np.ndarray]:
@@ -103,8 +110,9 @@ def _read_msgpack(path: Path) -> dict[str, np.ndarray]:
         tree = serialization.msgpack_restore(path.read_bytes())
         return {key: np.asarray(leaf) for key, leaf in _leaves(tree)}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: not readable as Flax msgpack ({error}); the file may be truncated, "
-                         "download or save it anew.") from error
+        raise ValueError(
+            f"{path}: not readable as Flax msgpack ({error}); the file may be truncated, download or save it anew."
+        ) from error
 
 
 def _leaves(tree, prefix=""):
@@ -126,12 +134,18 @@ def load(directory: Path, shapes: dict[str, jax.ShapeDtypeStruct], layout: Layou
     stored = {}
     for path in files:
         stored |= open_weights(path)
-    return fill(stored, shapes, layout, source=str(files[0] if len(files) == 1 else directory),
-                flax=files[0].suffix == ".msgpack")
+    return fill(
+        stored,
+        shapes,
+        layout,
+        source=str(files[0] if len(files) == 1 else directory),
+        flax=files[0].suffix == ".msgpack",
+    )
 
 
-def fill(stored: Stored, shapes: dict[str, jax.ShapeDtypeStruct], layout: Layout, *, source: str,
-         flax: bool = False) -> Params:
+def fill(
+    stored: Stored, shapes: dict[str, jax.ShapeDtypeStruct], layout: Layout, *, source: str, flax: bool = False
+) -> Params:
     """Matches stored tensors with parameter names, strictly; see `load`."""
     skip = re.compile("|".join((*_BUFFERS, *layout.ignore)))
     normal = flax_key if flax else (lambda key: key)
@@ -144,8 +158,12 @@ def fill(stored: Stored, shapes: dict[str, jax.ShapeDtypeStruct], layout: Layout
         if params[keys[key]].shape != shapes[keys[key]].shape:
             want = tuple(int(n) for n in to_torch(keys[key], np.empty(shapes[keys[key]].shape, bool)).shape)
             wrong.append(f"{key} has shape {tuple(array.shape)}, the config asks for {want}")
-    complain(f"{source} does not fit the network that config.json describes", missing=keys.keys() - readers.keys(),
-             extra=readers.keys() - keys.keys(), misshapen=wrong)
+    complain(
+        f"{source} does not fit the network that config.json describes",
+        missing=keys.keys() - readers.keys(),
+        extra=readers.keys() - keys.keys(),
+        misshapen=wrong,
+    )
     return {name: np.asarray(params[name], shape.dtype, order="C") for name, shape in shapes.items()}
 
 
@@ -159,8 +177,16 @@ def complain(what: str, **offenders: Collection[str]) -> None:
 # ---------------------------------------------------------------- writing
 
 
-def save(params: Params, directory: Path, layout: Layout, *, form: str = "safetensors", dtype=np.float32,
-         variant: str | None = None, shard_bytes: int | None = None) -> None:
+def save(
+    params: Params,
+    directory: Path,
+    layout: Layout,
+    *,
+    form: str = "safetensors",
+    dtype=np.float32,
+    variant: str | None = None,
+    shard_bytes: int | None = None,
+) -> None:
     """Writes weights as the reference libraries name them; each file appears whole or not at all.
 
     Args:

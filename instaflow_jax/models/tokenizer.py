@@ -5,6 +5,7 @@ Stands on the `tokenizers` library, because importing transformers would load to
 own tokenizer did: it splits CJK words into characters, drops control and joining characters (as inside family emoji)
 and knows the Greek final sigma.
 """
+
 import json
 import warnings
 from pathlib import Path
@@ -21,8 +22,12 @@ from instaflow_jax.models import hub
 _FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _END = "</w>"  # closes every word, so that "cat" and the beginning of "catch" are two tokens
 _WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-_SPECIAL = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
-            "pad_token": "<|endoftext|>"}  # what absent keys mean, as in transformers
+_SPECIAL = {
+    "bos_token": "<|startoftext|>",
+    "eos_token": "<|endoftext|>",
+    "unk_token": "<|endoftext|>",
+    "pad_token": "<|endoftext|>",
+}  # what absent keys mean, as in transformers
 
 
 class Tokenizer:
@@ -53,7 +58,8 @@ class Tokenizer:
         self._engine.add_tokens([*learned.values(), *special.values()])  # of equal ones the first counts
         _check_learned(learned, self._engine)
         self.bos_id, self.eos_id, self.pad_id = (
-            self._engine.token_to_id(special[key].content) for key in ("bos_token", "eos_token", "pad_token"))
+            self._engine.token_to_id(special[key].content) for key in ("bos_token", "eos_token", "pad_token")
+        )
 
     @classmethod
     def from_pretrained(cls, source: str | Path, subfolder: str = "tokenizer") -> Self:
@@ -96,7 +102,8 @@ class Tokenizer:
         """
         if isinstance(prompts, str):
             raise ValueError(  # noqa: TRY004 (the house raises no TypeError)
-                f"expected a list of prompts, got the one string {prompts!r}; put it into a list")
+                f"expected a list of prompts, got the one string {prompts!r}; put it into a list"
+            )
         rows = np.full((len(prompts), self.model_max_length), self.pad_id, np.int32)
         for row, prompt in zip(rows, prompts, strict=True):
             ids = [self.bos_id, *self._words(prompt), self.eos_id]
@@ -110,9 +117,12 @@ class Tokenizer:
     def _words(self, prompt: str) -> list[int]:
         words, room = self._engine.encode(prompt, add_special_tokens=False), self.model_max_length - 2
         if len(words.ids) > room:
-            lost = prompt[words.offsets[room][0]:].strip()
-            warnings.warn(f"the prompt {prompt!r} is longer than the {self.model_max_length} tokens the text encoder "
-                          f"takes; these words are lost: {lost!r}", stacklevel=3)
+            lost = prompt[words.offsets[room][0] :].strip()
+            warnings.warn(
+                f"the prompt {prompt!r} is longer than the {self.model_max_length} tokens the text encoder "
+                f"takes; these words are lost: {lost!r}",
+                stacklevel=3,
+            )
         return words.ids[:room]
 
 
@@ -159,8 +169,10 @@ def _pair(merge: str | list[str], path: Path) -> tuple[str, str]:
 def _length(config: dict[str, Any]) -> int:
     length = config.get("model_max_length")
     if not isinstance(length, int) or not 2 < length < 10**6:  # transformers writes 10³⁰ for "not known"
-        raise ValueError(f"tokenizer_config.json states model_max_length={length!r}; it must be the number of tokens "
-                         "that the text encoder takes (its max_position_embeddings)")
+        raise ValueError(
+            f"tokenizer_config.json states model_max_length={length!r}; it must be the number of tokens "
+            "that the text encoder takes (its max_position_embeddings)"
+        )
     return length
 
 
@@ -168,8 +180,11 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, tokenizers.AddedToken]:
     """The four special tokens. Where a file gives a bare string, transformers looks for the padding token in the raw
     prompt (SD 2.x pads with "!", so every "!" of a prompt becomes padding) and for the others in the normalised one."""
     stated = {key: config[key] if config.get(key) is not None else text for key, text in _SPECIAL.items()}
-    bare = {key: {"content": text, "normalized": key != "pad_token"} for key, text in stated.items()
-            if isinstance(text, str)}
+    bare = {
+        key: {"content": text, "normalized": key != "pad_token"}
+        for key, text in stated.items()
+        if isinstance(text, str)
+    }
     return {key: _added(bare.get(key, token)) for key, token in stated.items()}
 
 
@@ -191,8 +206,10 @@ def _check_merges(vocab: dict[str, int], merges: list[tuple[str, str]]) -> None:
     for first, second in merges:
         absent = [t for t in (first, second, first + second) if t not in vocab]
         if absent:
-            raise ValueError(f"merge {first!r} + {second!r} needs {absent[0]!r}, which the vocabulary does not have; "
-                             "vocab.json and merges.txt must belong together")
+            raise ValueError(
+                f"merge {first!r} + {second!r} needs {absent[0]!r}, which the vocabulary does not have; "
+                "vocab.json and merges.txt must belong together"
+            )
 
 
 def _check_special(special: dict[str, tokenizers.AddedToken], known: set[str]) -> None:
@@ -204,8 +221,10 @@ def _check_special(special: dict[str, tokenizers.AddedToken], known: set[str]) -
 def _check_learned(learned: dict[int, tokenizers.AddedToken], engine: tokenizers.Tokenizer) -> None:
     for i, token in learned.items():
         if engine.token_to_id(token.content) != i:
-            raise ValueError(f"added_tokens_decoder gives {token.content!r} the id {i}, but it would be "
-                             f"{engine.token_to_id(token.content)} in this vocabulary")
+            raise ValueError(
+                f"added_tokens_decoder gives {token.content!r} the id {i}, but it would be "
+                f"{engine.token_to_id(token.content)} in this vocabulary"
+            )
 
 
 # ---------------------------------------------------------------- the tokenizer itself
@@ -213,11 +232,18 @@ def _check_learned(learned: dict[int, tokenizers.AddedToken], engine: tokenizers
 
 def _engine(vocab: dict[str, int], merges: list[tuple[str, str]], unknown: str) -> tokenizers.Tokenizer:
     """CLIP's pipeline: compose, squeeze spaces, lower case; split into words, digits and marks; join bytes by merges."""
-    engine = tokenizers.Tokenizer(models.BPE(vocab, merges, end_of_word_suffix=_END, continuing_subword_prefix="",
-                                             unk_token=unknown, fuse_unk=False))
+    engine = tokenizers.Tokenizer(
+        models.BPE(
+            vocab, merges, end_of_word_suffix=_END, continuing_subword_prefix="", unk_token=unknown, fuse_unk=False
+        )
+    )
     engine.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Lowercase()])
+        [normalizers.NFC(), normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
     engine.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(tokenizers.Regex(_WORD), behavior="removed", invert=True),
-         pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        [
+            pre_tokenizers.Split(tokenizers.Regex(_WORD), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     return engine

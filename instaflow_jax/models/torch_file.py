@@ -5,6 +5,7 @@ and pytorch-fid's weights were published. Only the handful of names that describ
 frameworks leave beside them in a `.ckpt` (callbacks, settings, numbers of numpy) is replaced by objects that do nothing,
 and every other name is refused.
 """
+
 import collections
 import functools
 import io
@@ -19,9 +20,16 @@ import ml_dtypes
 import numpy as np
 
 _STORAGES = {
-    "DoubleStorage": np.float64, "FloatStorage": np.float32, "HalfStorage": np.float16,
-    "BFloat16Storage": ml_dtypes.bfloat16, "LongStorage": np.int64, "IntStorage": np.int32,
-    "ShortStorage": np.int16, "CharStorage": np.int8, "ByteStorage": np.uint8, "BoolStorage": np.bool_,
+    "DoubleStorage": np.float64,
+    "FloatStorage": np.float32,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
 }
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of the container used before torch 1.6
 
@@ -54,7 +62,7 @@ class _Tensor:
         if 0 not in self.shape and (min(self.offset, *self.stride, 0) < 0 or last >= flat.size):
             raise pickle.UnpicklingError("a tensor reaches beyond its storage")
         steps = [s * flat.itemsize for s in self.stride]
-        view = np.lib.stride_tricks.as_strided(flat[self.offset:], self.shape, steps, writeable=False)
+        view = np.lib.stride_tricks.as_strided(flat[self.offset :], self.shape, steps, writeable=False)
         return np.ascontiguousarray(view).reshape(self.shape)
 
 
@@ -76,8 +84,10 @@ _ALLOWED = {
 
 # Training frameworks and the parts of Python their states are pickled with. None of them is imported.
 _IDLE = re.compile(r"(pytorch_lightning|lightning\w*|omegaconf|numpy|_codecs|typing|ldm)(\.|$)")
-_IDLE_NAMES = {"__builtin__": ("bool", "dict", "float", "int", "list", "object", "set", "str", "tuple"),
-               "collections": ("Counter", "defaultdict", "deque")}
+_IDLE_NAMES = {
+    "__builtin__": ("bool", "dict", "float", "int", "list", "object", "set", "str", "tuple"),
+    "collections": ("Counter", "defaultdict", "deque"),
+}
 _IDLE_NAMES["builtins"] = _IDLE_NAMES["__builtin__"]
 
 
@@ -162,10 +172,22 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
             state = _read_zip(file) if zipfile.is_zipfile(file) else _read_stream(_rewound(file))
             state = state.get("state_dict", state) if isinstance(state, dict) else {}
             tensors = {key: value.array() for key, value in state.items() if isinstance(value, _Tensor)}
-    except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError, ValueError, TypeError, IndexError,
-            AttributeError, struct.error, OverflowError) as error:
-        raise ValueError(f"{path}: not readable as PyTorch weights ({error}); the file may be truncated or hold "
-                         "more than tensors. Save it again as safetensors, or download it anew.") from error
+    except (
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        EOFError,
+        KeyError,
+        ValueError,
+        TypeError,
+        IndexError,
+        AttributeError,
+        struct.error,
+        OverflowError,
+    ) as error:
+        raise ValueError(
+            f"{path}: not readable as PyTorch weights ({error}); the file may be truncated or hold "
+            "more than tensors. Save it again as safetensors, or download it anew."
+        ) from error
     if not tensors:
         raise ValueError(f"{path}: holds no named tensors; expected a state dict.")
     return tensors

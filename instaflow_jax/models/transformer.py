@@ -1,4 +1,5 @@
 """The transformer inside the UNet: self-attention, attention to the text, gated feed-forward."""
+
 from typing import ClassVar
 
 import jax
@@ -69,15 +70,17 @@ class Transformer2DModel(Recomputed):
     The projections are 1×1 convolutions in SD 1.x files and linear layers in SD 2.x files; they compute the same.
     """
 
-    def __init__(self, channels: int, context_features: int, heads: int, depth: int, groups: int, linear: bool,
-                 make: Make):
+    def __init__(
+        self, channels: int, context_features: int, heads: int, depth: int, groups: int, linear: bool, make: Make
+    ):
         def projection():
             return make.linear(channels, channels) if linear else make.conv(channels, channels, 1)
 
         self.norm = make.group_norm(channels, groups, 1e-6)
         self.proj_in = projection()
         self.transformer_blocks = nnx.List(
-            [BasicTransformerBlock(channels, context_features, heads, make) for _ in range(depth)])
+            [BasicTransformerBlock(channels, context_features, heads, make) for _ in range(depth)]
+        )
         self.proj_out = projection()
 
     def __call__(self, x, context):

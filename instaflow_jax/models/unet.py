@@ -1,4 +1,5 @@
 """Stable Diffusion's UNet (1.x, 2.x and the InstaFlow checkpoints), with diffusers' class and attribute names."""
+
 import dataclasses
 import itertools
 import math
@@ -41,23 +42,45 @@ class UNetConfig(net.Config):
     use_linear_projection: bool = False
 
     fixed: ClassVar[dict[str, Any]] = {
-        "act_fn": "silu", "center_input_sample": False, "mid_block_type": "UNetMidBlock2DCrossAttn",
-        "mid_block_scale_factor": 1, "only_cross_attention": False, "dual_cross_attention": False,
-        "class_embed_type": None, "num_class_embeds": None, "addition_embed_type": None, "encoder_hid_dim": None,
-        "encoder_hid_dim_type": None, "time_embedding_type": "positional", "timestep_post_act": None,
-        "time_embedding_dim": None, "time_embedding_act_fn": None, "time_cond_proj_dim": None, "conv_in_kernel": 3,
-        "conv_out_kernel": 3, "resnet_time_scale_shift": "default", "resnet_skip_time_act": False,
-        "resnet_out_scale_factor": 1.0, "cross_attention_norm": None, "attention_type": "default",
-        "reverse_transformer_layers_per_block": None, "mid_block_only_cross_attention": None, "dropout": 0.0,
+        "act_fn": "silu",
+        "center_input_sample": False,
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "mid_block_scale_factor": 1,
+        "only_cross_attention": False,
+        "dual_cross_attention": False,
+        "class_embed_type": None,
+        "num_class_embeds": None,
+        "addition_embed_type": None,
+        "encoder_hid_dim": None,
+        "encoder_hid_dim_type": None,
+        "time_embedding_type": "positional",
+        "timestep_post_act": None,
+        "time_embedding_dim": None,
+        "time_embedding_act_fn": None,
+        "time_cond_proj_dim": None,
+        "conv_in_kernel": 3,
+        "conv_out_kernel": 3,
+        "resnet_time_scale_shift": "default",
+        "resnet_skip_time_act": False,
+        "resnet_out_scale_factor": 1.0,
+        "cross_attention_norm": None,
+        "attention_type": "default",
+        "reverse_transformer_layers_per_block": None,
+        "mid_block_only_cross_attention": None,
+        "dropout": 0.0,
     }
 
     def __post_init__(self):
-        for field, allowed in (("down_block_types", ("CrossAttnDownBlock2D", "DownBlock2D")),
-                               ("up_block_types", ("CrossAttnUpBlock2D", "UpBlock2D"))):
+        for field, allowed in (
+            ("down_block_types", ("CrossAttnDownBlock2D", "DownBlock2D")),
+            ("up_block_types", ("CrossAttnUpBlock2D", "UpBlock2D")),
+        ):
             kinds = getattr(self, field)
             if len(kinds) != len(self.block_out_channels) or not set(kinds) <= set(allowed):
-                raise ValueError(f"config.json: {field}={list(kinds)} must name, for each of block_out_channels="
-                                 f"{list(self.block_out_channels)}, one of {allowed}")
+                raise ValueError(
+                    f"config.json: {field}={list(kinds)} must name, for each of block_out_channels="
+                    f"{list(self.block_out_channels)}, one of {allowed}"
+                )
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -92,8 +115,15 @@ def _resnet(config: UNetConfig, inputs: int, outputs: int, make: Make) -> Resnet
 
 
 def _transformer(config: UNetConfig, channels: int, heads: int, make: Make) -> Transformer2DModel:
-    return Transformer2DModel(channels, config.cross_attention_dim, heads, config.transformer_layers_per_block,
-                              config.norm_num_groups, config.use_linear_projection, make)
+    return Transformer2DModel(
+        channels,
+        config.cross_attention_dim,
+        heads,
+        config.transformer_layers_per_block,
+        config.norm_num_groups,
+        config.use_linear_projection,
+        make,
+    )
 
 
 class DownBlock2D(nnx.Module):
@@ -141,8 +171,7 @@ class UpBlock2D(nnx.Module):
         layers = config.layers_per_block + 1
         inputs = [channels[max(i - 1, 0)]] + [channels[i]] * (layers - 1)
         skips = [channels[i]] * (layers - 1) + [channels[min(i + 1, len(channels) - 1)]]
-        self.resnets = nnx.List(
-            [_resnet(config, a + b, channels[i], make) for a, b in zip(inputs, skips, strict=True)])
+        self.resnets = nnx.List([_resnet(config, a + b, channels[i], make) for a, b in zip(inputs, skips, strict=True)])
         if config.up_block_types[i].startswith("CrossAttn"):
             self.attentions = nnx.List([_transformer(config, channels[i], heads[i], make) for _ in range(layers)])
         if i + 1 < len(channels):

@@ -1,4 +1,5 @@
 """Stable Diffusion's autoencoder between pixels and latents, with diffusers' class and attribute names."""
+
 import dataclasses
 import re
 from typing import Any, ClassVar
@@ -33,16 +34,23 @@ class VAEConfig(net.Config):
     scaling_factor: float = 0.18215
 
     fixed: ClassVar[dict[str, Any]] = {
-        "act_fn": "silu", "shift_factor": None, "latents_mean": None, "latents_std": None, "use_quant_conv": True,
-        "use_post_quant_conv": True, "mid_block_add_attention": True,
+        "act_fn": "silu",
+        "shift_factor": None,
+        "latents_mean": None,
+        "latents_std": None,
+        "use_quant_conv": True,
+        "use_post_quant_conv": True,
+        "mid_block_add_attention": True,
     }
 
     def __post_init__(self):
         for field, allowed in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             kinds = getattr(self, field)
             if kinds != (allowed,) * len(self.block_out_channels):
-                raise ValueError(f"config.json: {field}={list(kinds)} must name {allowed!r} once for each of "
-                                 f"block_out_channels={list(self.block_out_channels)}")
+                raise ValueError(
+                    f"config.json: {field}={list(kinds)} must name {allowed!r} once for each of "
+                    f"block_out_channels={list(self.block_out_channels)}"
+                )
 
     @property
     def factor(self) -> int:
@@ -113,9 +121,12 @@ class Encoder(nnx.Module):
     def __init__(self, config: VAEConfig, make: Make):
         c, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = make.conv(config.in_channels, c[0], 3, padding=1)
-        self.down_blocks = nnx.List([
-            DownEncoderBlock2D(c[max(i - 1, 0)], c[i], config.layers_per_block, groups, i + 1 == len(c), make)
-            for i in range(len(c))])
+        self.down_blocks = nnx.List(
+            [
+                DownEncoderBlock2D(c[max(i - 1, 0)], c[i], config.layers_per_block, groups, i + 1 == len(c), make)
+                for i in range(len(c))
+            ]
+        )
         self.mid_block = MidBlock(c[-1], groups, make)
         self.conv_norm_out = make.group_norm(c[-1], groups, _EPS)
         self.conv_out = make.conv(c[-1], 2 * config.latent_channels, 3, padding=1)
@@ -132,9 +143,12 @@ class Decoder(Recomputed):
         c, groups = config.block_out_channels[::-1], config.norm_num_groups
         self.conv_in = make.conv(config.latent_channels, c[0], 3, padding=1)
         self.mid_block = MidBlock(c[0], groups, make)
-        self.up_blocks = nnx.List([
-            UpDecoderBlock2D(c[max(i - 1, 0)], c[i], config.layers_per_block + 1, groups, i + 1 == len(c), make)
-            for i in range(len(c))])
+        self.up_blocks = nnx.List(
+            [
+                UpDecoderBlock2D(c[max(i - 1, 0)], c[i], config.layers_per_block + 1, groups, i + 1 == len(c), make)
+                for i in range(len(c))
+            ]
+        )
         self.conv_norm_out = make.group_norm(c[-1], groups, _EPS)
         self.conv_out = make.conv(c[-1], config.out_channels, 3, padding=1)
 

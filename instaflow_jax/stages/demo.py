@@ -1,4 +1,5 @@
 """Stage `demo`: every stage of the method, one after the other, and a report at the end."""
+
 import contextlib
 import json
 import logging
@@ -61,20 +62,30 @@ def take_all(config: ConfigDict, directory: Path) -> None:
     ledger = open_ledger(directory, settings)
     left = unfinished(directory, ledger, settings)
     began, minutes = time.monotonic(), sum(config.minutes[step.name] for step in left)
-    print(f"{directory}: " + (f"about {round(minutes) or 1} minutes on two CPU cores; stop it when you like, the same "
-                              "command goes on" if left else "everything is there"), flush=True)
+    print(
+        f"{directory}: "
+        + (
+            f"about {round(minutes) or 1} minutes on two CPU cores; stop it when you like, the same command goes on"
+            if left
+            else "everything is there"
+        ),
+        flush=True,
+    )
     for number, step in enumerate(STEPS, 1):
         head = f"[{number}/{len(STEPS) + 1}] {step.does}"
         if step not in left:
             print(f"{head}: finished before, in {clock_time(ledger['steps'][step.name]['seconds'])}", flush=True)
             continue
-        to_go = sum(config.minutes[other.name] for other in left[left.index(step):])
+        to_go = sum(config.minutes[other.name] for other in left[left.index(step) :])
         gone = clock_time(time.monotonic() - began)
         print(f"\n{head}  ({gone} gone, about {round(to_go) or 1} min left)", flush=True)
         take(step, config[step.name], directory, ledger, settings)
     page = report.write(directory)
-    print(f"\n[{len(STEPS) + 1}/{len(STEPS) + 1}] report, after {clock_time(time.monotonic() - began)}: open it in a "
-          f"browser\n{page.absolute()}", flush=True)
+    print(
+        f"\n[{len(STEPS) + 1}/{len(STEPS) + 1}] report, after {clock_time(time.monotonic() - began)}: open it in a "
+        f"browser\n{page.absolute()}",
+        flush=True,
+    )
 
 
 @contextlib.contextmanager
@@ -121,8 +132,12 @@ def open_ledger(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
 def differing(name: str, a: Any, b: Any) -> list[str]:
     """Dotted names of the fields in which two configs differ."""
     if isinstance(a, dict) and isinstance(b, dict):
-        return [field for key in sorted({*a, *b}) if a.get(key) != b.get(key)
-                for field in differing(f"{name}.{key}", a.get(key), b.get(key))]
+        return [
+            field
+            for key in sorted({*a, *b})
+            if a.get(key) != b.get(key)
+            for field in differing(f"{name}.{key}", a.get(key), b.get(key))
+        ]
     return [name]
 
 
@@ -138,8 +153,10 @@ def unfinished(directory: Path, ledger: dict[str, Any], settings: dict[str, Any]
     first = done.index(False)
     for step, finished in zip(STEPS[first:], done[first:], strict=True):
         if step.trains and finished:
-            raise ValueError(f"{directory / STEPS[first].product} is not there, but {directory / step.product}, which "
-                             "comes after it, is: take another --workdir, or delete this one")
+            raise ValueError(
+                f"{directory / STEPS[first].product} is not there, but {directory / step.product}, which "
+                "comes after it, is: take another --workdir, or delete this one"
+            )
     return list(STEPS[first:])
 
 

@@ -1,4 +1,5 @@
 """Stage `distill`: a straightened flow → a one-step generator (paper, Eq. 6), by L2, LPIPS, or one after the other."""
+
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -30,8 +31,9 @@ def run(config: ConfigDict, workdir: str) -> None:
     pipe = sample.load(config, config.start or source)
     distance, frozen = make_distance(config, pipe)
     unet = pipe.nets["unet"].with_remat(config.remat.unet)
-    loss = objectives.make_distill_loss(unet, pipe.nets["text_encoder"], distance, match=config.match, drop=config.drop,
-                                        steps=straighten.CLOCK)
+    loss = objectives.make_distill_loss(
+        unet, pipe.nets["text_encoder"], distance, match=config.match, drop=config.drop, steps=straighten.CLOCK
+    )
     straighten.fit(config, Path(workdir) / config.into, pipe, pairs, loss, frozen)
 
 

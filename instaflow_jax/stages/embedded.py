@@ -4,6 +4,7 @@
 
 prints the numbers that the model cards quote. Not a stage: it has no config and writes nothing.
 """
+
 import argparse
 
 import jax
@@ -42,9 +43,14 @@ def main() -> None:
         made = teacher_pictures(pipe, tokens[chosen, 0], args.N, alpha)
         scores = judge.scores(judge.look(made), chosen)
         by_trunk = nearest_by_trunk(source, made, data.images)
-        report(f"{args.count} teacher pictures, N={args.N}, alpha={alpha:g}", {
-            "nearest_in_clip": scores["found"], "nearest_in_lpips": float(np.mean(judge.is_right(by_trunk, chosen))),
-            "clip_score": scores["clip_score"]})
+        report(
+            f"{args.count} teacher pictures, N={args.N}, alpha={alpha:g}",
+            {
+                "nearest_in_clip": scores["found"],
+                "nearest_in_lpips": float(np.mean(judge.is_right(by_trunk, chosen))),
+                "clip_score": scores["clip_score"],
+            },
+        )
 
 
 def report(title: str, numbers: dict[str, float]) -> None:
@@ -57,8 +63,10 @@ def autoencoder(pipe: pipeline.Pipeline, images: UInt8[np.ndarray, "N H W 3"]) -
     pixels = to_pixels(images)
     made = in_batches(jax.jit(lambda x: net.apply(params, x)), _BATCH, pixels).clip(-1, 1)
     mse = np.mean((made - pixels) ** 2, axis=(1, 2, 3))
-    report(f"autoencoder, {len(images)} held-out emoji", {
-        "psnr_mean": float(np.mean(psnr(mse))), "psnr_of_mean_error": float(psnr(mse.mean()))})
+    report(
+        f"autoencoder, {len(images)} held-out emoji",
+        {"psnr_mean": float(np.mean(psnr(mse))), "psnr_of_mean_error": float(psnr(mse.mean()))},
+    )
 
 
 def teacher_pictures(pipe: pipeline.Pipeline, ids: Int[np.ndarray, "N L"], N: int, alpha: float):

@@ -1,4 +1,5 @@
 """Stage `evaluate`: teacher and flows of a workdir on one table, with pictures; the embedded world's own measures."""
+
 import importlib.util
 import json
 import time
@@ -58,21 +59,29 @@ def check(config: ConfigDict) -> None:
             raise ValueError(f"config.{name}.steps={tuple(config[name].steps)} must be numbers of steps, 1 or more")
     evaluate_models.folders(config)
     if config.show.points < 2 or config.straightness.count < 2:
-        raise ValueError(f"config.show.points={config.show.points} and config.straightness.count="
-                         f"{config.straightness.count} must be at least 2")
+        raise ValueError(
+            f"config.show.points={config.show.points} and config.straightness.count="
+            f"{config.straightness.count} must be at least 2"
+        )
 
 
 def measure(config: ConfigDict, bench: Bench, models: list[Model]) -> dict[str, Any]:
     """All numbers: {"about", "rows", "guidance"}; says each when it is there."""
-    tell = Tell(len(models) + 3 + sum(len(model.steps) for model in models)
-                + (len(config.guidance.alphas) if len(models) > 1 else 0))
+    tell = Tell(
+        len(models)
+        + 3
+        + sum(len(model.steps) for model in models)
+        + (len(config.guidance.alphas) if len(models) > 1 else 0)
+    )
     tell({"title": "the teacher's pictures to compare with", "N": 0}, *bench.reference())
     rows = [tell({"model": name, "title": title, "N": 0}, *bench.real(decoded)) for name, title, decoded in _REAL]
     for model in models:
         straight = tell({"title": f"{model.title}, straightness", "N": 0}, *bench.straightness(model))
         names = {"model": model.name, "title": model.title, "alpha": model.alpha}
-        model_rows = [tell(names | {"N": N} | bench.seconds(model, N)[0].numbers, *bench.row(model, N, model.alpha))
-                      for N in model.steps]
+        model_rows = [
+            tell(names | {"N": N} | bench.seconds(model, N)[0].numbers, *bench.row(model, N, model.alpha))
+            for N in model.steps
+        ]
         model_rows[0] |= {name: straight[name] for name in ("S", "S_error")}
         rows += model_rows
     return {"about": about(config, models), "rows": rows, "guidance": list(guidance(config, bench, models, tell))}
@@ -84,8 +93,10 @@ def guidance(config: ConfigDict, bench: Bench, models: list[Model], tell: "Tell"
         if model.name == "reflow":
             N = config.guidance.N
             for alpha in config.guidance.alphas:
-                yield tell({"model": model.name, "title": f"{model.title}, alpha {alpha:g}", "N": N, "alpha": alpha},
-                           *bench.row(model, N, alpha))
+                yield tell(
+                    {"model": model.name, "title": f"{model.title}, alpha {alpha:g}", "N": N, "alpha": alpha},
+                    *bench.row(model, N, alpha),
+                )
 
 
 class Tell:
@@ -98,19 +109,29 @@ class Tell:
         """The row with its numbers in it."""
         now, row = time.monotonic(), row | record.numbers
         self._done += 1
-        told = [f"{column.heading} {evaluate_table.cell(row, column)}" for column in evaluate_table.COLUMNS
-                if column.key in row]
-        print(f"{self._done}/{self._count} {evaluate_table.label(row)}{': ' if told else ''}{', '.join(told)} "
-              f"({'measured before' if known else f'{now - self._began:.1f} s'})", flush=True)
+        told = [
+            f"{column.heading} {evaluate_table.cell(row, column)}"
+            for column in evaluate_table.COLUMNS
+            if column.key in row
+        ]
+        print(
+            f"{self._done}/{self._count} {evaluate_table.label(row)}{': ' if told else ''}{', '.join(told)} "
+            f"({'measured before' if known else f'{now - self._began:.1f} s'})",
+            flush=True,
+        )
         self._began = now
         return row
 
 
 def about(config: ConfigDict, models: list[Model]) -> dict[str, Any]:
     """What is needed to know what the numbers mean."""
-    return {"code": f"instaflow_jax {__version__}", "machine": machine(), "teacher_alpha": models[0].alpha,
-            "weights": {model.name: model.weights for model in models},
-            "config": json.loads(config.to_json_best_effort())}
+    return {
+        "code": f"instaflow_jax {__version__}",
+        "machine": machine(),
+        "teacher_alpha": models[0].alpha,
+        "weights": {model.name: model.weights for model in models},
+        "config": json.loads(config.to_json_best_effort()),
+    }
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -118,17 +139,20 @@ def markdown(results: dict[str, Any]) -> str:
     found, config = results["about"], results["about"]["config"]
     columns = (*evaluate_table.COLUMNS, *evaluate_table.MORE)
     meanings = "".join(f"* **{column.heading}**, {column.better} is better. {column.meaning}\n" for column in columns)
-    tables = "\n".join(evaluate_table.markdown(results["rows"], some)
-                       for some in (evaluate_table.COLUMNS, evaluate_table.MORE))
-    return (f"{tables}\n{meanings}\n{conditions(config, found)}\n")
+    tables = "\n".join(
+        evaluate_table.markdown(results["rows"], some) for some in (evaluate_table.COLUMNS, evaluate_table.MORE)
+    )
+    return f"{tables}\n{meanings}\n{conditions(config, found)}\n"
 
 
 def conditions(config: dict[str, Any], found: dict[str, Any]) -> str:
     """In one paragraph, how the numbers were made."""
     device = found["machine"]
-    return (f"{config['count']} prompts, full names of emoji drawn without replacement, or their kinds; the same noise for every "
-            f"row, of seed {config['seed']}, which no training pair used (the prompts are names that training saw too). "
-            f"Teacher: DPM-Solver, guidance {found['teacher_alpha']:g}, as in its pairs; flows: Euler, guidance "
-            f"{config['reflow']['alpha']:g}. S: {config['straightness']['N']} Euler steps, "
-            f"{min(config['straightness']['count'], config['count'])} samples. Seconds: {device['device']}, one of "
-            f"{device['devices']} devices, jax {device['jax']}.")
+    return (
+        f"{config['count']} prompts, full names of emoji drawn without replacement, or their kinds; the same noise for every "
+        f"row, of seed {config['seed']}, which no training pair used (the prompts are names that training saw too). "
+        f"Teacher: DPM-Solver, guidance {found['teacher_alpha']:g}, as in its pairs; flows: Euler, guidance "
+        f"{config['reflow']['alpha']:g}. S: {config['straightness']['N']} Euler steps, "
+        f"{min(config['straightness']['count'], config['count'])} samples. Seconds: {device['device']}, one of "
+        f"{device['devices']} devices, jax {device['jax']}."
+    )

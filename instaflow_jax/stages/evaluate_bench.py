@@ -1,4 +1,5 @@
 """The measurements of the embedded world, each made once and kept (`evaluate_store`)."""
+
 import functools
 import platform
 from collections.abc import Mapping
@@ -49,9 +50,17 @@ class Bench:
         names, kinds = [each["full"] for each in words], [each["kind"] for each in words]
         self._shown, self._names, self._kinds = map(teacher.pipe.tokenizer, (list(config.show.prompts), names, kinds))
         self._settings = {
-            "version": _VERSION, "count": config.count, "seed": config.seed, "prompts": prompts.sha256(names + kinds),
-            "shown": list(config.show.prompts), "judge": config.judge, "neighbours": config.neighbours,
-            "teacher": teacher.weights, "teacher_alpha": teacher.alpha, "teacher_N": max(teacher.steps)}
+            "version": _VERSION,
+            "count": config.count,
+            "seed": config.seed,
+            "prompts": prompts.sha256(names + kinds),
+            "shown": list(config.show.prompts),
+            "judge": config.judge,
+            "neighbours": config.neighbours,
+            "teacher": teacher.weights,
+            "teacher_alpha": teacher.alpha,
+            "teacher_N": max(teacher.steps),
+        }
 
     @functools.cached_property
     def _programs(self) -> Programs:
@@ -71,15 +80,23 @@ class Bench:
         def make() -> Record:
             count = self._config.count
             X0 = self._noise(self._config.seed, count)
-            ids, X0 = np.concatenate([self._names, self._kinds, self._shown]), np.concatenate(
-                [X0, X0, self._noise(self._config.seed + 2, len(self._shown))])
+            ids, X0 = (
+                np.concatenate([self._names, self._kinds, self._shown]),
+                np.concatenate([X0, X0, self._noise(self._config.seed + 2, len(self._shown))]),
+            )
             latents, pictures = self._programs.draw(model, model.table(N), alpha, ids, X0)
             named, of_kinds, shown = np.split(pictures, [count, 2 * count])
-            is_first, latents = model is first[0] and (N, alpha) == first[1:], latents[:2 * count]
+            is_first, latents = model is first[0] and (N, alpha) == first[1:], latents[: 2 * count]
             error = np.square(latents - (latents if is_first else self.row(*first)[0].arrays["latents"]))
-            numbers = self._quality(named) | self._latent_distance(latents[:count]) | {
-                "fd_kinds": self._distance(self._judge.look(of_kinds)),
-                "error_names": float(error[:count].mean()), "error_kinds": float(error[count:].mean())}
+            numbers = (
+                self._quality(named)
+                | self._latent_distance(latents[:count])
+                | {
+                    "fd_kinds": self._distance(self._judge.look(of_kinds)),
+                    "error_names": float(error[:count].mean()),
+                    "error_kinds": float(error[count:].mean()),
+                }
+            )
             return Record(numbers, {"shown": shown} | ({"latents": latents} if is_first else {}))
 
         settings = {"what": "row", "weights": model.weights, "N": N, "alpha": alpha}
@@ -87,6 +104,7 @@ class Bench:
 
     def real(self, decoded: bool) -> tuple[Record, bool]:
         """The pictures of the prompted emoji themselves, or as the autoencoder gives them back: the best possible."""
+
         def make() -> Record:
             images = self._judge.data.images[self._chosen]
             numbers = self._quality(self._through_autoencoder(images) if decoded else images)
@@ -101,7 +119,10 @@ class Bench:
         return self._judge.scores(features, self._chosen) | {
             "fd_emoji": self._distance(features),
             "fd_teacher": frechet.distance(_moments(features), _kept(reference, "pictures")),
-            "kid": kernel.kid(features, real, subsets=_KID_SUBSETS)[0], "precision": precision, "recall": recall}
+            "kid": kernel.kid(features, real, subsets=_KID_SUBSETS)[0],
+            "precision": precision,
+            "recall": recall,
+        }
 
     def _distance(self, features: Float[np.ndarray, "N D"]) -> float:
         return frechet.distance(_moments(features), self._real)
@@ -111,18 +132,28 @@ class Bench:
         return _moments(self._judge.pictures)
 
     def _latent_distance(self, latents: Float[np.ndarray, "N h w c"]) -> dict[str, float]:
-        return {"fd_latents": frechet.distance(_moments(latents.reshape(len(latents), -1)),
-                                               _kept(self.reference()[0].arrays, "latents"))}
+        return {
+            "fd_latents": frechet.distance(
+                _moments(latents.reshape(len(latents), -1)), _kept(self.reference()[0].arrays, "latents")
+            )
+        }
 
     def reference(self) -> tuple[Record, bool]:
         """Mean and covariance of the teacher's pictures (in CLIP) and latents from noise of the next seed."""
+
         def make() -> Record:
             model, count = self._teacher, self._config.count
             X0 = self._noise(self._config.seed + 1, count)
             latents, pictures = self._programs.draw(model, model.table(max(model.steps)), model.alpha, self._names, X0)
             found = {"pictures": _moments(self._judge.look(pictures)), "latents": _moments(latents.reshape(count, -1))}
-            return Record({"count": count}, {f"{name}_{field}": getattr(each, field) for name, each in found.items()
-                                             for field in ("count", "mean", "covariance")})
+            return Record(
+                {"count": count},
+                {
+                    f"{name}_{field}": getattr(each, field)
+                    for name, each in found.items()
+                    for field in ("count", "mean", "covariance")
+                },
+            )
 
         N = max(self._teacher.steps)
         return self._store.get(self._settings | {"what": "reference", "N": N}, make)
@@ -143,34 +174,58 @@ class Bench:
             S, error = straightness.summary(self._programs.straightness(model, model.alpha, N, ids, X0))
             return Record({"S": S, "S_error": error, "S_samples": count, "S_steps": N}, {})
 
-        settings = {"what": "straightness", "weights": model.weights, "alpha": model.alpha, "steps": N,
-                    "samples": count}
+        settings = {
+            "what": "straightness",
+            "weights": model.weights,
+            "alpha": model.alpha,
+            "steps": N,
+            "samples": count,
+        }
         return self._store.get(self._settings | settings, make)
 
     def seconds(self, model: Model, N: int) -> tuple[Record, bool]:
         """Seconds a picture; the same for all weights of one kind, so measured once for each kind, N and guidance."""
+
         def make() -> Record:
             ids, X0 = self._names[:1], self._noise(self._config.seed + 2, 1)
-            return Record({"seconds": self._programs.seconds(model, model.table(N), model.alpha, ids, X0,
-                                                             self._config.repeats)}, {})
+            return Record(
+                {"seconds": self._programs.seconds(model, model.table(N), model.alpha, ids, X0, self._config.repeats)},
+                {},
+            )
 
-        kind = {"what": "seconds", "flow": isinstance(model.dynamics, sampling.Flow), "guided": model.alpha > 1, "N": N,
-                "networks": sha256_of_json({name: net.raw_config for name, net in model.pipe.nets.items()})}
+        kind = {
+            "what": "seconds",
+            "flow": isinstance(model.dynamics, sampling.Flow),
+            "guided": model.alpha > 1,
+            "N": N,
+            "networks": sha256_of_json({name: net.raw_config for name, net in model.pipe.nets.items()}),
+        }
         return self._store.get(kind | {"machine": machine(), "version": _VERSION}, make)
 
     # ------------------------------------------------------------ trajectories
 
     def path(self, model: Model, N: int) -> tuple[Record, bool]:
         """One picture on its way: arrays `t` [P], `on_the_way` and `foreseen` [P, H, W, 3]."""
+
         def make() -> Record:
             stops = evaluate_path.stops(model, N, self._config.show.points)
             kinds = {"on_the_way": evaluate_path.on_the_way, "foreseen": evaluate_path.foreseen}
-            pictures = {name: np.concatenate([self._draw_path(model, kind(model, N, stop)) for stop in stops])
-                        for name, kind in kinds.items()}
+            pictures = {
+                name: np.concatenate([self._draw_path(model, kind(model, N, stop)) for stop in stops])
+                for name, kind in kinds.items()
+            }
             return Record({"N": N}, {"t": np.array([stop.t for stop in stops])} | pictures)
 
-        settings = {"what": "path", "weights": model.weights, "alpha": model.alpha, "N": N, "version": _VERSION,
-                    "seed": self._config.seed, "prompt": self._config.show.path, "points": self._config.show.points}
+        settings = {
+            "what": "path",
+            "weights": model.weights,
+            "alpha": model.alpha,
+            "N": N,
+            "version": _VERSION,
+            "seed": self._config.seed,
+            "prompt": self._config.show.path,
+            "points": self._config.show.points,
+        }
         return self._store.get(settings, make)
 
     def _draw_path(self, model: Model, table) -> UInt8[np.ndarray, "1 H W 3"]:
@@ -189,8 +244,11 @@ def _kept(arrays: Mapping[str, np.ndarray], name: str) -> frechet.Moments:
 def machine() -> dict[str, Any]:
     """What the seconds were measured on."""
     device = jax.devices()[0]
-    return {"device": device.device_kind if device.platform != "cpu" else _processor(), "devices": jax.device_count(),
-            "jax": jax.__version__}
+    return {
+        "device": device.device_kind if device.platform != "cpu" else _processor(),
+        "devices": jax.device_count(),
+        "jax": jax.__version__,
+    }
 
 
 def _processor() -> str:

@@ -82,8 +82,13 @@ def check(config: ConfigDict) -> None:
     """Cross-field checks, before anything is loaded. Raises ValueError."""
     check_dtype(config)
     check_guidance(config)
-    for field, value, least in (("batch", config.batch, 1), ("size", config.size, 1), ("N", config.N, 1),
-                                ("seed", config.seed, 0), ("data.count", config.data.count, _LEAST)):
+    for field, value, least in (
+        ("batch", config.batch, 1),
+        ("size", config.size, 1),
+        ("N", config.N, 1),
+        ("seed", config.seed, 0),
+        ("data.count", config.data.count, _LEAST),
+    ):
         if value < least:
             raise ValueError(f"config.{field}={value} must be at least {least}")
 
@@ -98,8 +103,10 @@ def prepare(config: ConfigDict, photos: list[coco.Photo], directory: Path) -> Jo
     shape = latent_shape(pipe, config.height, config.width)
     height, width = (side * pipe.nets["vae"].config.factor for side in shape[:2])
     if min(height, width) < config.size:
-        raise ValueError(f"config.size={config.size} exceeds the model's pictures of {width}×{height}, which are "
-                         "reduced to it and never enlarged: lower it, or raise config.height and config.width")
+        raise ValueError(
+            f"config.size={config.size} exceeds the model's pictures of {width}×{height}, which are "
+            "reduced to it and never enlarged: lower it, or raise config.height and config.width"
+        )
     dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, config.kind)
     solve = sampling.make_solve(pipe.nets["unet"].apply, dynamics, config.solver, config.N, config.alpha)
     settings = ("kind", "solver", "N", "alpha", "negative", "dtype", "seed", "size")
@@ -107,7 +114,9 @@ def prepare(config: ConfigDict, photos: list[coco.Photo], directory: Path) -> Jo
         "model": {name: sha256_of_params(params) for name, params in pipe.params.items()}
         | {"tokenizer": sha256_of_json([pipe.tokenizer.vocab, pipe.tokenizer.merges, pipe.tokenizer.config])},
         "dynamics": repr(dynamics) if isinstance(dynamics, sampling.Flow) else pipe.scheduler,
-        "latent_shape": list(shape), "noise": noise.NAME, "count": len(photos),
+        "latent_shape": list(shape),
+        "noise": noise.NAME,
+        "count": len(photos),
         "captions_sha256": sha256_of_json([[photo.id, photo.caption] for photo in photos]),
     }
     return Job(config, pipe, photos, solve, json.loads(json.dumps(recipe)), directory)
@@ -125,8 +134,10 @@ def check_same(job: Job) -> None:
     there = read_json(path)
     differ = [name for name in sorted({*there, *job.recipe}) if there.get(name) != job.recipe.get(name)]
     if differ:
-        raise ValueError(f"{job.directory} holds pictures of another recipe ({', '.join(differ)} "
-                         f"{'differs' if len(differ) == 1 else 'differ'}): take another --workdir, or delete it")
+        raise ValueError(
+            f"{job.directory} holds pictures of another recipe ({', '.join(differ)} "
+            f"{'differs' if len(differ) == 1 else 'differ'}): take another --workdir, or delete it"
+        )
 
 
 def begin(job: Job) -> None:
@@ -140,10 +151,12 @@ def draw(job: Job) -> None:
     """Makes the pictures that are not there. Calls always hold the same captions, however often the run was killed."""
     rows = job.config.batch * len(jax.local_devices())
     starts = range(rows * jax.process_index(), len(job.photos), rows * jax.process_count())
-    calls = [job.photos[start:start + rows] for start in starts]
+    calls = [job.photos[start : start + rows] for start in starts]
     left = [call for call in calls if not all(job.path(photo).is_file() for photo in call)]
-    print(f"{job.directory / 'pictures'}: {len(calls) - len(left)} of {len(calls)} batches of {rows} pictures are "
-          "there", flush=True)
+    print(
+        f"{job.directory / 'pictures'}: {len(calls) - len(left)} of {len(calls)} batches of {rows} pictures are there",
+        flush=True,
+    )
     if not left:
         return
     generate = sampling.make_generate(job.pipe.nets, job.solve)
@@ -159,8 +172,11 @@ def draw(job: Job) -> None:
         now = time.monotonic()
         if now - told > _TELL_EVERY or done == len(left):
             told = now
-            print(f"{done}/{len(left)} batches · {clock_time(now - began)} gone, "
-                  f"{clock_time((now - began) / done * (len(left) - done))} left", flush=True)
+            print(
+                f"{done}/{len(left)} batches · {clock_time(now - began)} gone, "
+                f"{clock_time((now - began) / done * (len(left) - done))} left",
+                flush=True,
+            )
 
 
 def draw_noise(job: Job, photos: Sequence[coco.Photo]) -> np.ndarray:
@@ -179,8 +195,13 @@ def write(job: Job, photos: Sequence[coco.Photo], pictures: UInt8[np.ndarray, "B
 
 def report(job: Job, results: Mapping[str, Any]) -> None:
     """Writes results.json and results.md, and prints the latter."""
-    about = {"model": job.config.model, "code": f"instaflow_jax {__version__}", "jax": jax.__version__,
-             "device": jax.devices()[0].device_kind, "config": job.config.to_dict()}
+    about = {
+        "model": job.config.model,
+        "code": f"instaflow_jax {__version__}",
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "config": job.config.to_dict(),
+    }
     write_json(job.directory / "results.json", {"results": results, "recipe": job.recipe, "about": about})
     size = job.config.size
     text = measure.table(f"COCO, {job.config.data.source}, {size}×{size} pixels", results, job.config)

@@ -58,12 +58,20 @@ def load(config: ConfigDict) -> Judges:
     function, params = features.load_inception(config.inception)
     width = jax.eval_shape(function, params, np.zeros((1, 8, 8, 3), np.uint8)).shape[1]
     if given is not None and len(given.mean) != width:
-        raise ValueError(f"config.reference={config.reference!r} is of features of {len(given.mean)} numbers, but "
-                         f"{config.inception} gives {width}: it is of another network")
+        raise ValueError(
+            f"config.reference={config.reference!r} is of features of {len(given.mean)} numbers, but "
+            f"{config.inception} gives {width}: it is of another network"
+        )
     tokenizer = Tokenizer.from_pretrained(config.clip, "")
     clip = CLIPModel.from_pretrained(config.clip)
-    return Judges(features.Spread(function, params, config.batch), sha256_of_params(params), clip,
-                  clip_score.read_preprocessor(config.clip, "", clip[0]), tokenizer, given)
+    return Judges(
+        features.Spread(function, params, config.batch),
+        sha256_of_params(params),
+        clip,
+        clip_score.read_preprocessor(config.clip, "", clip[0]),
+        tokenizer,
+        given,
+    )
 
 
 def reference(config: ConfigDict, judges: Judges, photos: Sequence[coco.Photo], directory: Path) -> Reference:
@@ -78,9 +86,13 @@ def reference(config: ConfigDict, judges: Judges, photos: Sequence[coco.Photo], 
     if judges.given is not None:
         return judges.given, None
     note, statistics, rows = (directory / f"reference{ending}" for ending in (".json", ".npz", "_features.npy"))
-    made_from = {"source": config.data.source, "split": config.data.split, "size": config.size,
-                 "captions_sha256": sha256_of_json([[photo.id, photo.caption] for photo in photos]),
-                 "network_sha256": judges.look_sha256}
+    made_from = {
+        "source": config.data.source,
+        "split": config.data.split,
+        "size": config.size,
+        "captions_sha256": sha256_of_json([[photo.id, photo.caption] for photo in photos]),
+        "network_sha256": judges.look_sha256,
+    }
     if note.is_file() and read_json(note) == made_from:
         return frechet.Moments.load(statistics), np.load(rows)
     found = all_features(judges.look, lambda photo: coco.pixels(photo, config.size), photos, "photographs")
@@ -108,11 +120,17 @@ def run(config: ConfigDict, judges: Judges, real: Reference, pictures: Mapping[P
     moments, rows = real
     made = all_features(judges.look, lambda path: read_picture(path, config.size), list(pictures), "pictures")
     scores = clip_scores(config, judges, pictures)
-    results = {"real": moments.count, "made": len(made),
-               "fid": frechet.distance(moments, frechet.Moments.empty(made.shape[1]).add(made)),
-               "clip_score": float(scores.mean()),
-               "clip_score_error": float(scores.std(ddof=1) / math.sqrt(len(scores))),
-               "kid": None, "kid_deviation": None, "precision": None, "recall": None}
+    results = {
+        "real": moments.count,
+        "made": len(made),
+        "fid": frechet.distance(moments, frechet.Moments.empty(made.shape[1]).add(made)),
+        "clip_score": float(scores.mean()),
+        "clip_score_error": float(scores.std(ddof=1) / math.sqrt(len(scores))),
+        "kid": None,
+        "kid_deviation": None,
+        "precision": None,
+        "recall": None,
+    }
     if rows is not None:
         results["kid"], results["kid_deviation"] = kernel.kid(rows, made)
         results["precision"], results["recall"] = neighbours.precision_recall(rows, made)
@@ -136,7 +154,7 @@ def clip_scores(config: ConfigDict, judges: Judges, pictures: Mapping[Path, str]
     paths, parts = list(pictures), []
     ids = tokens(judges.tokenizer, list(pictures.values()))
     for start, pixels in batches(lambda path: read_picture(path, config.size), paths, spread.rows):
-        parts.append(spread(clip_score.preprocess(pixels, judges.preprocessor), ids[start:start + len(pixels)]))
+        parts.append(spread(clip_score.preprocess(pixels, judges.preprocessor), ids[start : start + len(pixels)]))
         tell(start + len(pixels), len(paths), spread.rows, "CLIP: pictures")
     return np.concatenate(parts).astype(np.float64)
 
@@ -152,7 +170,7 @@ def batches(read: Read, items: Sequence[Any], rows: int) -> Iterator[tuple[int, 
     """`read` of `rows` items at a time, with the number of the first; by threads, since decoding takes long."""
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(items), rows):
-            yield start, np.stack(list(pool.map(read, items[start:start + rows])))
+            yield start, np.stack(list(pool.map(read, items[start : start + rows])))
 
 
 def read_picture(path: Path, size: int) -> UInt8[np.ndarray, "size size 3"]:
@@ -175,16 +193,22 @@ def tell(done: int, count: int, rows: int, what: str) -> None:
 
 def table(title: str, results: Mapping[str, Any], config: ConfigDict) -> str:
     """The results as a Markdown table of one row, so that rows of several runs go under one head."""
+
     def shown(name: str, form: str, factor: float = 1.0) -> str:
         return "–" if results[name] is None else format(factor * results[name], form)
 
     kid = shown("kid", ".2f", 1e3)
     kid = kid if results["kid"] is None else f"{kid} ± {shown('kid_deviation', '.2f', 1e3)}"
     cells = {
-        "model": config.model, "N": config.N, "α": f"{config.alpha:g}", "FID": shown("fid", ".2f"),
+        "model": config.model,
+        "N": config.N,
+        "α": f"{config.alpha:g}",
+        "FID": shown("fid", ".2f"),
         "CLIP score": f"{shown('clip_score', '.4f')} ± {shown('clip_score_error', '.4f')}",
         "KID × 10³": kid,
-        "precision": shown("precision", ".3f"), "recall": shown("recall", ".3f"), "pictures": results["made"],
+        "precision": shown("precision", ".3f"),
+        "recall": shown("recall", ".3f"),
+        "pictures": results["made"],
         "photographs": shown("real", "d", 1),
     }
     rows = (cells, ["---"] * len(cells), cells.values())

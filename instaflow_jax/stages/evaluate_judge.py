@@ -1,4 +1,5 @@
 """The embedded CLIP as a judge: features of pictures and of names, and whether a picture shows its prompt."""
+
 import functools
 from collections.abc import Callable, Sequence
 
@@ -53,9 +54,11 @@ class Judge:
           emoji, is of the kind wanted; found_by_name, the same by the nearest name.
         """
         features, names = unit(features), unit(self.names)
-        return {"clip_score": float(np.mean(np.sum(features * names[wanted], axis=1))),
-                "found": float(np.mean(self.is_right((features @ unit(self.pictures).T).argmax(1), wanted))),
-                "found_by_name": float(np.mean(self.is_right((features @ names.T).argmax(1), wanted)))}
+        return {
+            "clip_score": float(np.mean(np.sum(features * names[wanted], axis=1))),
+            "found": float(np.mean(self.is_right((features @ unit(self.pictures).T).argmax(1), wanted))),
+            "found_by_name": float(np.mean(self.is_right((features @ names.T).argmax(1), wanted))),
+        }
 
     def is_right(self, found: Int[np.ndarray, " N"], wanted: Int[np.ndarray, " N"]) -> Bool[np.ndarray, " N"]:
         """Whether emoji `found` pass for `wanted`: skin tone is forgiven, and so are twins."""

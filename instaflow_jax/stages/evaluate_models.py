@@ -1,4 +1,5 @@
 """Who is judged by `evaluate`: the teacher, and the flows that the training stages left in the workdir."""
+
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +13,13 @@ from instaflow_jax.models import pipeline
 from instaflow_jax.stages import generate, straighten
 from instaflow_jax.teacher import Multistep, dpm_solver
 
-TITLES = {"teacher": "teacher", "reflow": "2-RF", "distill": "reflow + distil", "distill_lpips": "reflow + distil + LPIPS",
-          "direct": "direct distil"}
+TITLES = {
+    "teacher": "teacher",
+    "reflow": "2-RF",
+    "distill": "reflow + distil",
+    "distill_lpips": "reflow + distil + LPIPS",
+    "direct": "direct distil",
+}
 NO_MODELS = ("real", "decoded")  # rows of the table that are no model's
 FLOWS = ("reflow", "distill", "distill_lpips", "direct")  # folders of the workdir, each with export/
 
@@ -60,15 +66,19 @@ def load(config: ConfigDict, workdir: Path) -> list[Model]:
       ValueError, FileNotFoundError: a model cannot be read, is of other networks than the teacher, a folder of
         `config.also` holds none, or nothing tells the teacher's guidance.
     """
-    models = [_read("teacher", config.teacher.model, config.teacher.alpha or _alpha_of_pairs(workdir), config.teacher.steps)]
+    models = [
+        _read("teacher", config.teacher.model, config.teacher.alpha or _alpha_of_pairs(workdir), config.teacher.steps)
+    ]
     for name in folders(config):
         source, how = workdir / name / straighten.EXPORT, config[name if name in FLOWS else "distill"]
         if (source / "model_index.json").is_file():
             models.append(_read(name, str(source), how.alpha, how.steps))
             _check_same_networks(models[0], models[-1], source)
         elif name not in FLOWS:
-            raise FileNotFoundError(f"{source}, which config.also={config.also!r} asks for, holds no model: train it with "
-                                    f"--config=configs/distill.py --config.into={name}")
+            raise FileNotFoundError(
+                f"{source}, which config.also={config.also!r} asks for, holds no model: train it with "
+                f"--config=configs/distill.py --config.into={name}"
+            )
         else:
             print(f"{source} is not there: the table goes without {TITLES[name]}", flush=True)
     return models
@@ -84,8 +94,10 @@ def folders(config: ConfigDict) -> tuple[str, ...]:
     taken = (*TITLES, *NO_MODELS)
     for i, name in enumerate(also):
         if not name or name in (*taken, *also[:i]):
-            raise ValueError(f"config.also={config.also!r}: {name!r} is empty, there twice, or one of {', '.join(taken)}, "
-                             "which are judged anyhow; name other folders of the workdir, NAME|NAME")
+            raise ValueError(
+                f"config.also={config.also!r}: {name!r} is empty, there twice, or one of {', '.join(taken)}, "
+                "which are judged anyhow; name other folders of the workdir, NAME|NAME"
+            )
     return *FLOWS, *also
 
 
@@ -99,8 +111,10 @@ def _read(name: str, source: str, alpha: float, steps: Sequence[int]) -> Model:
 def _alpha_of_pairs(workdir: Path) -> float:
     directory = workdir / generate.DIRECTORY
     if not (directory / pairs_manifest.MANIFEST).is_file():
-        raise FileNotFoundError(f"{directory} holds no pairs that would tell the teacher's guidance: set "
-                                "--config.teacher.alpha, or make them with configs/generate.py")
+        raise FileNotFoundError(
+            f"{directory} holds no pairs that would tell the teacher's guidance: set "
+            "--config.teacher.alpha, or make them with configs/generate.py"
+        )
     return float(pairs_manifest.read(directory)["recipe"]["alpha"])
 
 
@@ -108,8 +122,10 @@ def _check_same_networks(teacher: Model, model: Model, source: Path) -> None:
     """All are run by the same compiled programs."""
     for part, net in teacher.pipe.nets.items():
         if net.shapes != model.pipe.nets[part].shapes or net.config != model.pipe.nets[part].config:
-            raise ValueError(f"{source}/{part} is not the network of the teacher it is judged beside; judge it in a "
-                             "workdir of its own, with --config.teacher.model naming its teacher")
+            raise ValueError(
+                f"{source}/{part} is not the network of the teacher it is judged beside; judge it in a "
+                "workdir of its own, with --config.teacher.model naming its teacher"
+            )
 
 
 def check_seeds(config: ConfigDict, workdir: Path) -> None:
@@ -118,5 +134,7 @@ def check_seeds(config: ConfigDict, workdir: Path) -> None:
         manifest = folder / generate.DIRECTORY / pairs_manifest.MANIFEST
         used = pairs_manifest.read(manifest.parent)["recipe"]["seed"] if manifest.is_file() else None
         if used in range(config.seed, config.seed + 3):
-            raise ValueError(f"config.seed={config.seed} and the two after it must not be {used}, from which the pairs in "
-                             f"{manifest.parent} were made: take another")
+            raise ValueError(
+                f"config.seed={config.seed} and the two after it must not be {used}, from which the pairs in "
+                f"{manifest.parent} were made: take another"
+            )

@@ -1,4 +1,5 @@
 """A solver stopped on its way, as a table of numbers: where a picture is at time t, and what it is on the way to."""
+
 from typing import NamedTuple
 
 import numpy as np

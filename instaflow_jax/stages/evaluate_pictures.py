@@ -1,4 +1,5 @@
 """What `evaluate` draws: two curves, the roads of one seed, and everybody's pictures from the same noise."""
+
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,12 @@ def write(directory: Path, config: ConfigDict, bench: Bench, models: list[Model]
 
 def columns(models: list[Model]) -> list[tuple[Model, int]]:
     """Who stands beside whom: each model at its most steps, and at one, as far as it was judged so."""
-    return [(model, N) for model in models for N in dict.fromkeys((max(model.steps), 1))
-            if N in model.steps and (N == 1 or model.name in ("teacher", "reflow"))]
+    return [
+        (model, N)
+        for model in models
+        for N in dict.fromkeys((max(model.steps), 1))
+        if N in model.steps and (N == 1 or model.name in ("teacher", "reflow"))
+    ]
 
 
 def grid(path: Path, config: ConfigDict, bench: Bench, models: list[Model]) -> None:
@@ -53,6 +58,11 @@ def trajectories(path: Path, config: ConfigDict, bench: Bench, models: list[Mode
 
 def _save(path: Path, pictures: np.ndarray, row_labels: list[str], column_labels: list[str]) -> None:
     """`pictures` is [rows, columns, H, W, 3]."""
-    made = images.grid(pictures.reshape(-1, *pictures.shape[2:]), columns=pictures.shape[1], row_labels=row_labels,
-                       column_labels=column_labels, scale=max(1, _SIDE // pictures.shape[3]))
+    made = images.grid(
+        pictures.reshape(-1, *pictures.shape[2:]),
+        columns=pictures.shape[1],
+        row_labels=row_labels,
+        column_labels=column_labels,
+        scale=max(1, _SIDE // pictures.shape[3]),
+    )
     images.save_png(path, made, {"rows": "|".join(row_labels), "columns": "|".join(column_labels)})

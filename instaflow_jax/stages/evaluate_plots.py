@@ -1,4 +1,5 @@
 """The curves of `evaluate`; the only file that knows matplotlib."""
+
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +7,13 @@ from pathlib import Path
 from instaflow_jax.infra import files
 from instaflow_jax.stages.evaluate_table import Row
 
-_COLOURS = {"teacher": "#666666", "reflow": "#1f6fb4", "distill": "#d1495b", "distill_lpips": "#7b2d8b", "direct": "#edae49"}
+_COLOURS = {
+    "teacher": "#666666",
+    "reflow": "#1f6fb4",
+    "distill": "#d1495b",
+    "distill_lpips": "#7b2d8b",
+    "direct": "#edae49",
+}
 _MARKERS = {"teacher": "s", "reflow": "o", "distill": "D", "distill_lpips": "P", "direct": "X"}
 _DPI = 110
 
@@ -17,15 +24,28 @@ def few_steps(path: Path, rows: Sequence[Row]) -> None:
     from matplotlib import ticker
 
     floor = {row["model"]: row for row in rows}["decoded"]
-    for axis, key, scale, title in ((axes[0], "fd_emoji", 1, "Fréchet distance to real emoji (less is better)"),
-                                    (axes[1], "found", 100, "pictures that show their prompt, % (more is better)")):
+    for axis, key, scale, title in (
+        (axes[0], "fd_emoji", 1, "Fréchet distance to real emoji (less is better)"),
+        (axes[1], "found", 100, "pictures that show their prompt, % (more is better)"),
+    ):
         others = itertools.count()
         for name in dict.fromkeys(row["model"] for row in rows if row["N"]):
             line = sorted((row["N"], scale * row[key]) for row in rows if row["model"] == name)
-            axis.plot(*zip(*line, strict=True), color=_COLOURS.get(name) or f"C{next(others)}",
-                      marker=_MARKERS.get(name, "v"), linewidth=2, markersize=7, label=_title(rows, name))
-        axis.axhline(scale * floor[key], color="black", linestyle=":", linewidth=1,
-                     label="emoji through the autoencoder: the best possible")
+            axis.plot(
+                *zip(*line, strict=True),
+                color=_COLOURS.get(name) or f"C{next(others)}",
+                marker=_MARKERS.get(name, "v"),
+                linewidth=2,
+                markersize=7,
+                label=_title(rows, name),
+            )
+        axis.axhline(
+            scale * floor[key],
+            color="black",
+            linestyle=":",
+            linewidth=1,
+            label="emoji through the autoencoder: the best possible",
+        )
         steps = sorted({row["N"] for row in rows if row["N"]})
         axis.set_xscale("log", base=2)
         axis.set_xticks(steps, [str(N) for N in steps])

@@ -3,6 +3,7 @@
 Every solver here is a table of numbers (`teacher.Multistep`), and a table, its length and the guidance are arguments.
 So one program serves teacher and flows at any number of steps, and another one the models without guidance.
 """
+
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -61,6 +62,7 @@ def make_solve(apply: Callable, solver: Solver, guided: bool) -> sampling.Solve:
 
 def make_draw_one(nets: Mapping[str, Any], guided: bool) -> Callable:
     """`program(params, null_ids, solver, ids, X0) → pictures`, the way a user draws."""
+
     def program(params, null_ids, solver, ids, X0):
         solve = make_solve(nets["unet"].apply, solver, guided)
         return sampling.make_generate(nets, solve)(params, ids, null_ids, X0)
@@ -70,6 +72,7 @@ def make_draw_one(nets: Mapping[str, Any], guided: bool) -> Callable:
 
 def make_draw(nets: Mapping[str, Any], guided: bool) -> Callable:
     """`program((params, null_ids, solver), ids, X0) → (latents, pictures)`."""
+
     def program(fixed, ids, X0):
         params, null_ids, solver = fixed
         text, null = sampling.read_text(nets, params, ids, null_ids)
@@ -81,6 +84,7 @@ def make_draw(nets: Mapping[str, Any], guided: bool) -> Callable:
 
 def make_straightness(nets: Mapping[str, Any], dynamics: sampling.Dynamics, alpha: float, N: int) -> Callable:
     """`program((params, null_ids), ids, X0) → S` [B]."""
+
     def program(fixed, ids, X0):
         params, null_ids = fixed
         text, null = sampling.read_text(nets, params, ids, null_ids)
@@ -93,8 +97,9 @@ def make_straightness(nets: Mapping[str, Any], dynamics: sampling.Dynamics, alph
     return program
 
 
-def make_velocity(dynamics: sampling.Dynamics, network: Network, text: Context, null: Context,
-                  alpha: float) -> Velocity:
+def make_velocity(
+    dynamics: sampling.Dynamics, network: Network, text: Context, null: Context, alpha: float
+) -> Velocity:
     """The guided velocity of a flow, or of a teacher seen as one."""
     if not isinstance(dynamics, sampling.Flow):
         return teacher.teacher_velocity(flow.guided(network, text, null, alpha), dynamics)
@@ -123,27 +128,47 @@ class Programs:
         self._draw_one = {guided: jax.jit(make_draw_one(nets, guided)) for guided in (False, True)}
         self._straightness: dict[tuple, Callable] = {}
 
-    def draw(self, model: Model, table: Multistep, alpha: float, ids: Int[np.ndarray, "N L"],
-             X0: Float[np.ndarray, "N h w c"]) -> tuple[Float[np.ndarray, "N h w c"], UInt8[np.ndarray, "N H W 3"]]:
+    def draw(
+        self,
+        model: Model,
+        table: Multistep,
+        alpha: float,
+        ids: Int[np.ndarray, "N L"],
+        X0: Float[np.ndarray, "N h w c"],
+    ) -> tuple[Float[np.ndarray, "N h w c"], UInt8[np.ndarray, "N H W 3"]]:
         """Latents and pictures."""
         fixed = model.pipe.params, self._null, make_solver(table, alpha, self._longest)
         return self._spread(self._draw[alpha > 1], fixed, ids, X0)
 
-    def straightness(self, model: Model, alpha: float, N: int, ids: Int[np.ndarray, "N L"],
-                     X0: Float[np.ndarray, "N h w c"]) -> Float[np.ndarray, " N"]:
+    def straightness(
+        self, model: Model, alpha: float, N: int, ids: Int[np.ndarray, "N L"], X0: Float[np.ndarray, "N h w c"]
+    ) -> Float[np.ndarray, " N"]:
         """S of each sample, per latent dimension, along N Euler steps; a teacher is seen as a flow."""
         kind = model.dynamics, alpha, N
         if kind not in self._straightness:
             self._straightness[kind] = self._on_all(make_straightness(self._nets, *kind))
         return self._spread(self._straightness[kind], (model.pipe.params, self._null), ids, X0)
 
-    def draw_one(self, model: Model, table: Multistep, alpha: float, ids: Int[np.ndarray, "1 L"],
-                 X0: Float[np.ndarray, "1 h w c"]) -> UInt8[np.ndarray, "1 H W 3"]:
+    def draw_one(
+        self,
+        model: Model,
+        table: Multistep,
+        alpha: float,
+        ids: Int[np.ndarray, "1 L"],
+        X0: Float[np.ndarray, "1 h w c"],
+    ) -> UInt8[np.ndarray, "1 H W 3"]:
         """One picture by the program that `seconds` times."""
         return np.asarray(self._draw_one[alpha > 1](*self._inputs(model, table, alpha, ids, X0)))
 
-    def seconds(self, model: Model, table: Multistep, alpha: float, ids: Int[np.ndarray, "1 L"],
-                X0: Float[np.ndarray, "1 h w c"], repeats: int) -> float:
+    def seconds(
+        self,
+        model: Model,
+        table: Multistep,
+        alpha: float,
+        ids: Int[np.ndarray, "1 L"],
+        X0: Float[np.ndarray, "1 h w c"],
+        repeats: int,
+    ) -> float:
         """From token ids and noise to one picture in bytes: the median of `repeats` runs of one compiled program."""
         program, inputs = self._draw_one[alpha > 1], self._inputs(model, table, alpha, ids, X0)
         return float(np.median([_timed(program, inputs) for _ in range(repeats + 1)][1:]))  # the first one may compile
@@ -154,8 +179,9 @@ class Programs:
     def _on_all(self, program: Callable) -> Callable:
         """Each device runs the same program on rows of its own."""
         whole, split = PartitionSpec(), PartitionSpec("data")
-        return jax.jit(jax.shard_map(program, mesh=self._mesh, in_specs=(whole, split, split), out_specs=split,
-                                     check_vma=False))
+        return jax.jit(
+            jax.shard_map(program, mesh=self._mesh, in_specs=(whole, split, split), out_specs=split, check_vma=False)
+        )
 
     def _spread(self, program: Callable, fixed: Any, *arrays: np.ndarray) -> Any:
         """The results of all rows; the last call is filled up, and the filling cut off."""
@@ -163,7 +189,7 @@ class Programs:
         fixed, count = jax.device_put(fixed, whole), len(arrays[0])
         outputs = []
         for start in range(0, count, self._rows):
-            rows = [np.resize(array[start:start + self._rows], (self._rows, *array.shape[1:])) for array in arrays]
+            rows = [np.resize(array[start : start + self._rows], (self._rows, *array.shape[1:])) for array in arrays]
             outputs.append(program(fixed, *jax.device_put(rows, split)))
         return jax.tree.map(lambda *parts: np.concatenate([np.asarray(part) for part in parts])[:count], *outputs)
 

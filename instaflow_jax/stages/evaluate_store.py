@@ -1,4 +1,5 @@
 """Measurements that are made once: each is a file named by a hash of everything that decides it."""
+
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path

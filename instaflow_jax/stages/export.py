@@ -1,4 +1,5 @@
 """Stage `export`: a trained flow → forms that others run without this package, and a card that says what it is."""
+
 import contextlib
 import json
 import shutil
@@ -43,8 +44,15 @@ def write(config: ConfigDict, source: export_source.Source, directory: Path, wor
         print(f"writing {form}", flush=True)
         export_formats.WRITERS[form](source, directory / form, config)
     licence = export_card.licence(source)
-    facts = {"model": source.name, "step": source.step, "weights": config.weights, "formats": list(config.formats),
-             "convention": config.convention, "licence": licence.name, "run": source.run}
+    facts = {
+        "model": source.name,
+        "step": source.step,
+        "weights": config.weights,
+        "formats": list(config.formats),
+        "convention": config.convention,
+        "licence": licence.name,
+        "run": source.run,
+    }
     (directory / MANIFEST).write_text(json.dumps(facts, indent=2) + "\n")
     (directory / "README.md").write_text(export_card.card(config, source, licence, Path(workdir)), encoding="utf-8")
 
@@ -65,10 +73,14 @@ def check(config: ConfigDict) -> None:
             raise ValueError(f"config.{field}={config[field]!r} is not one of {', '.join(allowed)}")
     unknown = [form for form in config.formats if form not in export_formats.WRITERS]
     if unknown or not config.formats or isinstance(config.formats, str):
-        raise ValueError(f"config.formats={config.formats!r} must name some of {', '.join(export_formats.WRITERS)}, "
-                         "written --config.formats=\"('orbax','diffusers')\"")
+        raise ValueError(
+            f"config.formats={config.formats!r} must name some of {', '.join(export_formats.WRITERS)}, "
+            "written --config.formats=\"('orbax','diffusers')\""
+        )
     if config.attention != "xla":
-        raise ValueError(f"config.attention={config.attention!r}: the program is for every platform, which has only 'xla'")
+        raise ValueError(
+            f"config.attention={config.attention!r}: the program is for every platform, which has only 'xla'"
+        )
     read_prompts(config.prompts)
 
 
@@ -79,15 +91,18 @@ def check_target(target: Path, replace: bool) -> None:
     if not (target / MANIFEST).is_file():
         raise FileExistsError(f"{target} is there and is no export of this stage: choose another config.into")
     if not replace:
-        raise FileExistsError(f"{target} is there: --config.replace=true puts the new export in its place, "
-                              "config.into chooses another")
+        raise FileExistsError(
+            f"{target} is there: --config.replace=true puts the new export in its place, config.into chooses another"
+        )
 
 
 def check_formats(config: ConfigDict, source: export_source.Source) -> None:
     """ValueError for a program of one step asked from a teacher, which needs many."""
     if "stablehlo" in config.formats and not isinstance(source.dynamics, sampling.Flow):
-        raise ValueError(f"{source.name} is a teacher, and the format 'stablehlo' is the program of one step of a flow: "
-                         "leave it out of config.formats (config.kind='flow' if the directory does not say what it is)")
+        raise ValueError(
+            f"{source.name} is a teacher, and the format 'stablehlo' is the program of one step of a flow: "
+            "leave it out of config.formats (config.kind='flow' if the directory does not say what it is)"
+        )
 
 
 @contextlib.contextmanager

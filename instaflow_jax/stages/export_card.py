@@ -1,4 +1,5 @@
 """The model card of an export: how it was made, from what, under which licence, what was measured, how to run it."""
+
 import dataclasses
 import json
 import re
@@ -18,7 +19,7 @@ TEXTS = {  # what a licence's name in a card means
     "creativeml-openrail-m": _SD15,
     "openrail++": "[CreativeML Open RAIL++-M](https://huggingface.co/stabilityai/stable-diffusion-2/blob/main/LICENSE-MODEL)",
     "cc-by-nc-4.0": f"[CC BY-NC 4.0](https://creativecommons.org/licenses/by-nc/4.0/), no commercial use, and {_SD15} of "
-                    "the Stable Diffusion underneath",
+    "the Stable Diffusion underneath",
     "other": "as the teacher's, which its files here do not state: look it up before you pass this on",
 }
 _KNOWN = (  # names of models whose licence is known, most binding first
@@ -26,8 +27,10 @@ _KNOWN = (  # names of models whose licence is known, most binding first
     (r"stable-diffusion-2", "openrail++"),
     (r"stable-diffusion-(v1|inpainting)", "creativeml-openrail-m"),
 )
-_OPENMOJI = ("All emojis designed by [OpenMoji](https://openmoji.org), the open-source emoji and icon project. "
-             "Licence: CC BY-SA 4.0; pictures made with these weights carry it too.")
+_OPENMOJI = (
+    "All emojis designed by [OpenMoji](https://openmoji.org), the open-source emoji and icon project. "
+    "Licence: CC BY-SA 4.0; pictures made with these weights carry it too."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,16 +85,30 @@ def card(config: ConfigDict, source: Source, licence: Licence, workdir: Path) ->
     one_step = isinstance(source.dynamics, sampling.Flow)
     tags = "instaflow, rectified-flow, one-step, jax" if one_step else "stable-diffusion, jax"
     parts = [
-        "\n".join(["---", f"license: {licence.name}", "library_name: diffusers", "pipeline_tag: text-to-image",
-                   f"tags: [{tags}]", "---"]),
+        "\n".join(
+            [
+                "---",
+                f"license: {licence.name}",
+                "library_name: diffusers",
+                "pipeline_tag: text-to-image",
+                f"tags: [{tags}]",
+                "---",
+            ]
+        ),
         f"# Text to image in {'one step' if one_step else 'many steps'}",
         "A rectified flow, trained by the recipe of [InstaFlow](https://arxiv.org/abs/2309.06380) with instaflow_jax."
-        if one_step else "A teacher: a noise predictor, exported as it is.",
-        "## Recipe", recipe(source, config),
-        "## Data", data(source),
-        "## Licence", legal(source, licence),
-        "## Measured", measured(workdir),
-        "## Use", *(USES[form](config, source) for form in config.formats),
+        if one_step
+        else "A teacher: a noise predictor, exported as it is.",
+        "## Recipe",
+        recipe(source, config),
+        "## Data",
+        data(source),
+        "## Licence",
+        legal(source, licence),
+        "## Measured",
+        measured(workdir),
+        "## Use",
+        *(USES[form](config, source) for form in config.formats),
     ]
     if source.run:
         parts += ["## Resolved config", f"```json\n{json.dumps(source.run, indent=1)}\n```"]
@@ -109,11 +126,12 @@ def recipe(source: Source, config: ConfigDict) -> str:
         rows["Loss (Eq. 5)"] = ", ".join(f"{key} {value}" for key, value in run["loss"].items())
     rows |= {
         "Steps": f"{run['loop']['steps']} planned, batch {run['batch_size']}"
-                 + (f"; these weights are those of step {source.step}" if source.step is not None else ""),
-        "Weights": f"running mean, decay {run['ema_decay']}" if source.step is None or config.weights == "ema"
-                   else "the parameters themselves, not their running mean",
+        + (f"; these weights are those of step {source.step}" if source.step is not None else ""),
+        "Weights": f"running mean, decay {run['ema_decay']}"
+        if source.step is None or config.weights == "ema"
+        else "the parameters themselves, not their running mean",
         "Learning rate": f"{run['schedule']['peak']:g}, {run['schedule']['kind']}, after {run['schedule']['warmup_steps']} "
-                         "steps of warm-up",
+        "steps of warm-up",
         "Compute type": run["dtype"],
     }
     return table(rows)
@@ -124,11 +142,16 @@ def data(source: Source) -> str:
     if "pairs" not in source.run:
         return "Not known to this export."
     pairs, count = source.run["pairs"], source.run["pairs"]["count"]
-    return table({
-        "Pairs (noise, text, image)": str(count) if count else "one for each prompt",
-        "Prompts": f"`{pairs['prompts']['source']}`",
-        "Images by": f"`{pairs['model']}`, {pairs['N']} steps, guidance {pairs['alpha']:g}",
-    }) + "\n\nNo picture made by people was looked at in this training: the images are the model's own."
+    return (
+        table(
+            {
+                "Pairs (noise, text, image)": str(count) if count else "one for each prompt",
+                "Prompts": f"`{pairs['prompts']['source']}`",
+                "Images by": f"`{pairs['model']}`, {pairs['N']} steps, guidance {pairs['alpha']:g}",
+            }
+        )
+        + "\n\nNo picture made by people was looked at in this training: the images are the model's own."
+    )
 
 
 def table(rows: dict[str, Any]) -> str:
@@ -165,8 +188,10 @@ def use_diffusers(config: ConfigDict, source: Source) -> str:
     if not isinstance(source.dynamics, sampling.Flow):
         call = "num_inference_steps=25"
     elif config.convention == "released":
-        return ("`diffusers/`: the authors' convention. The UNet predicts X1 − X0, its clock is 1000·(1 − t): for the "
-                "released InstaFlow code, and for instaflow_jax. Stock schedulers do not fit it.")
+        return (
+            "`diffusers/`: the authors' convention. The UNet predicts X1 − X0, its clock is 1000·(1 − t): for the "
+            "released InstaFlow code, and for instaflow_jax. Stock schedulers do not fit it."
+        )
     else:
         call = "num_inference_steps=1, guidance_scale=1.0"
     return f"""`diffusers/`: PyTorch, without code of our own:
@@ -179,9 +204,11 @@ pipe("red apple", {call}).images[0].save("apple.png")
 
 
 def use_stablehlo(config: ConfigDict, source: Source) -> str:
-    return (f"`stablehlo/`: `python stablehlo/draw.py` needs jax and numpy alone, draws `{config.prompts}` and writes the "
-            "pictures beside itself; it is ten lines to copy from. Other prompts: put their token ids into `ids.npy`. "
-            f"For cpu, cuda and tpu, products in {config.dtype}; jax keeps such programs readable for six months or more.")
+    return (
+        f"`stablehlo/`: `python stablehlo/draw.py` needs jax and numpy alone, draws `{config.prompts}` and writes the "
+        "pictures beside itself; it is ten lines to copy from. Other prompts: put their token ids into `ids.npy`. "
+        f"For cpu, cuda and tpu, products in {config.dtype}; jax keeps such programs readable for six months or more."
+    )
 
 
 def use_msgpack(config: ConfigDict, source: Source) -> str:

@@ -1,4 +1,5 @@
 """The forms a model is written in, each for a reader that knows nothing of this package."""
+
 import dataclasses
 import shutil
 from collections.abc import Callable
@@ -58,7 +59,11 @@ def write_stablehlo(source: Source, directory: Path, config: ConfigDict) -> None
 
 
 WRITERS: dict[str, Callable[[Source, Path, ConfigDict], None]] = {
-    "orbax": write_orbax, "diffusers": write_diffusers, "stablehlo": write_stablehlo, "msgpack": write_msgpack}
+    "orbax": write_orbax,
+    "diffusers": write_diffusers,
+    "stablehlo": write_stablehlo,
+    "msgpack": write_msgpack,
+}
 
 
 # ---------------------------------------------------------------- diffusers' conventions
@@ -66,15 +71,18 @@ WRITERS: dict[str, Callable[[Source, Path, ConfigDict], None]] = {
 
 def as_teacher(pipe: pipeline.Pipeline) -> pipeline.Pipeline:
     """The pipeline under diffusers' own class name, its weights and scheduler as they are."""
-    return dataclasses.replace(pipe, index=pipe.index | {"_class_name": "StableDiffusionPipeline",
-                                                         "requires_safety_checker": False})
+    return dataclasses.replace(
+        pipe, index=pipe.index | {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
+    )
 
 
 def as_released(pipe: pipeline.Pipeline, steps: int) -> pipeline.Pipeline:
     """X1 − X0 and the scheduler file of the model it came from, as in the authors' checkpoints."""
     if steps != CLOCK:
-        raise ValueError(f"the released convention has a clock of {CLOCK}, but this flow's counts {steps}: "
-                         "use config.convention='stock' and leave 'msgpack' out of config.formats")
+        raise ValueError(
+            f"the released convention has a clock of {CLOCK}, but this flow's counts {steps}: "
+            "use config.convention='stock' and leave 'msgpack' out of config.formats"
+        )
     return dataclasses.replace(pipe, index=pipe.index | {"_class_name": "RectifiedFlowPipeline"})
 
 
@@ -88,13 +96,23 @@ def as_stock(pipe: pipeline.Pipeline, steps: int) -> pipeline.Pipeline:
     """
     T = steps + 1
     scheduler = {
-        "_class_name": "DPMSolverMultistepScheduler", "_diffusers_version": "0.39.0", "num_train_timesteps": T,
-        "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1 + 1e-9, "solver_order": 1,
-        "algorithm_type": "dpmsolver++", "final_sigmas_type": "zero", "steps_offset": 1,
+        "_class_name": "DPMSolverMultistepScheduler",
+        "_diffusers_version": "0.39.0",
+        "num_train_timesteps": T,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": 1 + 1e-9,
+        "solver_order": 1,
+        "algorithm_type": "dpmsolver++",
+        "final_sigmas_type": "zero",
+        "steps_offset": 1,
     }
     return dataclasses.replace(
-        pipe, params=pipe.params | {"unet": scaled(pipe.params["unet"], -T / (T - 1))}, scheduler=scheduler,
-        index=pipe.index | {"scheduler": ["diffusers", scheduler["_class_name"]]})
+        pipe,
+        params=pipe.params | {"unet": scaled(pipe.params["unet"], -T / (T - 1))},
+        scheduler=scheduler,
+        index=pipe.index | {"scheduler": ["diffusers", scheduler["_class_name"]]},
+    )
 
 
 # ---------------------------------------------------------------- the one-step program
@@ -102,8 +120,12 @@ def as_stock(pipe: pipeline.Pipeline, steps: int) -> pipeline.Pipeline:
 
 def flat(pipe: pipeline.Pipeline) -> dict[str, np.ndarray]:
     """The weights that a picture takes, in one dict by "network/dotted name"."""
-    return {f"{net}/{name}": np.asarray(array) for net, params in pipe.params.items() for name, array in params.items()
-            if net != "vae" or not name.startswith(_ENCODER)}
+    return {
+        f"{net}/{name}": np.asarray(array)
+        for net, params in pipe.params.items()
+        for name, array in params.items()
+        if net != "vae" or not name.startswith(_ENCODER)
+    }
 
 
 def make_one_step(source: Source) -> Callable[..., jax.Array]:
@@ -127,6 +149,8 @@ def make_one_step(source: Source) -> Callable[..., jax.Array]:
 def abstract_inputs(pipe: pipeline.Pipeline, weights: dict[str, np.ndarray]) -> tuple:
     """Shapes of the program's inputs, the batch a symbol."""
     (batch,) = export.symbolic_shape("batch")
-    return ({name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in weights.items()},
-            jax.ShapeDtypeStruct((batch, pipe.tokenizer.model_max_length), jnp.int32),
-            jax.ShapeDtypeStruct((batch, *pipe.latent_shape), jnp.float32))
+    return (
+        {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in weights.items()},
+        jax.ShapeDtypeStruct((batch, pipe.tokenizer.model_max_length), jnp.int32),
+        jax.ShapeDtypeStruct((batch, *pipe.latent_shape), jnp.float32),
+    )

@@ -1,4 +1,5 @@
 """Draws a picture for each row of token ids in ids.npy, with jax and numpy alone: `python draw.py [seed]`."""
+
 import sys
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """What is exported: the weights of a run, or a model in diffusers layout, and what is known of where it comes from."""
+
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -63,14 +64,19 @@ def load_run(config: ConfigDict, run: Path) -> Source:
     """The newest checkpoint of a reflow or distillation, in the pipeline it was trained in."""
     saved, step = checkpoint.load_config(run / CHECKPOINTS, step=None), checkpoint.whole_steps(run / CHECKPOINTS)[-1]
     if saved.get("stage") not in ("reflow", "distill"):
-        raise ValueError(f"{run} is a run of stage {saved.get('stage')!r}, not of reflow or distill; pretraining writes "
-                         "WORKDIR/export in diffusers layout itself: name that")
+        raise ValueError(
+            f"{run} is a run of stage {saved.get('stage')!r}, not of reflow or distill; pretraining writes "
+            "WORKDIR/export in diffusers layout itself: name that"
+        )
     if config.loras or config.delta.custom:
-        raise ValueError(f"config.loras and config.delta change a model in diffusers layout, and {run} is a run: export it "
-                         "first, with config.convention='released', then merge into that")
+        raise ValueError(
+            f"config.loras and config.delta change a model in diffusers layout, and {run} is a run: export it "
+            "first, with config.convention='released', then merge into that"
+        )
     pipe = surroundings(config, run, saved)
-    loaded = checkpoint.load_weights(run / CHECKPOINTS, config.weights, parallel.make_mesh(fsdp=1), step=step,
-                                     like=pipe.nets["unet"].shapes)
+    loaded = checkpoint.load_weights(
+        run / CHECKPOINTS, config.weights, parallel.make_mesh(fsdp=1), step=step, like=pipe.nets["unet"].shapes
+    )
     pipe = dataclasses.replace(pipe, params=pipe.params | {"unet": jax.device_get(loaded)})
     return Source(str(run), pipe, sampling.Flow(1, straighten.CLOCK), saved, step)
 
@@ -104,10 +110,13 @@ def canonical(source: Source) -> Source:
     if not isinstance(source.dynamics, sampling.Flow):
         return source
     params = source.pipe.params | {"unet": scaled(source.pipe.params["unet"], source.dynamics.factor)}
-    return dataclasses.replace(source, pipe=dataclasses.replace(source.pipe, params=params),
-                               dynamics=sampling.Flow(1, source.dynamics.steps))
+    return dataclasses.replace(
+        source, pipe=dataclasses.replace(source.pipe, params=params), dynamics=sampling.Flow(1, source.dynamics.steps)
+    )
 
 
 def scaled(unet: Params, factor: float) -> Params:
     """A UNet whose output is `factor` times as large, and which is otherwise the same."""
-    return unet | {name: (unet[name] * factor).astype(unet[name].dtype) for name in ("conv_out.kernel", "conv_out.bias")}
+    return unet | {
+        name: (unet[name] * factor).astype(unet[name].dtype) for name in ("conv_out.kernel", "conv_out.bias")
+    }

@@ -55,7 +55,14 @@ def check(config: ConfigDict) -> None:
       ValueError: naming field, value and rule.
     """
     check_dtype(config)
-    for name, least in (("batch", 1), ("shard_size", 1), ("plan_devices", 1), ("preview", 1), ("count", 0), ("seed", 0)):
+    for name, least in (
+        ("batch", 1),
+        ("shard_size", 1),
+        ("plan_devices", 1),
+        ("preview", 1),
+        ("count", 0),
+        ("seed", 0),
+    ):
         if config[name] < least:
             raise ValueError(f"config.{name}={config[name]} must be at least {least}")
     process, count = processes(config)
@@ -75,9 +82,16 @@ def make(job: Job, directory: Path, shards: list[int]) -> None:
     """Writes these shards, and the preview with the first of all."""
     sampler = Sampler(job)
     wasted = -job.recipe["shard_size"] % sampler.rows / job.recipe["shard_size"]
-    print(f"compiled in {sampler.compile_seconds:.1f} s: {sampler.rows} pairs a call on {len(jax.local_devices())} "
-          f"devices" + (f"; config.shard_size={job.recipe['shard_size']} is no multiple of that, which wastes "
-                        f"{100 * wasted:.0f} %" if wasted > 0.05 else ""), flush=True)
+    print(
+        f"compiled in {sampler.compile_seconds:.1f} s: {sampler.rows} pairs a call on {len(jax.local_devices())} "
+        f"devices"
+        + (
+            f"; config.shard_size={job.recipe['shard_size']} is no multiple of that, which wastes {100 * wasted:.0f} %"
+            if wasted > 0.05
+            else ""
+        ),
+        flush=True,
+    )
     counts = [len(pairs_manifest.shard_range(job.recipe, shard)) for shard in shards]
     progress = Progress(sum(counts), sys.stdout)
     features = pairs_store.make_features(job.recipe)
@@ -94,8 +108,9 @@ def records(job: Job, features, chunks: Iterator[Made], progress: "Progress") ->
     """The bytes of each pair, in the order of their numbers."""
     for made in chunks:
         for number, ids, X0, X1 in zip(made.numbers, made.ids, made.X0, made.X1, strict=True):
-            record = pairs_store.serialize(features, job.recipe, prompt=prompt(job, number), ids=ids, seed=number,
-                                           X0=X0, X1=X1)
+            record = pairs_store.serialize(
+                features, job.recipe, prompt=prompt(job, number), ids=ids, seed=number, X0=X0, X1=X1
+            )
             progress.bytes += len(record)
             yield record
 
@@ -144,9 +159,11 @@ class Progress:
 
     def _tell(self, seconds: float) -> None:
         rate = self._done / seconds
-        line = (f"{self._done}/{self._count} pairs ({100 * self._done / self._count:.0f} %) · {rate:.4g} pairs/s · "
-                f"{self.bytes / 1e6:.1f} MB · {clock_time(seconds)} gone, "
-                f"{clock_time((self._count - self._done) / rate)} left")
+        line = (
+            f"{self._done}/{self._count} pairs ({100 * self._done / self._count:.0f} %) · {rate:.4g} pairs/s · "
+            f"{self.bytes / 1e6:.1f} MB · {clock_time(seconds)} gone, "
+            f"{clock_time((self._count - self._done) / rate)} left"
+        )
         self._file.write(f"\r\x1b[K{line}" if self._file.isatty() else line + "\n")
         self._file.flush()
 

@@ -31,7 +31,10 @@ def run(directory: Path, count: int) -> None:
     print(json.dumps({name: value for name, value in manifest.items() if name != "shards"}, indent=1))
     pairs = Pairs(directory)
     size = sum(note["bytes"] for note in manifest["shards"])
-    print(f"{len(pairs)} pairs in {len(manifest['shards'])} shards, {size / 1e6:.1f} MB: every checksum agrees", flush=True)
+    print(
+        f"{len(pairs)} pairs in {len(manifest['shards'])} shards, {size / 1e6:.1f} MB: every checksum agrees",
+        flush=True,
+    )
     rows = [pairs[number] for number in range(min(count, len(pairs)))]
     net, params = autoencoder(manifest)
     X0, X1 = (np.stack([row[name] for row in rows]) for name in ("X0", "X1"))
@@ -45,7 +48,9 @@ def autoencoder(manifest) -> tuple[Net, Params]:
     nets, weights = pipeline.networks(model, ["vae"], variant=config["weights_variant"] or None, base=config["base"])
     net, params = nets["vae"], weights["vae"]
     if sha256_of_params(params) != manifest["recipe"]["teacher"]["vae"]:
-        raise ValueError(f"{model}/vae is not the autoencoder these pairs were made with: its weights have another hash")
+        raise ValueError(
+            f"{model}/vae is not the autoencoder these pairs were made with: its weights have another hash"
+        )
     return net, params
 
 
@@ -54,7 +59,12 @@ def draw(net: Net, params: Params, prompts: Sequence[str], X0, X1, path: Path) -
     latents = jnp.asarray(np.stack([X0, X1], axis=1).reshape(-1, *X0.shape[1:]), jnp.float32)
     decode = jax.jit(lambda params, Z: sampling.to_uint8(net.apply(params, Z, method="decode")))
     pictures = np.asarray(decode(params, latents))
-    grid = images.grid(pictures, columns=2, row_labels=[text[:60] for text in prompts],
-                       column_labels=["noise", "image"], scale=max(1, _SIZE // pictures.shape[2]))
+    grid = images.grid(
+        pictures,
+        columns=2,
+        row_labels=[text[:60] for text in prompts],
+        column_labels=["noise", "image"],
+        scale=max(1, _SIZE // pictures.shape[2]),
+    )
     images.save_png(path, grid, {"prompts": "|".join(prompts)})
     print(f"drew {len(prompts)} pairs: {path}", flush=True)

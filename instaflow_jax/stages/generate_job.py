@@ -56,11 +56,21 @@ def prepare(config: ConfigDict) -> Job:
     recipe = {
         "teacher": {name: sha256_of_params(params) for name, params in pipe.params.items()}
         | {"tokenizer": sha256_of_json([pipe.tokenizer.vocab, pipe.tokenizer.merges, pipe.tokenizer.config])},
-        "kind": "flow" if flow else "teacher", "dynamics": dataclasses.asdict(dynamics) if flow else pipe.scheduler,
-        "solver": solver, "N": config.N, "alpha": config.alpha, "negative": config.negative, "dtype": config.dtype,
-        "scaling_factor": pipe.nets["vae"].config.scaling_factor, "latent_shape": list(shape),
-        "tokens": pipe.tokenizer.model_max_length, "seed": config.seed, "noise": noise.NAME,
-        "store_noise": config.store_noise, "count": config.count or len(texts), "shard_size": config.shard_size,
+        "kind": "flow" if flow else "teacher",
+        "dynamics": dataclasses.asdict(dynamics) if flow else pipe.scheduler,
+        "solver": solver,
+        "N": config.N,
+        "alpha": config.alpha,
+        "negative": config.negative,
+        "dtype": config.dtype,
+        "scaling_factor": pipe.nets["vae"].config.scaling_factor,
+        "latent_shape": list(shape),
+        "tokens": pipe.tokenizer.model_max_length,
+        "seed": config.seed,
+        "noise": noise.NAME,
+        "store_noise": config.store_noise,
+        "count": config.count or len(texts),
+        "shard_size": config.shard_size,
         "prompts_sha256": prompts.sha256(texts),
     }
     return Job(config, pipe, make_rows(pipe.nets, solve), recipe, texts, report)
@@ -76,8 +86,14 @@ def read_prompts(config: ConfigDict) -> prompts.Prompts:
 def about(job: Job) -> dict[str, Any]:
     """What a manifest tells beside the recipe."""
     device = jax.devices()[0]
-    return {"model": job.config.model, "code": f"instaflow_jax {__version__}", "jax": jax.__version__,
-            "device": f"{device.platform} {device.device_kind}", "prompts": job.report, "config": job.config.to_dict()}
+    return {
+        "model": job.config.model,
+        "code": f"instaflow_jax {__version__}",
+        "jax": jax.__version__,
+        "device": f"{device.platform} {device.device_kind}",
+        "prompts": job.report,
+        "config": job.config.to_dict(),
+    }
 
 
 def make_rows(nets: Mapping[str, Any], solve: sampling.Solve) -> Rows:
@@ -88,7 +104,9 @@ def make_rows(nets: Mapping[str, Any], solve: sampling.Solve) -> Rows:
     """
 
     def rows(params, null_ids, ids, X0):
-        return solve(params["unet"], X0.astype(jnp.float32), *sampling.read_text(nets, params, ids, null_ids)).astype(jnp.float16)
+        return solve(params["unet"], X0.astype(jnp.float32), *sampling.read_text(nets, params, ids, null_ids)).astype(
+            jnp.float16
+        )
 
     return rows
 

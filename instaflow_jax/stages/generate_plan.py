@@ -20,10 +20,14 @@ def run(job: Job) -> None:
     sampler = Sampler(job)
     flops, size, rate = flops_per_pair(job), bytes_per_pair(job), pairs_per_second(job, sampler)
     devices, count = jax.local_devices(), job.recipe["count"]
-    print(f"{flops / 1e12:.4g} TFLOP and {size:,} bytes a pair: {job.recipe['N']} steps of {job.recipe['solver']}, "
-          f"alpha {job.recipe['alpha']:g}, latents {job.recipe['latent_shape']}")
-    print(f"measured on {len(devices)} × {devices[0].device_kind}, {job.config.batch} pairs a device and call: "
-          f"{rate:.4g} pairs/s, {rate * flops / 1e12:.4g} TFLOP/s{utilisation(rate * flops, devices)}")
+    print(
+        f"{flops / 1e12:.4g} TFLOP and {size:,} bytes a pair: {job.recipe['N']} steps of {job.recipe['solver']}, "
+        f"alpha {job.recipe['alpha']:g}, latents {job.recipe['latent_shape']}"
+    )
+    print(
+        f"measured on {len(devices)} × {devices[0].device_kind}, {job.config.batch} pairs a device and call: "
+        f"{rate:.4g} pairs/s, {rate * flops / 1e12:.4g} TFLOP/s{utilisation(rate * flops, devices)}"
+    )
     for number in sorted({len(devices), job.config.plan_devices}):
         hours = count / (rate / len(devices) * number) / 3600
         print(f"{count:,} pairs on {number} such devices: {hours:.4g} hours, {bytes_on_disk(job, size) / 1e9:.4g} GB")
@@ -57,8 +61,15 @@ def bytes_on_disk(job: Job, size: int) -> int:
 def bytes_per_pair(job: Job) -> int:
     """What the first pair takes in a shard."""
     X0 = draw_noise(job, [0])[0]
-    record = pairs_store.serialize(pairs_store.make_features(job.recipe), job.recipe, prompt=job.texts[0],
-                                   ids=tokens(job, [0])[0], seed=0, X0=X0, X1=X0)
+    record = pairs_store.serialize(
+        pairs_store.make_features(job.recipe),
+        job.recipe,
+        prompt=job.texts[0],
+        ids=tokens(job, [0])[0],
+        seed=0,
+        X0=X0,
+        X1=X0,
+    )
     return len(record) + _FRAME
 
 

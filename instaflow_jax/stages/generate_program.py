@@ -38,9 +38,12 @@ class Sampler:
         self.rows = job.config.batch * len(devices)
         self._split = NamedSharding(mesh, split)
         weights = {name: job.pipe.params[name] for name in ("unet", "text_encoder")}
-        self._fixed = jax.device_put((weights, job.pipe.tokenizer([job.recipe["negative"]])), NamedSharding(mesh, whole))
-        program = jax.shard_map(job.rows, mesh=mesh, in_specs=(whole, whole, split, split), out_specs=split,
-                                check_vma=False)
+        self._fixed = jax.device_put(
+            (weights, job.pipe.tokenizer([job.recipe["negative"]])), NamedSharding(mesh, whole)
+        )
+        program = jax.shard_map(
+            job.rows, mesh=mesh, in_specs=(whole, whole, split, split), out_specs=split, check_vma=False
+        )
         began = time.perf_counter()
         self._program = jax.jit(program).lower(*self._fixed, *self._abstract()).compile()
         self.compile_seconds = time.perf_counter() - began
@@ -78,8 +81,10 @@ def fetch(job: Job, numbers: range, ids, X0, X1: jax.Array) -> Made:
     X1 = np.asarray(X1)[: len(numbers)]
     bad = [i for i, row in zip(numbers, X1, strict=True) if not np.isfinite(row).all()]
     if bad:
-        raise ValueError(f"pair {bad[0]} ({prompt(job, bad[0])!r}) is not finite in float16, as are {len(bad) - 1} more "
-                         f"of {len(numbers)}: lower alpha={job.recipe['alpha']:g}, or set dtype='float32'")
+        raise ValueError(
+            f"pair {bad[0]} ({prompt(job, bad[0])!r}) is not finite in float16, as are {len(bad) - 1} more "
+            f"of {len(numbers)}: lower alpha={job.recipe['alpha']:g}, or set dtype='float32'"
+        )
     return Made(numbers, ids, X0, X1)
 
 

@@ -3,6 +3,7 @@
 The recipes (`pretrain_autoencoder`, `_diffusion`, `_clip`, `_classifier`) differ in network, loss and data; the loop,
 checkpoints and metrics are those of every other training.
 """
+
 import importlib
 from pathlib import Path
 
@@ -33,8 +34,14 @@ def run(config: ConfigDict, workdir: str) -> None:
         return recipe.watch(ema, path)
 
     state = training.train(
-        config, directory, start=recipe.init, loss=recipe.loss, frozen={}, watch=watch,
-        batches=ArrayBatches(recipe.arrays, batch_size=config.batch_size, seed=config.seed))
+        config,
+        directory,
+        start=recipe.init,
+        loss=recipe.loss,
+        frozen={},
+        watch=watch,
+        batches=ArrayBatches(recipe.arrays, batch_size=config.batch_size, seed=config.seed),
+    )
     ema = parallel.to_host(state.ema)  # every process gathers, the first writes
     if jax.process_index() == 0:
         recipe.export(ema, export)

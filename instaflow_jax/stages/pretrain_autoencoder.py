@@ -1,4 +1,5 @@
 """The embedded autoencoder: 32×32 pixels ⇄ 8×8×8 latents."""
+
 import dataclasses
 from pathlib import Path
 
@@ -30,8 +31,10 @@ def make(config: ConfigDict, workdir: str) -> Recipe:
         grid = images.grid(images.to_uint8(pictures), columns=16, row_labels=(), column_labels=(), scale=2)
         images.save_png(path, grid, {"shows": "held-out emoji, each beside its reconstruction"})
         mse = np.mean((made - pixels) ** 2, (1, 2, 3))
-        return {"heldout_psnr": float(np.mean(10 * np.log10(4 / mse))),
-                "heldout_psnr_of_mean": float(10 * np.log10(4 / mse.mean()))}
+        return {
+            "heldout_psnr": float(np.mean(10 * np.log10(4 / mse))),
+            "heldout_psnr_of_mean": float(10 * np.log10(4 / mse.mean())),
+        }
 
     def export(params, directory: Path) -> None:
         """Latents are to have unit variance: the factor is measured on all training pictures."""

@@ -1,4 +1,5 @@
 """The embedded LPIPS: a small VGG taught to tell the subgroups of emoji apart; its features judge distances."""
+
 import json
 from pathlib import Path
 
@@ -26,8 +27,11 @@ def make(config: ConfigDict, workdir: str) -> Recipe:
     def watch(params, path: Path) -> dict[str, float]:
         guess = in_batches(lambda x: classify(params, x), 62, to_pixels(held_out.images)).argmax(1)
         shown = held_out.images[np.argsort(guess, kind="stable")]
-        images.save_png(path, images.grid(shown, columns=20, row_labels=(), column_labels=(), scale=1),
-                        {"shows": "held-out emoji in the order of the subgroup they were taken for"})
+        images.save_png(
+            path,
+            images.grid(shown, columns=20, row_labels=(), column_labels=(), scale=1),
+            {"shows": "held-out emoji in the order of the subgroup they were taken for"},
+        )
         return {"heldout_accuracy": float(np.mean(guess == truth))}
 
     def export(params, directory: Path) -> None:

@@ -1,4 +1,5 @@
 """The embedded CLIP, which judges whether a picture shows its prompt; no picture maker here is trained against it."""
+
 import json
 from pathlib import Path
 
@@ -15,9 +16,17 @@ from instaflow_jax.train import pretraining
 
 # Pixels in [-1, 1] are what this CLIP sees, said in transformers' words.
 PREPROCESSOR = {
-    "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"height": 32, "width": 32},
-    "do_center_crop": False, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-    "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "do_convert_rgb": True, "resample": 3,
+    "image_processor_type": "CLIPImageProcessor",
+    "do_resize": True,
+    "size": {"height": 32, "width": 32},
+    "do_center_crop": False,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "do_convert_rgb": True,
+    "resample": 3,
 }
 
 
@@ -43,8 +52,9 @@ def make(config: ConfigDict, workdir: str) -> Recipe:
         with files.whole(directory / "clip" / "preprocessor_config.json") as temporary:
             temporary.write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")
 
-    loss = pretraining.make_clip_loss(net, make_augment(config), lambda pixels: pixels,
-                                      level_probabilities=tuple(level_probabilities(config.empty)))
+    loss = pretraining.make_clip_loss(
+        net, make_augment(config), lambda pixels: pixels, level_probabilities=tuple(level_probabilities(config.empty))
+    )
     return Recipe(net.init, loss, {"image": data.images, "tokens": tokens}, watch, export)
 
 

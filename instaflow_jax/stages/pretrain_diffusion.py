@@ -1,4 +1,5 @@
 """The embedded text encoder and UNet, trained together as Stable Diffusion was, in the latents of an autoencoder."""
+
 from pathlib import Path
 
 import jax
@@ -19,10 +20,15 @@ from instaflow_jax.stages.pretrain_recipe import tokenizer as embedded_tokenizer
 from instaflow_jax.train import pretraining
 
 INDEX = {
-    "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.39.0",
-    "vae": ["diffusers", "AutoencoderKL"], "unet": ["diffusers", "UNet2DConditionModel"],
-    "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
-    "scheduler": ["diffusers", "PNDMScheduler"], "safety_checker": [None, None], "feature_extractor": [None, None],
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": "0.39.0",
+    "vae": ["diffusers", "AutoencoderKL"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "scheduler": ["diffusers", "PNDMScheduler"],
+    "safety_checker": [None, None],
+    "feature_extractor": [None, None],
     "requires_safety_checker": False,
 }
 
@@ -30,8 +36,11 @@ INDEX = {
 def make(config: ConfigDict, workdir: str) -> Recipe:
     """Trained on all emoji: the latents of each, as it is and moved a little, and its captions at every level."""
     vae, vae_params = AutoencoderKL.from_pretrained(pipeline.locate(config.autoencoder), "vae")
-    nets = {"unet": UNet2DConditionModel.from_config(config.unet.to_dict()),
-            "text_encoder": CLIPTextModel.from_config(config.text_encoder.to_dict()), "vae": vae}
+    nets = {
+        "unet": UNet2DConditionModel.from_config(config.unet.to_dict()),
+        "text_encoder": CLIPTextModel.from_config(config.text_encoder.to_dict()),
+        "vae": vae,
+    }
     scheduler, tokenizer = config.scheduler.to_dict(), embedded_tokenizer()
     schedule = teacher.read_schedule(scheduler)
     data = load(config, workdir, "all")
@@ -39,7 +48,9 @@ def make(config: ConfigDict, workdir: str) -> Recipe:
 
     def init(key):
         keys = jax.random.split(key)
-        return pretraining.joined({"unet": nets["unet"].init(keys[0]), "text_encoder": nets["text_encoder"].init(keys[1])})
+        return pretraining.joined(
+            {"unet": nets["unet"].init(keys[0]), "text_encoder": nets["text_encoder"].init(keys[1])}
+        )
 
     def whole(params) -> dict:
         return {name: pretraining.part(params, name) for name in ("unet", "text_encoder")} | {"vae": vae_params}
@@ -49,10 +60,16 @@ def make(config: ConfigDict, workdir: str) -> Recipe:
         pipeline.save(pipe, directory, dtype=np.float16)
 
     loss = pretraining.make_diffusion_loss(
-        nets["unet"], nets["text_encoder"], schedule, level_probabilities=tuple(level_probabilities(config.empty)),
-        **config.loss)
-    arrays = {"latent": latents(config, vae, vae_params, data.images, row, moved),
-              "tokens": caption_tokens(data.emoji)[row]}
+        nets["unet"],
+        nets["text_encoder"],
+        schedule,
+        level_probabilities=tuple(level_probabilities(config.empty)),
+        **config.loss,
+    )
+    arrays = {
+        "latent": latents(config, vae, vae_params, data.images, row, moved),
+        "tokens": caption_tokens(data.emoji)[row],
+    }
     return Recipe(init, loss, arrays, make_watch(config, nets, whole, schedule, tokenizer), export)
 
 

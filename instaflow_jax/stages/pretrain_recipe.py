@@ -1,4 +1,5 @@
 """What the four networks of the embedded world have in common: their data, and what the loop needs to train one."""
+
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -68,7 +69,7 @@ def in_batches(function: Callable, size: int, *arrays: np.ndarray) -> np.ndarray
     """function(*rows) for `size` rows at a time, the last batch filled up with its first row, so that it compiles once."""
     outputs = []
     for start in range(0, len(arrays[0]), size):
-        rows = [a[start:start + size] for a in arrays]
+        rows = [a[start : start + size] for a in arrays]
         count = len(rows[0])
         rows = [np.concatenate([r, np.repeat(r[:1], size - count, 0)]) for r in rows]
         outputs.append(np.asarray(function(*rows))[:count])

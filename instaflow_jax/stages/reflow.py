@@ -1,4 +1,5 @@
 """Stage `reflow`: pairs → a flow whose paths are straight (paper, Eq. 5)."""
+
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -20,6 +21,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     pairs = straighten.need_pairs(config.pairs, Path(workdir))
     pipe = sample.load(config, config.model)
     unet = pipe.nets["unet"].with_remat(config.remat.unet)
-    loss = objectives.make_reflow_loss(unet, pipe.nets["text_encoder"], drop=config.drop, steps=straighten.CLOCK,
-                                       **config.loss)
+    loss = objectives.make_reflow_loss(
+        unet, pipe.nets["text_encoder"], drop=config.drop, steps=straighten.CLOCK, **config.loss
+    )
     straighten.fit(config, Path(workdir) / DIRECTORY, pipe, pairs, loss, {})

@@ -1,4 +1,5 @@
 """One self-contained page of what the demo made: tables and pictures inside, nothing fetched from anywhere."""
+
 import base64
 import html
 from collections.abc import Sequence
@@ -25,8 +26,10 @@ PAPER = (
     ("InstaFlow-0.9B: the same, trained for longer", 1, 0.09, 23.4, 0.304, None),
 )
 HEADLINE = (
-    ("teacher", 25, "the teacher in 25 steps"), ("teacher", 1, "the teacher in one step"),
-    ("direct", 1, "distilled directly, one step"), ("distill", 1, "<b>reflow, then distilled, one step</b>"),
+    ("teacher", 25, "the teacher in 25 steps"),
+    ("teacher", 1, "the teacher in one step"),
+    ("direct", 1, "distilled directly, one step"),
+    ("distill", 1, "<b>reflow, then distilled, one step</b>"),
 )
 BESIDE = ("seconds", "fd_emoji", "clip_score")  # of our columns, in their order, those that the paper's table has too
 
@@ -41,16 +44,22 @@ def write(workdir: Path) -> Path:
     results, ledger = (read_json(_there(path)) for path in (directory / evaluate.RESULTS, workdir / LEDGER))
     rows, found = results["rows"], results["about"]
     fields = {
-        "headline": headline(rows), "grid": picture(directory / evaluate_pictures.GRID),
-        "table": table(rows, COLUMNS), "meanings": meanings(COLUMNS), "more": table(rows, MORE),
-        "more_meanings": meanings(MORE), 
+        "headline": headline(rows),
+        "grid": picture(directory / evaluate_pictures.GRID),
+        "table": table(rows, COLUMNS),
+        "meanings": meanings(COLUMNS),
+        "more": table(rows, MORE),
+        "more_meanings": meanings(MORE),
         "conditions": html.escape(evaluate.conditions(found["config"], found)),
-        "paper": paper(rows), "few_steps": picture(directory / evaluate_pictures.FEW_STEPS),
+        "paper": paper(rows),
+        "few_steps": picture(directory / evaluate_pictures.FEW_STEPS),
         "guidance": picture(directory / evaluate_pictures.GUIDANCE),
         "trajectories": picture(directory / evaluate_pictures.TRAJECTORIES),
-        "steps": steps(ledger), "machine": html.escape(machine(ledger["machine"])),
+        "steps": steps(ledger),
+        "machine": html.escape(machine(ledger["machine"])),
         "workdir": html.escape(str(workdir)),
-        "path": html.escape(found["config"]["show"]["path"]), "attribution": html.escape(ATTRIBUTION),
+        "path": html.escape(found["config"]["show"]["path"]),
+        "attribution": html.escape(ATTRIBUTION),
     }
     page = workdir / PAGE
     with files.whole(page) as temporary:
@@ -79,10 +88,17 @@ def headline(rows: Sequence[Row]) -> str:
     for model, N, what in HEADLINE:
         row = find(rows, model, N)
         if row:
-            told.append(f"<tr><td>{what}</td><td>{row['found']:.0%}</td><td>{row['fd_emoji']:.1f}</td>"
-                        f"<td>{row['fd_kinds']:.1f}</td><td>{1000 * row['seconds']:.0f} ms</td></tr>")
-    heads = ("", "pictures that show<br>what was asked for", "Fréchet distance<br>to real emoji",
-             "… where only the kind<br>is prompted, “a flag”", "time for<br>a picture")
+            told.append(
+                f"<tr><td>{what}</td><td>{row['found']:.0%}</td><td>{row['fd_emoji']:.1f}</td>"
+                f"<td>{row['fd_kinds']:.1f}</td><td>{1000 * row['seconds']:.0f} ms</td></tr>"
+            )
+    heads = (
+        "",
+        "pictures that show<br>what was asked for",
+        "Fréchet distance<br>to real emoji",
+        "… where only the kind<br>is prompted, “a flag”",
+        "time for<br>a picture",
+    )
     return f"<table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>{''.join(told)}</table>"
 
 
@@ -102,14 +118,19 @@ def _line(tag: str, cells: Sequence[str], attribute: str = "") -> str:
 
 
 def meanings(columns: Sequence[Column]) -> str:
-    return "".join(f"<dt>{html.escape(column.heading)} <small>({column.better} is better)</small></dt>"
-                   f"<dd>{html.escape(column.meaning)}</dd>\n" for column in columns)
+    return "".join(
+        f"<dt>{html.escape(column.heading)} <small>({column.better} is better)</small></dt>"
+        f"<dd>{html.escape(column.meaning)}</dd>\n"
+        for column in columns
+    )
 
 
 def paper(rows: Sequence[Row]) -> str:
     """The paper's table, and in the same line the row of ours that is made in the same way."""
-    lines = ['<tr><th colspan="5">the paper, photographs</th><th colspan="4">here, emoji</th></tr>\n',
-             _line("th", ["", "steps", "s / image", "FID", "CLIP", "", "s / image", "FD", "CLIP"])]
+    lines = [
+        '<tr><th colspan="5">the paper, photographs</th><th colspan="4">here, emoji</th></tr>\n',
+        _line("th", ["", "steps", "s / image", "FID", "CLIP", "", "s / image", "FD", "CLIP"]),
+    ]
     for what, N, seconds, fid, clip, ours in PAPER:
         row = find(rows, *ours) if ours else None
         theirs = [what, N, f"{seconds:.2f}", f"{fid:.1f}", f"{clip:.3f}"]
@@ -133,8 +154,10 @@ def steps(ledger: dict[str, Any]) -> str:
 def describe(name: str, settings: dict[str, Any]) -> str:
     """A stage's settings in a line."""
     if name == "generate":
-        return (f"{settings['count']:,} pairs (noise, prompt, picture) by the teacher: {settings['N']} steps, guidance "
-                f"{settings['alpha']:g}")
+        return (
+            f"{settings['count']:,} pairs (noise, prompt, picture) by the teacher: {settings['N']} steps, guidance "
+            f"{settings['alpha']:g}"
+        )
     if name in ("reflow", "distill", "direct"):
         count = settings["pairs"]["count"]
         pairs = f", on {count:,} new pairs of 2-RF" if name == "distill" else ", on the teacher's pairs"

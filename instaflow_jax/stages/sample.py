@@ -1,4 +1,5 @@
 """Stage `sample`: prompts and seeds → PNGs and a grid, by whichever model the directory holds."""
+
 import itertools
 import re
 import time
@@ -31,9 +32,12 @@ def run(config: ConfigDict, workdir: str) -> None:
     dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, config.kind)
     solve = sampling.make_solve(pipe.nets["unet"].apply, dynamics, config.solver, config.N, config.alpha)
     jobs = list(itertools.product(range(len(prompts)), config.seeds))
-    print(f"{config.model} as a {'flow' if isinstance(dynamics, sampling.Flow) else 'teacher'}: {len(jobs)} pictures "
-          f"of {shape[1] * pipe.nets['vae'].config.factor}×{shape[0] * pipe.nets['vae'].config.factor} pixels, "
-          f"{config.N} steps, alpha {config.alpha:g}", flush=True)
+    print(
+        f"{config.model} as a {'flow' if isinstance(dynamics, sampling.Flow) else 'teacher'}: {len(jobs)} pictures "
+        f"of {shape[1] * pipe.nets['vae'].config.factor}×{shape[0] * pipe.nets['vae'].config.factor} pixels, "
+        f"{config.N} steps, alpha {config.alpha:g}",
+        flush=True,
+    )
     directory = Path(workdir) / "sample"
     directory.mkdir(parents=True, exist_ok=True)
     pictures = draw(pipe, solve, prompts, config, jobs, shape)
@@ -47,8 +51,15 @@ def load(config: ConfigDict, source: str) -> pipeline.Pipeline:
       ValueError, FileNotFoundError: a field of the config, or a file, is wrong.
     """
     delta = Delta(**config.delta) if config.delta.custom else None
-    return pipeline.load(source, variant=config.weights_variant or None, dtype=DTYPES[config.dtype],
-                         attention=config.attention, base=config.base, delta=delta, loras=read_loras(config.loras))
+    return pipeline.load(
+        source,
+        variant=config.weights_variant or None,
+        dtype=DTYPES[config.dtype],
+        attention=config.attention,
+        base=config.base,
+        delta=delta,
+        loras=read_loras(config.loras),
+    )
 
 
 def read_loras(loras: str) -> list[tuple[str, float]]:
@@ -57,11 +68,16 @@ def read_loras(loras: str) -> list[tuple[str, float]]:
     Raises:
       ValueError: a scale is no number.
     """
-    pairs = [(file.strip(), scale.strip() if equals else "1") for file, equals, scale in
-             (entry.partition("=") for entry in loras.split("|")) if file.strip()]
+    pairs = [
+        (file.strip(), scale.strip() if equals else "1")
+        for file, equals, scale in (entry.partition("=") for entry in loras.split("|"))
+        if file.strip()
+    ]
     for file, scale in pairs:
         if not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", scale):
-            raise ValueError(f"config.loras={loras!r}: the scale {scale!r} of {file} is no number; write FILE=0.8|FILE2=0.5")
+            raise ValueError(
+                f"config.loras={loras!r}: the scale {scale!r} of {file} is no number; write FILE=0.8|FILE2=0.5"
+            )
     return [(file, float(scale)) for file, scale in pairs]
 
 
@@ -84,8 +100,10 @@ def check_dtype(config: ConfigDict) -> None:
 def check_guidance(config: ConfigDict) -> None:
     """ValueError for a negative prompt that no guidance would look at."""
     if config.negative and config.alpha <= 1:
-        raise ValueError(f"config.negative={config.negative!r} has no effect with config.alpha={config.alpha}; "
-                         "guidance needs alpha > 1")
+        raise ValueError(
+            f"config.negative={config.negative!r} has no effect with config.alpha={config.alpha}; "
+            "guidance needs alpha > 1"
+        )
 
 
 def read_prompts(prompts: str) -> list[str]:
@@ -116,25 +134,35 @@ def latent_shape(pipe: pipeline.Pipeline, height: int, width: int) -> tuple[int,
     for name, size in (("height", height), ("width", width)):
         if size < 0 or size % factor:
             lower = max(size // factor, 1) * factor
-            raise ValueError(f"config.{name}={size} is not divisible by the autoencoder's factor {factor}; "
-                             f"use {lower} or {lower + factor}")
+            raise ValueError(
+                f"config.{name}={size} is not divisible by the autoencoder's factor {factor}; "
+                f"use {lower} or {lower + factor}"
+            )
     return (height // factor or h, width // factor or w, channels)
 
 
-def draw(pipe: pipeline.Pipeline, solve: sampling.Solve, prompts: list[str], config: ConfigDict, jobs: list,
-         shape: tuple[int, int, int]) -> list[np.ndarray]:
+def draw(
+    pipe: pipeline.Pipeline,
+    solve: sampling.Solve,
+    prompts: list[str],
+    config: ConfigDict,
+    jobs: list,
+    shape: tuple[int, int, int],
+) -> list[np.ndarray]:
     """A uint8 picture [H, W, 3] for each job (row of `prompts`, seed), `config.batch` at a time by one program."""
     params, null, ids = jax.device_put(pipe.params), pipe.tokenizer([config.negative]), pipe.tokenizer(prompts)
     size = min(config.batch, len(jobs))
     generate, pictures = None, []
     for start in range(0, len(jobs), size):
-        batch = jobs[start:start + size]
+        batch = jobs[start : start + size]
         rows, seeds = np.array(batch + batch[:1] * (size - len(batch))).T  # the last batch is filled up
         inputs = (params, ids[rows], null, sampling.noise(seeds, shape))
         generate = generate or compile_aloud(sampling.make_generate(pipe.nets, solve), inputs)
         began = time.perf_counter()
-        pictures += list(np.asarray(generate(*inputs))[:len(batch)])
-        print(f"{len(pictures)}/{len(jobs)} pictures, {time.perf_counter() - began:.2f} s a batch of {size}", flush=True)
+        pictures += list(np.asarray(generate(*inputs))[: len(batch)])
+        print(
+            f"{len(pictures)}/{len(jobs)} pictures, {time.perf_counter() - began:.2f} s a batch of {size}", flush=True
+        )
     return pictures
 
 
@@ -148,15 +176,21 @@ def compile_aloud(function: Callable, inputs: tuple) -> Callable:
 
 def write(directory: Path, config: ConfigDict, prompts: list[str], jobs: list, pictures: list[np.ndarray]) -> None:
     """The PNGs, each with all it takes to make it again, and the grid: a row a prompt, a column a seed."""
-    settings = {name: str(config[name]) for name in ("model", "kind", "solver", "N", "alpha", "negative", "dtype",
-                                                         "loras")}
+    settings = {
+        name: str(config[name]) for name in ("model", "kind", "solver", "N", "alpha", "negative", "dtype", "loras")
+    }
     if config.delta.custom:
         settings["delta"] = "{scale} * ({custom} - {origin})".format(**config.delta)
     for (row, seed), picture in zip(jobs, pictures, strict=True):
         slug = re.sub(r"\W+", "-", prompts[row].lower()).strip("-")[:60]
         name = f"{row:03d}_{slug}_seed{seed}_N{config.N}_alpha{config.alpha:g}.png"
         images.save_png(directory / name, picture, settings | {"prompt": prompts[row], "seed": str(seed)})
-    grid = images.grid(np.stack(pictures), columns=len(config.seeds), row_labels=prompts,
-                       column_labels=[f"seed {seed}" for seed in config.seeds], scale=max(1, 128 // pictures[0].shape[1]))
+    grid = images.grid(
+        np.stack(pictures),
+        columns=len(config.seeds),
+        row_labels=prompts,
+        column_labels=[f"seed {seed}" for seed in config.seeds],
+        scale=max(1, 128 // pictures[0].shape[1]),
+    )
     images.save_png(directory / "grid.png", grid, settings | {"prompt": "|".join(prompts), "seed": str(config.seeds)})
     print(f"wrote {len(pictures)} pictures and {directory / 'grid.png'}")

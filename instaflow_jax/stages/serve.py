@@ -2,6 +2,7 @@
 
 Everything but the page itself (`serve_page`) is plain functions, usable without gradio.
 """
+
 import dataclasses
 import functools
 import importlib.util
@@ -73,8 +74,14 @@ def start(config: ConfigDict, workdir: str):
     respond = make_respond(painters, max_chars=config.max_chars, max_pictures=config.max_pictures)
     from instaflow_jax.stages import serve_page  # here, so that gradio is loaded only where there is one
 
-    page = serve_page.make_page(painters, respond, notice=notice, examples=config.examples, max_chars=config.max_chars,
-                                max_pictures=config.max_pictures)
+    page = serve_page.make_page(
+        painters,
+        respond,
+        notice=notice,
+        examples=config.examples,
+        max_chars=config.max_chars,
+        max_pictures=config.max_pictures,
+    )
     url = serve_page.open_page(page, host=config.host, port=config.port, queue=config.queue)
     print(f"the page is at {url} (Ctrl-C ends it)", flush=True)
     return page
@@ -100,8 +107,10 @@ def check(config: ConfigDict) -> None:
         try:
             probe.bind((config.host, config.port))
         except OSError as error:
-            raise OSError(f"cannot listen at config.host={config.host!r}, config.port={config.port}: {error.strerror}; "
-                          "another server may be there, try another --config.port") from error
+            raise OSError(
+                f"cannot listen at config.host={config.host!r}, config.port={config.port}: {error.strerror}; "
+                "another server may be there, try another --config.port"
+            ) from error
 
 
 # ---------------------------------------------------------------- models
@@ -119,10 +128,18 @@ def load_painters(config: ConfigDict, workdir: str) -> tuple[list[Painter], str]
         pipe = sample.load(config, source)
         painters.append(make_painter(pipe, source, kind=config.kind, alpha=config.alpha, counts=tuple(config.steps)))
     if config.teacher:
-        pipe = pipeline.load(config.teacher, variant=config.weights_variant or None, dtype=sample.DTYPES[config.dtype],
-                             attention=config.attention, base=config.base)
-        painters.append(make_painter(pipe, config.teacher, kind=config.teacher_kind, alpha=config.teacher_alpha,
-                                     counts=(config.teacher_N,)))
+        pipe = pipeline.load(
+            config.teacher,
+            variant=config.weights_variant or None,
+            dtype=sample.DTYPES[config.dtype],
+            attention=config.attention,
+            base=config.base,
+        )
+        painters.append(
+            make_painter(
+                pipe, config.teacher, kind=config.teacher_kind, alpha=config.teacher_alpha, counts=(config.teacher_N,)
+            )
+        )
     return painters, notice
 
 
@@ -175,6 +192,7 @@ def make_respond(painters: Sequence[Painter], *, max_chars: int, max_pictures: i
     N counts the first painter's steps; the others keep their own. Pictures have the seeds seed, seed + 1, ..., and all
     painters begin from the same noise. ValueError, before anything is drawn, for a request that is out of bounds.
     """
+
     def respond(prompt: str, seed: float, N: float, pictures: float) -> Iterator[Drawn]:
         prompt = check_prompt(prompt, painters, max_chars)
         count = whole("the number of pictures", pictures, 1, max_pictures)

@@ -1,4 +1,5 @@
 """The page of `serve`, in gradio: nothing is fetched from elsewhere, nothing is told to anybody."""
+
 import os
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read while gradio is imported
@@ -20,12 +21,21 @@ CSS = """
 .pictures img { image-rendering: auto; }
 .pictures.small img { image-rendering: pixelated; }
 """
-INTRODUCTION = "# InstaFlow in JAX\nFrom prompt to picture in one step, beside its teacher. Both begin from the same noise."
+INTRODUCTION = (
+    "# InstaFlow in JAX\nFrom prompt to picture in one step, beside its teacher. Both begin from the same noise."
+)
 ALONE = "# InstaFlow in JAX\nFrom prompt to picture."
 
 
-def make_page(painters: Sequence[Painter], respond: Respond, *, notice: str, examples: Sequence[str], max_chars: int,
-              max_pictures: int) -> gradio.Blocks:
+def make_page(
+    painters: Sequence[Painter],
+    respond: Respond,
+    *,
+    notice: str,
+    examples: Sequence[str],
+    max_chars: int,
+    max_pictures: int,
+) -> gradio.Blocks:
     """The page, not yet served.
 
     Args:
@@ -36,7 +46,9 @@ def make_page(painters: Sequence[Painter], respond: Respond, *, notice: str, exa
       max_pictures: where the number of pictures ends.
     """
     counts = painters[0].counts
-    with gradio.Blocks(title="InstaFlow in JAX", fill_width=True, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+    with gradio.Blocks(
+        title="InstaFlow in JAX", fill_width=True, analytics_enabled=False, delete_cache=(3600, 3600)
+    ) as page:
         gradio.Markdown(INTRODUCTION if len(painters) > 1 else ALONE)
         if notice:
             gradio.Markdown(f"*{notice}*")
@@ -57,7 +69,8 @@ def make_page(painters: Sequence[Painter], respond: Respond, *, notice: str, exa
         options = {"concurrency_limit": 1, "concurrency_id": "device", "show_progress_on": waiting}
         gradio.on([draw.click, prompt.submit], answer, inputs, outputs, api_name="draw", **options)
         again.click(lambda: random.randrange(2**31), None, seed, api_visibility="private", queue=False).then(
-            answer, inputs, outputs, api_visibility="private", **options)
+            answer, inputs, outputs, api_visibility="private", **options
+        )
     return page
 
 
@@ -65,18 +78,25 @@ def make_column(painter: Painter) -> tuple[gradio.Markdown, gradio.Gallery]:
     """The line and the pictures of one painter."""
     with gradio.Column(min_width=240):
         line = gradio.Markdown(f"### `{painter.title}`")
-        gallery = gradio.Gallery(show_label=False, columns=2, object_fit="contain", format="png", interactive=False,
-                                 elem_classes=["pictures"])
+        gallery = gradio.Gallery(
+            show_label=False,
+            columns=2,
+            object_fit="contain",
+            format="png",
+            interactive=False,
+            elem_classes=["pictures"],
+        )
     return line, gallery
 
 
 def make_answer(respond: Respond, columns: int) -> Callable[..., Iterator[list]]:
     """What the button calls: fills the columns one after the other, and shows what is wrong with a request as text."""
+
     def answer(prompt, seed, steps, pictures):
         shown = [gradio.skip() for _ in range(2 * columns)]
         try:
             for column, drawn in enumerate(respond(prompt, seed, steps, pictures)):
-                shown[2 * column:2 * column + 2] = [describe(drawn), show(drawn)]
+                shown[2 * column : 2 * column + 2] = [describe(drawn), show(drawn)]
                 yield shown
         except ValueError as error:
             raise gradio.Error(str(error), duration=20, print_exception=False) from None
@@ -94,7 +114,9 @@ def describe(drawn: Drawn) -> str:
 
 def show(drawn: Drawn) -> gradio.Gallery:
     """The pictures with their seeds below."""
-    pictures = [(Image.fromarray(picture), f"seed {seed}") for picture, seed in zip(drawn.pictures, drawn.seeds, strict=True)]
+    pictures = [
+        (Image.fromarray(picture), f"seed {seed}") for picture, seed in zip(drawn.pictures, drawn.seeds, strict=True)
+    ]
     size = ["small"] if drawn.pictures[0].shape[0] < SMALL else []
     return gradio.Gallery(pictures, columns=1 if len(pictures) == 1 else 2, elem_classes=["pictures", *size])
 
@@ -107,7 +129,21 @@ def open_page(page: gradio.Blocks, *, host: str, port: int, queue: int) -> str:
     """
     logging.getLogger("httpx").setLevel(logging.WARNING)  # its calls of the page itself
     page.queue(max_size=queue, api_open=False)  # or requests could go past the queue
-    _, url, _ = page.launch(server_name=host, server_port=port, share=False, prevent_thread_lock=True, quiet=True,
-                            inbrowser=False, show_error=True, ssr_mode=False, pwa=False, mcp_server=False,
-                            enable_monitoring=False, max_file_size=1, footer_links=[], theme=THEME, css=CSS)
+    _, url, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        prevent_thread_lock=True,
+        quiet=True,
+        inbrowser=False,
+        show_error=True,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        max_file_size=1,
+        footer_links=[],
+        theme=THEME,
+        css=CSS,
+    )
     return url

@@ -1,4 +1,5 @@
 """What `reflow` and `distill` share: pairs made on demand, the grid one looks at, and the flow written out at the end."""
+
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -53,18 +54,27 @@ def need_pairs(config: ConfigDict, directory: Path) -> Pairs:
     return pairs
 
 
-def fit(config: ConfigDict, directory: Path, pipe: pipeline.Pipeline, pairs: Pairs, loss: Loss,
-        frozen: dict[str, Params]) -> Path:
+def fit(
+    config: ConfigDict, directory: Path, pipe: pipeline.Pipeline, pairs: Pairs, loss: Loss, frozen: dict[str, Params]
+) -> Path:
     """Trains the UNet of `pipe` on the pairs and writes the flow to `directory`/export, whose path it returns."""
     shape, tokens = tuple(pairs.manifest["recipe"]["latent_shape"]), pairs.manifest["recipe"]["tokens"]
     if shape[-1] != pipe.nets["unet"].config.in_channels or tokens != pipe.tokenizer.model_max_length:
-        raise ValueError(f"the pairs hold latents {shape} and prompts of {tokens} tokens, but the model takes "
-                         f"{pipe.nets['unet'].config.in_channels} channels and {pipe.tokenizer.model_max_length} tokens: "
-                         "they were made by another teacher")
+        raise ValueError(
+            f"the pairs hold latents {shape} and prompts of {tokens} tokens, but the model takes "
+            f"{pipe.nets['unet'].config.in_channels} channels and {pipe.tokenizer.model_max_length} tokens: "
+            "they were made by another teacher"
+        )
     frozen = frozen | {"text_encoder": pipe.params["text_encoder"], "null_ids": pipe.tokenizer([""])}
     state = training.train(
-        config, directory, start=start_from(config, pipe), loss=loss, frozen=frozen,
-        batches=PairBatches(pairs, batch_size=config.batch_size, seed=config.seed), watch=make_watch(config, pipe, shape))
+        config,
+        directory,
+        start=start_from(config, pipe),
+        loss=loss,
+        frozen=frozen,
+        batches=PairBatches(pairs, batch_size=config.batch_size, seed=config.seed),
+        watch=make_watch(config, pipe, shape),
+    )
     ema = parallel.to_host(state.ema)  # every process gathers, the first writes
     if jax.process_index() == 0:
         export(pipe, ema, directory / EXPORT)
@@ -80,9 +90,11 @@ def start_from(config: ConfigDict, pipe: pipeline.Pipeline) -> Params:
     """
     dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, "auto")
     if isinstance(dynamics, sampling.Flow) and dynamics != sampling.Flow(1, CLOCK):
-        raise ValueError(f"the flow to start from predicts {dynamics.factor:g} of X1 − X0 by a clock of {dynamics.steps}, but "
-                         f"the sign here is +1 and the clock {CLOCK}: write it anew with configs/export.py, "
-                         "--config.formats=\"('diffusers',)\" --config.convention=released")
+        raise ValueError(
+            f"the flow to start from predicts {dynamics.factor:g} of X1 − X0 by a clock of {dynamics.steps}, but "
+            f"the sign here is +1 and the clock {CLOCK}: write it anew with configs/export.py, "
+            "--config.formats=\"('diffusers',)\" --config.convention=released"
+        )
     if isinstance(dynamics, sampling.Flow) or not config.warm_start:
         return pipe.params["unet"]
     print("the teacher's weights are given a flow's sign and clock (config.warm_start)", flush=True)
@@ -91,8 +103,9 @@ def start_from(config: ConfigDict, pipe: pipeline.Pipeline) -> Params:
 
 def export(pipe: pipeline.Pipeline, unet: Params, directory: Path) -> None:
     """The pipeline with the flow in place of its UNet; its class is the released code's, which says "flow" to `sample`."""
-    flow_pipe = dataclasses.replace(pipe, params=pipe.params | {"unet": unet},
-                                    index=pipe.index | {"_class_name": "RectifiedFlowPipeline"})
+    flow_pipe = dataclasses.replace(
+        pipe, params=pipe.params | {"unet": unet}, index=pipe.index | {"_class_name": "RectifiedFlowPipeline"}
+    )
     pipeline.save(flow_pipe, directory)
     print(f"wrote the flow to {directory}", flush=True)
 
@@ -109,9 +122,13 @@ def make_watch(config: ConfigDict, pipe: pipeline.Pipeline, shape: tuple[int, in
         params = pipe.params | {"unet": ema}
         pictures = np.stack([np.asarray(draw(params, ids, null, X0, n)) for n in counts])  # [steps, prompts · seeds, …]
         rows = pictures.reshape(len(counts), len(prompts), seeds, *pictures.shape[2:]).swapaxes(0, 1)
-        grid = images.grid(rows.reshape(-1, *pictures.shape[2:]), columns=len(counts) * seeds, row_labels=prompts,
-                           column_labels=[f"N={n}" if i == 0 else "" for n in counts for i in range(seeds)],
-                           scale=max(1, 64 // pictures.shape[3]))
+        grid = images.grid(
+            rows.reshape(-1, *pictures.shape[2:]),
+            columns=len(counts) * seeds,
+            row_labels=prompts,
+            column_labels=[f"N={n}" if i == 0 else "" for n in counts for i in range(seeds)],
+            scale=max(1, 64 // pictures.shape[3]),
+        )
         images.save_png(path, grid, {"prompts": "|".join(prompts), "alpha": str(config.watch.alpha)})
         return {"straightness": float(np.mean(straightness(params, ids, X0)))}
 
@@ -120,6 +137,7 @@ def make_watch(config: ConfigDict, pipe: pipeline.Pipeline, shape: tuple[int, in
 
 def make_draw(pipe: pipeline.Pipeline, alpha: float) -> Callable:
     """`draw(params, ids, null_ids, X0, N) → uint8` pictures of the flow, one program for every N."""
+
     def draw(params, ids, null_ids, X0, N):
         def solve(unet, X0, text, null):
             def network(Z, tau, context):
@@ -134,6 +152,7 @@ def make_draw(pipe: pipeline.Pipeline, alpha: float) -> Callable:
 
 def make_straightness(pipe: pipeline.Pipeline, N: int) -> Callable:
     """`straightness(params, ids, X0) → S` [B] of the unguided flow along N Euler steps, per latent dimension."""
+
     def straightness(params, ids, X0):
         text = pipe.nets["text_encoder"].apply(params["text_encoder"], ids).last_hidden_state
 

@@ -1,4 +1,5 @@
 """What every training stage does around the loop: mesh, optimiser, state in its shards, writer, checkpoints."""
+
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,16 @@ from instaflow_jax.train.step import Loss
 Watch = Callable[[Params, Path], dict[str, float]]
 
 
-def train(config: ConfigDict, directory: Path, *, start: Params | Callable[[Key], Params], loss: Loss,
-          frozen: Mapping[str, Any], batches: Batches, watch: Watch) -> TrainState:
+def train(
+    config: ConfigDict,
+    directory: Path,
+    *,
+    start: Params | Callable[[Key], Params],
+    loss: Loss,
+    frozen: Mapping[str, Any],
+    batches: Batches,
+    watch: Watch,
+) -> TrainState:
     """Trains in `directory`, resuming if it was broken off.
 
     Args:
@@ -40,14 +49,26 @@ def train(config: ConfigDict, directory: Path, *, start: Params | Callable[[Key]
         state = parallel.create_sharded(lambda k: train_state.create(start(k), optimizer), mesh, init_key)
     else:
         state = parallel.create_sharded(lambda p: train_state.create(p, optimizer), mesh, parallel.shard(start, mesh))
-    step = train_step.make_train_step(parallel.gathering(loss, mesh), optimizer, ema_decay=config.ema_decay,
-                                      accumulate=config.accumulate)
+    step = train_step.make_train_step(
+        parallel.gathering(loss, mesh), optimizer, ema_decay=config.ema_decay, accumulate=config.accumulate
+    )
     writer = metrics.make_writer(directory, tensorboard=config.tensorboard)
     checkpoints = Checkpoints(directory / "checkpoints", **config.checkpoints)
     try:
-        return loop.train(step, state, frozen, batches, key=key, mesh=mesh, checkpoints=checkpoints, writer=writer,
-                          config=config.to_dict(), profile_dir=str(directory / "profile"),
-                          callbacks=[loop.Every(config.watch_every, make_watch(watch, directory, writer))], **config.loop)
+        return loop.train(
+            step,
+            state,
+            frozen,
+            batches,
+            key=key,
+            mesh=mesh,
+            checkpoints=checkpoints,
+            writer=writer,
+            config=config.to_dict(),
+            profile_dir=str(directory / "profile"),
+            callbacks=[loop.Every(config.watch_every, make_watch(watch, directory, writer))],
+            **config.loop,
+        )
     finally:
         writer.close()
         checkpoints.close()
@@ -55,6 +76,7 @@ def train(config: ConfigDict, directory: Path, *, start: Params | Callable[[Key]
 
 def make_watch(watch: Watch, directory: Path, writer: metrics.Writer) -> Callable[[int, TrainState], None]:
     """The callback that judges the running mean; every process takes part in gathering it, the first looks."""
+
     def run(step: int, state: TrainState) -> None:
         ema = parallel.to_host(state.ema)
         if jax.process_index() == 0:

@@ -157,7 +157,9 @@ def compile_step(
     return compiled, batch_size, flops
 
 
-def lower_step(step: TrainStep, state: TrainState, frozen: PyTree, batch: PyTree, key: Key, mesh: Mesh) -> jax.stages.Lowered:
+def lower_step(
+    step: TrainStep, state: TrainState, frozen: PyTree, batch: PyTree, key: Key, mesh: Mesh
+) -> jax.stages.Lowered:
     """The step that takes over the state's buffers and gives the next state in the same shards; shapes are enough."""
     out = jax.tree.map(lambda leaf: leaf.sharding, state), parallel.replicated(mesh)
     return jax.jit(step.update, donate_argnums=0, out_shardings=out).lower(state, frozen, batch, key)

@@ -4,6 +4,7 @@ Each `make_*` chooses its parts once and returns a loss `(params, frozen, batch,
 `step.make_train_step`. The batch holds pairs: `X0`, `X1` [B, h, w, c] and the prompt's `ids` [B, L]. `frozen` holds what
 nobody trains: "text_encoder", "null_ids" [1, L], and for LPIPS "vae" and "lpips".
 """
+
 from collections.abc import Callable
 from typing import Any
 
@@ -165,16 +166,22 @@ def make_lpips_distance(vae, lpips, *, l2: float, crop: int, margin: int) -> Cal
         may then hold "target", the decoded X1 as bytes [B, H, W, 3], which saves decoding it each time.
       margin: latents decoded around the piece and cut off again, as a decoder errs near the edges of what it sees.
     """
+
     def distance(frozen, X1_hat, batch, key):
         X1 = batch["X1"].astype(jnp.float32)
         if "target" in batch and not crop:
             ours, target = decode(vae, frozen, X1_hat), batch["target"].astype(jnp.float32) / 127.5 - 1
         else:
-            pieces = random_crop(key, jnp.concatenate([X1_hat, X1], axis=-1), crop + 2 * margin) if crop else (
-                jnp.concatenate([X1_hat, X1], axis=-1))
+            pieces = (
+                random_crop(key, jnp.concatenate([X1_hat, X1], axis=-1), crop + 2 * margin)
+                if crop
+                else (jnp.concatenate([X1_hat, X1], axis=-1))
+            )
             # Decoded one after the other: the target has no gradient, so its backward pass and its memory are spared.
-            ours, target = (trim(decode(vae, frozen, z), margin * vae.config.factor if crop else 0)
-                            for z in jnp.split(pieces, 2, axis=-1))
+            ours, target = (
+                trim(decode(vae, frozen, z), margin * vae.config.factor if crop else 0)
+                for z in jnp.split(pieces, 2, axis=-1)
+            )
         perceptual = jnp.mean(lpips.apply(frozen["lpips"], ours, lax.stop_gradient(target)))
         latent = jnp.mean(squared(X1_hat - X1))
         return perceptual + l2 * latent, {"lpips": perceptual, "l2": latent}
@@ -195,8 +202,10 @@ def random_crop(key: Key, latents: Latent, size: int) -> Latent:
     """
     count, h, w, channels = latents.shape
     if size > min(h, w):
-        raise ValueError(f"a crop of {size}×{size} latents, margins included, does not fit into {h}×{w}: "
-                         "make crop or margin smaller, or crop=0")
+        raise ValueError(
+            f"a crop of {size}×{size} latents, margins included, does not fit into {h}×{w}: "
+            "make crop or margin smaller, or crop=0"
+        )
     limit = jnp.array([h - size + 1, w - size + 1])
     corners = jax.random.randint(key, (count, 2), 0, limit)
     return jax.vmap(lambda z, corner: lax.dynamic_slice(z, (*corner, 0), (size, size, channels)))(latents, corners)
@@ -204,4 +213,4 @@ def random_crop(key: Key, latents: Latent, size: int) -> Latent:
 
 def trim(images: Image, edge: int) -> Image:
     """Cuts `edge` pixels off every side."""
-    return images[:, edge:images.shape[1] - edge, edge:images.shape[2] - edge]
+    return images[:, edge : images.shape[1] - edge, edge : images.shape[2] - edge]

@@ -3,6 +3,7 @@
 Each `make_*_loss` binds networks and settings and returns a loss `(params, frozen, batch, key) -> (scalar, metrics)`
 for `step.make_train_step`. Pictures come as uint8 and are turned, moved and scaled on the device by `augment`.
 """
+
 from collections.abc import Callable, Mapping
 
 import jax

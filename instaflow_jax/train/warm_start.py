@@ -26,9 +26,15 @@ def from_teacher(params: Params, unet, schedule: Schedule, steps: int) -> Params
     """
     t = (np.arange(steps) + 0.5) / steps
     config = unet.config
-    sinusoids = [np.asarray(timestep_embedding(jnp.asarray(clock, jnp.float32), config.block_out_channels[0],
-                                               config.flip_sin_to_cos, config.freq_shift), np.float64)
-                 for clock in (steps * (1 - t), equal_noise(schedule, t))]
+    sinusoids = [
+        np.asarray(
+            timestep_embedding(
+                jnp.asarray(clock, jnp.float32), config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift
+            ),
+            np.float64,
+        )
+        for clock in (steps * (1 - t), equal_noise(schedule, t))
+    ]
     refitted = refit(*sinusoids, np.asarray(params[_CLOCK_LAYER], np.float64))
     negated = {name: -np.asarray(params[name]) for name in ("conv_out.kernel", "conv_out.bias")}
     return params | negated | {_CLOCK_LAYER: refitted.astype(np.float32)}
