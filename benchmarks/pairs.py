@@ -18,11 +18,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from configs import reflow
-from instaflow_jax.data import pairs_manifest, pairs_store
+from instaflow_jax import pipeline
 from instaflow_jax.data.noise import NAME, noise
-from instaflow_jax.data.pairs import PairBatches, Pairs
-from instaflow_jax.models import pipeline
-from instaflow_jax.train import objectives, optim, state, step
+from instaflow_jax.data.pairs import manifest as pairs_manifest
+from instaflow_jax.data.pairs import store as pairs_store
+from instaflow_jax.data.pairs.reader import PairBatches, Pairs
+from instaflow_jax.train import losses as objectives
+from instaflow_jax.train import optim, state, step
 
 BATCH = 64
 SHARD = 128

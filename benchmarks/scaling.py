@@ -26,16 +26,18 @@ from jax.sharding import Mesh
 
 from benchmarks import collectives
 from benchmarks.references import CLIP_L_TEXT, SD15_UNET, SD15_VAE
+from instaflow_jax import pipeline
 from instaflow_jax.arrays import Key
-from instaflow_jax.infra import parallel, speed
-from instaflow_jax.models import pipeline
+from instaflow_jax.infra import devices as parallel
+from instaflow_jax.infra import speed
 from instaflow_jax.models.clip import CLIPTextModel
 from instaflow_jax.models.lpips import LPIPS, PUBLISHED
 from instaflow_jax.models.net import Net
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.models.vae import AutoencoderKL
-from instaflow_jax.stages import straighten
-from instaflow_jax.train import loop, objectives, optim
+from instaflow_jax.stages.common import flow_training as straighten
+from instaflow_jax.train import loop, optim
+from instaflow_jax.train import losses as objectives
 from instaflow_jax.train import state as train_state
 from instaflow_jax.train import step as train_step
 

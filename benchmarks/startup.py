@@ -82,9 +82,9 @@ def programs(jax) -> dict:
     """What stages compile: the sampler of 25 guided steps, and the reflow step."""
     from benchmarks.training import pairs
     from configs import reflow
-    from instaflow_jax import sampling
-    from instaflow_jax.models import pipeline
-    from instaflow_jax.train import objectives, optim, state, step
+    from instaflow_jax import pipeline, sampling
+    from instaflow_jax.train import losses as objectives
+    from instaflow_jax.train import optim, state, step
 
     pipe = pipeline.load("openmoji", variant=None, attention="xla")
     data, null, config = pairs(32, pipe.latent_shape, 16), pipe.tokenizer([""]), reflow.get_config()
@@ -112,7 +112,7 @@ def programs(jax) -> dict:
 def reading(*, ours: bool, count: int) -> dict[str, Call]:
     """A shuffled pass over stored pairs: by the reader that training uses, or by TFDS' own."""
     from benchmarks import pairs
-    from instaflow_jax.models import pipeline
+    from instaflow_jax import pipeline
 
     pipe = pipeline.load("openmoji", variant=None, attention="xla")
     directory = pairs.write(Path(tempfile.mkdtemp()), pipe, count, True)

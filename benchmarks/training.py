@@ -10,14 +10,18 @@ import numpy as np
 from benchmarks.sd15 import call
 from benchmarks.timing import Call
 from configs import distill, generate, reflow
+from instaflow_jax import pipeline
 from instaflow_jax.arrays import Batch
-from instaflow_jax.infra import parallel, speed
-from instaflow_jax.models import pipeline
+from instaflow_jax.infra import devices as parallel
+from instaflow_jax.infra import speed
 from instaflow_jax.models.clip import CLIPTextModel
 from instaflow_jax.models.unet import UNet2DConditionModel
-from instaflow_jax.stages import generate_job, generate_program, straighten
+from instaflow_jax.stages.common import flow_training as straighten
 from instaflow_jax.stages.distill import make_distance
-from instaflow_jax.train import loop, objectives, optim, state, step
+from instaflow_jax.stages.generate import job as generate_job
+from instaflow_jax.stages.generate import program as generate_program
+from instaflow_jax.train import loop, optim, state, step
+from instaflow_jax.train import losses as objectives
 
 
 def pairs(batch: int, latent: Sequence[int], length: int) -> Batch:

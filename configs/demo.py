@@ -9,8 +9,9 @@ is in here: `--config.reflow.loop.steps=2000`, `--config.generate.count=8192`.
 Measured on two CPU cores: 25 min 27 s, installation included; README.md has the table.
 """
 
-from configs import distill, evaluate, export, reflow
 from ml_collections import ConfigDict
+
+from configs import distill, evaluate, export, reflow
 
 
 def get_config() -> ConfigDict:

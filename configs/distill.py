@@ -14,8 +14,9 @@ when only kinds are prompted, 22.0 (35.2, 26.2, 12.7). With --config.loop.steps=
 3.9 and 31.5 (README.md). The paper's variants have not been run.
 """
 
-from configs import common, generate, reflow
 from ml_collections import ConfigDict
+
+from configs import common, generate, reflow
 
 
 def get_config(variant: str = "openmoji") -> ConfigDict:

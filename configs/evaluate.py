@@ -14,8 +14,9 @@ Needs the package `matplotlib` (extra "demo"), as well as those that draw the em
 Measured by configs/demo.py on two CPU cores: 5 min 13 s for 512 prompts of names and as many of kinds; README.md has the table.
 """
 
-from configs import common, evaluate_coco
 from ml_collections import ConfigDict
+
+from configs import common, evaluate_coco
 
 PROMPTS = ("woman astronaut", "red apple", "cat face", "house", "rocket", "grinning face", "octopus", "flag of japan")
 COCO = {"coco5k": evaluate_coco.coco5k, "coco30k": evaluate_coco.coco30k}

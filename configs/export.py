@@ -16,8 +16,9 @@ Writes DIR/export, whole or not at all:
 Needs nothing: the flow is distilled first where it is absent.
 """
 
-from configs import common, distill
 from ml_collections import ConfigDict
+
+from configs import common, distill
 
 FORMATS = ("orbax", "diffusers", "stablehlo", "msgpack")
 VARIANTS = {"openmoji": {}, "sd15": {"dtype": "bfloat16", "prompts": "a hyper-realistic photo of a cute cat"}}

@@ -16,8 +16,9 @@ Measured with the first command on two CPU cores: 4,096 pairs in 3 min 36 s, sta
 products at 65 GFLOP/s a core, which bound it. Not measured on a GPU.
 """
 
-from configs import common
 from ml_collections import ConfigDict
+
+from configs import common
 
 # Stable Diffusion as in the paper; 2-rectified flow as the teacher of distillation
 _LARGE = {"shard_size": 8192, "dtype": "bfloat16"}

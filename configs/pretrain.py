@@ -11,8 +11,9 @@ four train 146, some 150 to 200, 250 and 410 pictures/s (the last two beside oth
 second, less for the others. Measured on what is shipped: see the cards.
 """
 
-from configs import common
 from ml_collections import ConfigDict
+
+from configs import common
 
 PROMPTS = (
     "woman astronaut",

@@ -10,8 +10,9 @@ the teacher, seen as a flow, 0.463; of this flow 0.029. Fréchet distance to rea
 The paper's variants have not been run; sd15 has been compiled at full size (benchmarks/scaling.py).
 """
 
-from configs import common, generate
 from ml_collections import ConfigDict
+
+from configs import common, generate
 
 PROMPTS = ("woman astronaut", "red apple", "cat face", "house", "astronaut", "a face")
 

@@ -11,8 +11,9 @@ instaflow (the released one-step model). Writes WORKDIR/sample/*.png, each with 
 metadata, and a grid with a row a prompt and a column a seed.
 """
 
-from configs import common
 from ml_collections import ConfigDict
+
+from configs import common
 
 SD21 = "stabilityai/stable-diffusion-2-1"
 VARIANTS = {

@@ -9,8 +9,9 @@ then prints the page's address: http://127.0.0.1:7860, which only this machine r
 to others; it knows no passwords). The page fetches nothing from elsewhere.
 """
 
-from configs import common
 from ml_collections import ConfigDict
+
+from configs import common
 
 _LARGE = {
     "dtype": "bfloat16",

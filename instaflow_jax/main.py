@@ -20,9 +20,15 @@ import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
-from instaflow_jax.infra import parallel
+from instaflow_jax.infra import devices as parallel
 
-STAGES = ("pretrain", "generate", "reflow", "distill", "sample", "evaluate", "demo", "export", "evaluate_coco", "serve")
+STAGES = {  # name of a stage → its module in instaflow_jax.stages
+    **{name: name for name in ("sample", "reflow", "distill")},
+    **{
+        name: f"{name}.stage"
+        for name in ("pretrain", "generate", "evaluate", "evaluate_coco", "export", "serve", "demo")
+    },
+}
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/STAGE.py, or configs/STAGE.py:variant")
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0; '' where the cluster tells it")
@@ -43,7 +49,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     """
     if config.stage not in STAGES:
         raise ValueError(f"config.stage={config.stage!r} is not one of {', '.join(STAGES)}")
-    importlib.import_module(f"instaflow_jax.stages.{config.stage}").run(config, workdir)
+    importlib.import_module(f"instaflow_jax.stages.{STAGES[config.stage]}").run(config, workdir)
 
 
 def main(argv: list[str]) -> None:

@@ -6,8 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from instaflow_jax import sampling
-from instaflow_jax.models import pipeline
+from instaflow_jax import pipeline, sampling
 from instaflow_jax.models.clip import CLIPModel
 from instaflow_jax.models.lpips import LPIPS, VGGClassifier
 

@@ -12,8 +12,7 @@ from conftest import references, relative
 
 from benchmarks import peers, run, sd15, table, timing, training, twins
 from benchmarks.timing import Row, Side, Spec, Timing
-from instaflow_jax import flow
-from instaflow_jax.models import pipeline
+from instaflow_jax import flow, pipeline
 from instaflow_jax.models.lpips import LPIPS
 
 OURS, THEIRS = (

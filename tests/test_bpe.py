@@ -6,9 +6,9 @@ import pytest
 from transformers import CLIPTokenizer, CLIPTokenizerFast
 
 import instaflow_jax
-from instaflow_jax.data import bpe
-from instaflow_jax.data.captions import caption_table
-from instaflow_jax.data.drawing import catalogue
+from instaflow_jax.data.openmoji.captions import caption_table
+from instaflow_jax.data.openmoji.drawing import catalogue
+from tools import train_tokenizer as bpe
 
 SHIPPED = Path(instaflow_jax.__path__[0]) / "assets" / "openmoji" / "tokenizer"
 TEXTS = ["woman astronaut dark skin tone", "red apple", "man's shoe", "keycap 7", "flag of chad", "keycap #"]

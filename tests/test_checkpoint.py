@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import toy_training as toy
 
-from instaflow_jax.infra import checkpoint, parallel
+from instaflow_jax.infra import checkpoint
+from instaflow_jax.infra import devices as parallel
 from instaflow_jax.infra.checkpoint import Checkpoints
 from instaflow_jax.train import state
 

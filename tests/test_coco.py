@@ -13,17 +13,17 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from instaflow_jax import main
+from instaflow_jax import main, pipeline
 from instaflow_jax.data import coco, records
 from instaflow_jax.evals import features
 from instaflow_jax.infra import images
-from instaflow_jax.models import pipeline
 from instaflow_jax.models.clip import CLIPModel, CLIPTextModel
 from instaflow_jax.models.inception import InceptionV3
-from instaflow_jax.models.tokenizer import Tokenizer
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.models.vae import AutoencoderKL
-from instaflow_jax.stages import evaluate_coco, evaluate_coco_measure
+from instaflow_jax.stages.evaluate_coco import measures as evaluate_coco_measure
+from instaflow_jax.stages.evaluate_coco import stage as evaluate_coco
+from instaflow_jax.weights.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 COUNT = 14

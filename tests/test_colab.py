@@ -14,10 +14,10 @@ from nbclient import NotebookClient
 from PIL import Image
 from test_evaluate import make_tiny
 
-from instaflow_jax import sampling
-from instaflow_jax.data import drawing, openmoji
-from instaflow_jax.models import pipeline
-from instaflow_jax.stages import straighten
+from instaflow_jax import pipeline, sampling
+from instaflow_jax.data.openmoji import dataset as openmoji
+from instaflow_jax.data.openmoji import drawing
+from instaflow_jax.stages.common import flow_training as straighten
 from instaflow_jax.train import warm_start
 
 ROOT = Path(__file__).parent.parent

@@ -10,7 +10,9 @@ from conftest import normal, relative
 from flax import nnx
 from jax import lax
 
-from instaflow_jax.models import convolutions, cpu, layers
+from instaflow_jax.kernels.cpu import dispatch as cpu
+from instaflow_jax.kernels.cpu import winograd as convolutions
+from instaflow_jax.models import layers
 
 SAME = ((1, 1), (1, 1))
 

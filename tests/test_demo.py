@@ -13,7 +13,7 @@ from test_straighten import shrink as shrink_training
 
 from configs import demo as config_file
 from instaflow_jax import main
-from instaflow_jax.stages import demo
+from instaflow_jax.stages.demo import stage as demo
 
 
 @pytest.fixture(scope="module")

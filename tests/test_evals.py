@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from conftest import normal, relative
 
-from instaflow_jax import flow
-from instaflow_jax.evals import clip_score, features, frechet, kernel, neighbours, straightness
+from instaflow_jax import flow, pipeline
+from instaflow_jax.evals import clip_score, features, frechet, straightness
+from instaflow_jax.evals import kid as kernel
+from instaflow_jax.evals import precision_recall as neighbours
 from instaflow_jax.evals.frechet import Moments
-from instaflow_jax.models import pipeline
 from instaflow_jax.models.clip import CLIPModel
-from instaflow_jax.models.tokenizer import Tokenizer
+from instaflow_jax.weights.tokenizer import Tokenizer
 
 
 def draw(seed: int, count: int, dim: int, offset: float = 0.0) -> np.ndarray:

@@ -13,17 +13,19 @@ import pytest
 from conftest import normal, relative
 from tiny_diffusion import make_random
 
-from instaflow_jax import flow, main, sampling, teacher
-from instaflow_jax.data import openmoji
-from instaflow_jax.data.captions import Emoji
+from instaflow_jax import flow, main, pipeline, sampling, teacher
+from instaflow_jax.data.openmoji import dataset as openmoji
+from instaflow_jax.data.openmoji.captions import Emoji
 from instaflow_jax.evals.clip_score import make_clip_score
 from instaflow_jax.infra import images
-from instaflow_jax.models import pipeline
 from instaflow_jax.models.clip import CLIPModel
-from instaflow_jax.stages import evaluate_models, evaluate_path, evaluate_programs, straighten
-from instaflow_jax.stages.evaluate_judge import Judge, kinds_of
-from instaflow_jax.stages.evaluate_models import Model
-from instaflow_jax.stages.pretrain_recipe import caption_tokens, to_pixels
+from instaflow_jax.stages.common import flow_training as straighten
+from instaflow_jax.stages.evaluate import models as evaluate_models
+from instaflow_jax.stages.evaluate import path as evaluate_path
+from instaflow_jax.stages.evaluate import programs as evaluate_programs
+from instaflow_jax.stages.evaluate.judge import Judge, kinds_of
+from instaflow_jax.stages.evaluate.models import Model
+from instaflow_jax.stages.pretrain.recipe import caption_tokens, to_pixels
 
 ROOT = Path(__file__).parent.parent
 NAMES = (

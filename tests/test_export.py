@@ -16,15 +16,16 @@ from conftest import normal, relative
 from jax import export as jax_export
 from PIL import Image
 
-from instaflow_jax import main, sampling
+from instaflow_jax import main, pipeline, sampling
 from instaflow_jax.infra.checkpoint import Checkpoints
-from instaflow_jax.models import pipeline
 from instaflow_jax.models.clip import CLIPTextModel
-from instaflow_jax.models.tokenizer import Tokenizer
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.models.vae import AutoencoderKL
-from instaflow_jax.stages import distill, export_formats, pretrain_diffusion
+from instaflow_jax.stages import distill
+from instaflow_jax.stages.export import formats as export_formats
+from instaflow_jax.stages.pretrain import diffusion as pretrain_diffusion
 from instaflow_jax.train import optim, state
+from instaflow_jax.weights.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 NETS = {
@@ -451,7 +452,8 @@ def test_a_card_without_measurements_says_so(exported):
 )
 def test_the_licence_is_inherited_through_the_runs(model, licence, source, run, tmp_path, monkeypatch):
     """distill ← reflow/export ← its config's model."""
-    from instaflow_jax.stages import export_card, export_source
+    from instaflow_jax.stages.export import card as export_card
+    from instaflow_jax.stages.export import source as export_source
 
     runs = {
         "a/distill": {"start": "", "model": "", "pairs": {"model": "a/reflow/export"}},

@@ -16,18 +16,20 @@ import numpy as np
 import pytest
 import toy_training
 
-from instaflow_jax import main, sampling
-from instaflow_jax.data import pairs_manifest, pairs_store
+from instaflow_jax import main, pipeline, sampling
 from instaflow_jax.data.noise import noise
-from instaflow_jax.data.pairs import Pairs
+from instaflow_jax.data.pairs import manifest as pairs_manifest
+from instaflow_jax.data.pairs import store as pairs_store
+from instaflow_jax.data.pairs.reader import Pairs
 from instaflow_jax.infra.speed import step_flops
-from instaflow_jax.models import pipeline
 from instaflow_jax.models.clip import CLIPTextModel
-from instaflow_jax.models.tokenizer import Tokenizer
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.models.vae import AutoencoderKL
-from instaflow_jax.stages import generate_job, generate_plan, generate_program
-from instaflow_jax.stages.pretrain_diffusion import INDEX
+from instaflow_jax.stages.generate import job as generate_job
+from instaflow_jax.stages.generate import plan as generate_plan
+from instaflow_jax.stages.generate import program as generate_program
+from instaflow_jax.stages.pretrain.diffusion import INDEX
+from instaflow_jax.weights.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = ["red apple", "house", "cat face", "a face", "woman astronaut", "rocket", "octopus"]

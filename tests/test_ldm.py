@@ -13,8 +13,8 @@ import safetensors.torch
 from conftest import normal, references, relative
 from tiny_diffusion import assert_is, load, make_directory
 
-from instaflow_jax import sampling
-from instaflow_jax.models import ldm, pipeline, torch_file
+from instaflow_jax import pipeline, sampling
+from instaflow_jax.weights import ldm, torch_file
 
 
 @pytest.fixture(scope="module")

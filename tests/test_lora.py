@@ -13,8 +13,10 @@ from PIL import Image
 from tiny_diffusion import load, make_directory, torch_names
 
 from instaflow_jax import main
-from instaflow_jax.models import lora, merge, port
-from instaflow_jax.stages import generate_job, sample
+from instaflow_jax.stages.common import loading
+from instaflow_jax.stages.generate import job as generate_job
+from instaflow_jax.weights import delta as merge
+from instaflow_jax.weights import lora, port
 
 ROOT = Path(__file__).parent.parent
 UNET = {  # each kind of layer that files hold: linear, 1×1 and 3×3 convolutions
@@ -327,14 +329,14 @@ def test_pairs_remember_whose_weights_made_them(tiny, tmp_path):
 
 
 def test_scales_are_read_from_the_config():
-    assert sample.read_loras("a.safetensors=0.8| b.safetensors |c=-1e-1") == [
+    assert loading.read_loras("a.safetensors=0.8| b.safetensors |c=-1e-1") == [
         ("a.safetensors", 0.8),
         ("b.safetensors", 1.0),
         ("c", -0.1),
     ]
-    assert sample.read_loras("") == []
+    assert loading.read_loras("") == []
     with pytest.raises(ValueError, match="the scale 'much' of a.safetensors is no number"):
-        sample.read_loras("a.safetensors=much")
+        loading.read_loras("a.safetensors=much")
 
 
 def test_a_convolution_is_the_same_low_rank_map(tiny):

@@ -9,9 +9,10 @@ import pytest
 from conftest import normal, randomize, references, relative
 
 import configs.distill
-from instaflow_jax.models import pipeline, port
+from instaflow_jax import pipeline
 from instaflow_jax.models.lpips import LPIPS, PUBLISHED, VGGClassifier
 from instaflow_jax.stages.distill import make_distance
+from instaflow_jax.weights import port
 
 HEADS = Path(importlib.util.find_spec("lpips").origin).parent / "weights" / "v0.1"
 

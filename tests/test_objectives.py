@@ -11,7 +11,7 @@ from conftest import normal, relative
 from instaflow_jax import flow
 from instaflow_jax.models.lpips import LPIPS
 from instaflow_jax.models.vae import AutoencoderKL
-from instaflow_jax.train import objectives
+from instaflow_jax.train import losses as objectives
 
 TEXT = types.SimpleNamespace(
     apply=lambda params, ids: types.SimpleNamespace(last_hidden_state=params[ids])

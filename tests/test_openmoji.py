@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from instaflow_jax.data import drawing, openmoji
-from instaflow_jax.data.augment import augment, turn
-from instaflow_jax.data.captions import LEVELS, caption_table, captions, clean, draw, level_probabilities
-from instaflow_jax.data.emoji_groups import SUBGROUPS, subgroup_of
+from instaflow_jax.data.openmoji import dataset as openmoji
+from instaflow_jax.data.openmoji import drawing
+from instaflow_jax.data.openmoji.augment import augment, turn
+from instaflow_jax.data.openmoji.captions import LEVELS, caption_table, captions, clean, draw, level_probabilities
+from instaflow_jax.data.openmoji.groups import SUBGROUPS, subgroup_of
 
 ROOT = Path(__file__).parent.parent
 # an astronaut with a tone, both splits, and a file named without its presentation selector (2764-FE0F)

@@ -12,10 +12,11 @@ import pytest
 import tensorflow_datasets as tfds
 
 from instaflow_jax.data import noise as noise_file
-from instaflow_jax.data import pairs as pairs_file
-from instaflow_jax.data import pairs_manifest, pairs_store
 from instaflow_jax.data.noise import NAME, checksum, noise
-from instaflow_jax.data.pairs import PairBatches, Pairs
+from instaflow_jax.data.pairs import manifest as pairs_manifest
+from instaflow_jax.data.pairs import reader as pairs_file
+from instaflow_jax.data.pairs import store as pairs_store
+from instaflow_jax.data.pairs.reader import PairBatches, Pairs
 
 RECIPE = {
     "teacher": {"unet": "u"},

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import toy_training as toy
 
-from instaflow_jax.infra import metrics, parallel
+from instaflow_jax.infra import devices as parallel
+from instaflow_jax.infra import metrics
 
 STEPS = 5
 

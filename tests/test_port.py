@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from conftest import randomize, references
 
-from instaflow_jax.models import port, torch_file
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.models.vae import AutoencoderKL
+from instaflow_jax.weights import port, torch_file
 
 UNET = {
     "block_out_channels": (32, 64),

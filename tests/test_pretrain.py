@@ -5,16 +5,16 @@ import numpy as np
 import pytest
 
 from configs import pretrain as config_file
-from instaflow_jax import teacher
-from instaflow_jax.data import openmoji
-from instaflow_jax.data.captions import Emoji
+from instaflow_jax import pipeline, teacher
+from instaflow_jax.data.openmoji import dataset as openmoji
+from instaflow_jax.data.openmoji.captions import Emoji
 from instaflow_jax.infra import metrics
-from instaflow_jax.models import pipeline
 from instaflow_jax.models.clip import CLIPModel
 from instaflow_jax.models.lpips import LPIPS, VGGClassifier
 from instaflow_jax.models.vae import AutoencoderKL
-from instaflow_jax.stages import pretrain, pretrain_diffusion
-from instaflow_jax.train import pretraining
+from instaflow_jax.stages.pretrain import diffusion as pretrain_diffusion
+from instaflow_jax.stages.pretrain import losses as pretraining
+from instaflow_jax.stages.pretrain import stage as pretrain
 
 NAMES = ("red apple", "cat face", "house", "astronaut", "rocket", "octopus", "grinning face", "flag of japan")
 

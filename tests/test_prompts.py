@@ -8,7 +8,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from instaflow_jax.data import prompts, records
-from instaflow_jax.data.openmoji import _png
+from instaflow_jax.data.openmoji.dataset import _png
 from instaflow_jax.data.prompts import Cleaning
 
 AS_IT_IS = Cleaning(normalize=False, min_chars=0, max_chars=0, unique=False)

@@ -66,7 +66,7 @@ def test_python_runs(monkeypatch, tmp_path):
     """The snippets as they stand, with the embedded model for the reader's own directory."""
     import numpy as np
 
-    from instaflow_jax.models import pipeline
+    from instaflow_jax import pipeline
 
     monkeypatch.chdir(tmp_path)
     pipe = pipeline.load("openmoji", variant=None, attention="xla")

@@ -9,7 +9,7 @@ from benchmarks.scaling import PLAN
 from instaflow_jax.models.lpips import LPIPS
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.models.vae import AutoencoderKL
-from instaflow_jax.train import objectives
+from instaflow_jax.train import losses as objectives
 
 # Few channels and 144 tokens: shapes for which `models.cpu` has no way of its own.
 UNET = UNet2DConditionModel.from_config(

@@ -13,8 +13,7 @@ import pytest
 from conftest import normal, randomize, references, relative
 from PIL import Image
 
-from instaflow_jax import flow, main, sampling, teacher
-from instaflow_jax.models import pipeline
+from instaflow_jax import flow, main, pipeline, sampling, teacher
 from instaflow_jax.models.unet import UNet2DConditionModel
 
 ROOT = Path(__file__).parent.parent

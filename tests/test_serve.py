@@ -16,10 +16,9 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 from test_straighten import teacher  # noqa: F401 (a fixture)
 
-from instaflow_jax import main
+from instaflow_jax import main, pipeline
 from instaflow_jax.infra import images
-from instaflow_jax.models import pipeline
-from instaflow_jax.stages import serve
+from instaflow_jax.stages.serve import stage as serve
 
 ROOT = Path(__file__).parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -241,7 +240,7 @@ def test_nobody_goes_past_the_queue_or_leaves_files(page):
 
 
 def test_requests_beyond_the_queue_are_turned_away():
-    from instaflow_jax.stages import serve_page
+    from instaflow_jax.stages.serve import page as serve_page
 
     begun, go_on = threading.Event(), threading.Event()
 

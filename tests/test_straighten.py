@@ -8,13 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from tiny_diffusion import make_random
 
-from instaflow_jax import main
-from instaflow_jax.models import pipeline
+from instaflow_jax import main, pipeline
 from instaflow_jax.models.unet import UNet2DConditionModel
-from instaflow_jax.stages import straighten
+from instaflow_jax.stages.common import flow_training as straighten
 
 ROOT = Path(__file__).parent.parent
 SMALL_LOOP = {"steps": 4, "log_every": 1, "save_every": 2}

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from conftest import references
 
-from instaflow_jax.models.pipeline import EMBEDDED
-from instaflow_jax.models.tokenizer import Tokenizer
+from instaflow_jax.pipeline import EMBEDDED
+from instaflow_jax.weights.tokenizer import Tokenizer
 
 SOURCE = EMBEDDED / "openmoji" / "tokenizer"
 PLAIN = [

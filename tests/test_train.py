@@ -7,7 +7,8 @@ import optax
 import pytest
 import toy_training as toy
 
-from instaflow_jax.infra import checkpoint, metrics, parallel
+from instaflow_jax.infra import checkpoint, metrics
+from instaflow_jax.infra import devices as parallel
 from instaflow_jax.infra.preemption import Preempted
 from instaflow_jax.train import batches, loop, optim, state, step
 

@@ -24,7 +24,7 @@ from tiny_diffusion import make_directory
 
 from instaflow_jax import main
 from instaflow_jax.evals import features
-from instaflow_jax.stages import evaluate_coco_measure
+from instaflow_jax.stages.evaluate_coco import measures as evaluate_coco_measure
 
 BLOCKS = [text for language, text in FENCES if language == "bash" and commands_of(text, MAIN)]
 

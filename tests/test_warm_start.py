@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instaflow_jax import flow, sampling, teacher
-from instaflow_jax.models import pipeline
+from instaflow_jax import flow, pipeline, sampling, teacher
 from instaflow_jax.train import warm_start
 
 

@@ -7,11 +7,12 @@ import jax
 import numpy as np
 from conftest import randomize, references
 
-from instaflow_jax.models import pipeline, port
+from instaflow_jax import pipeline
 from instaflow_jax.models.clip import CLIPTextModel
-from instaflow_jax.models.tokenizer import Tokenizer
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.models.vae import AutoencoderKL
+from instaflow_jax.weights import port
+from instaflow_jax.weights.tokenizer import Tokenizer
 
 TOKENIZER = Path(pipeline.EMBEDDED) / "openmoji" / "tokenizer"
 UNET = {"norm_num_groups": 4, "sample_size": 8, "cross_attention_dim": 16}

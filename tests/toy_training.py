@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from instaflow_jax.infra import checkpoint, metrics, parallel
+from instaflow_jax.infra import checkpoint, metrics
+from instaflow_jax.infra import devices as parallel
 from instaflow_jax.train import batches, loop, optim, state, step
 
 WIDTH = 128  # wide enough that the shape rule shards the kernels

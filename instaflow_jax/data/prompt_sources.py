@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from instaflow_jax.data.captions import draw
-from instaflow_jax.data.drawing import catalogue
+from instaflow_jax.data.openmoji.captions import draw
+from instaflow_jax.data.openmoji.drawing import catalogue
 
 Rows = Iterator[str | None]
 _PLAIN = 3  # how often a pass over OpenMoji shows an emoji without a skin tone; those with one are half of all

@@ -15,8 +15,8 @@ from PIL import Image
 
 from instaflow_jax.arrays import Params, PerSample, Tokens
 from instaflow_jax.infra import files
-from instaflow_jax.models import hub
 from instaflow_jax.models.net import Net
+from instaflow_jax.weights import hub
 
 FILE = "preprocessor_config.json"
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's, for absent keys

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from instaflow_jax.arrays import Params
-from instaflow_jax.infra import parallel
+from instaflow_jax.infra import devices as parallel
 
 ARRAYS = ("params", "ema", "optimizer")
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from instaflow_jax.models import hub
 from instaflow_jax.models.layers import DRAWN, Make, activation, attend
 from instaflow_jax.models.net import Config, Model, Net
+from instaflow_jax.weights import hub
 
 _LEGACY_EOS = 2  # what older files state instead of the true end-of-text id
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from instaflow_jax.models import hub, port
 from instaflow_jax.models.layers import LATER, NO_KEYS, Make
 from instaflow_jax.models.net import Config, Model, Net, Params
+from instaflow_jax.weights import hub, port
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from instaflow_jax.models import cpu
+from instaflow_jax.kernels.cpu import dispatch as cpu
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,

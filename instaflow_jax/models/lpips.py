@@ -15,9 +15,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from instaflow_jax.arrays import PerSample
-from instaflow_jax.models import hub, port
 from instaflow_jax.models.layers import NO_KEYS, Identity, Make, Recomputed
 from instaflow_jax.models.net import Config, Model, Net, Params
+from instaflow_jax.weights import hub, port
 
 PUBLISHED = {
     "vgg": {"net": "vgg", "widths": (64, 128, 256, 512, 512), "depths": (2, 2, 3, 3, 3)},

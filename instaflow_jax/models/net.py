@@ -19,8 +19,8 @@ from flax import nnx
 
 from instaflow_jax.arrays import Params
 from instaflow_jax.infra import files
-from instaflow_jax.models import hub, port
 from instaflow_jax.models.layers import DRAWN, REMAT, Make, Recomputed
+from instaflow_jax.weights import hub, port
 
 
 @dataclasses.dataclass(frozen=True)

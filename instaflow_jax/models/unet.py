@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from instaflow_jax.models import hub, net
+from instaflow_jax.models import net
 from instaflow_jax.models.blocks import Downsample2D, ResnetBlock2D, Upsample2D
 from instaflow_jax.models.layers import Make, Recomputed
 from instaflow_jax.models.transformer import Transformer2DModel
+from instaflow_jax.weights import hub
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from instaflow_jax.models import hub, net
+from instaflow_jax.models import net
 from instaflow_jax.models.blocks import Downsample2D, ResnetBlock2D, Upsample2D
 from instaflow_jax.models.layers import Make, Recomputed, attend
+from instaflow_jax.weights import hub
 
 _EPS = 1e-6  # of every GroupNorm in the autoencoder
 

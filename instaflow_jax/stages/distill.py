@@ -4,10 +4,12 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from instaflow_jax.models import pipeline
+from instaflow_jax import pipeline
 from instaflow_jax.models.lpips import LPIPS
-from instaflow_jax.stages import reflow, sample, straighten
-from instaflow_jax.train import objectives
+from instaflow_jax.stages import reflow
+from instaflow_jax.stages.common import flow_training as straighten
+from instaflow_jax.stages.common import loading
+from instaflow_jax.train import losses as objectives
 
 DISTANCES = ("l2", "lpips")
 
@@ -28,7 +30,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     with config.pairs.unlocked():
         config.pairs.model = source
     pairs = straighten.need_pairs(config.pairs, Path(workdir) / config.pairs_in)
-    pipe = sample.load(config, config.start or source)
+    pipe = loading.load(config, config.start or source)
     distance, frozen = make_distance(config, pipe)
     unet = pipe.nets["unet"].with_remat(config.remat.unet)
     loss = objectives.make_distill_loss(
@@ -50,7 +52,7 @@ def make_distance(config: ConfigDict, pipe: pipeline.Pipeline):
     """The distance of Eq. 6 and the frozen weights that it looks through."""
     if config.distance == "l2":
         return objectives.latent_distance, {}
-    dtype = sample.DTYPES[config.dtype]  # of the trunk's products; its features are compared in float32
+    dtype = loading.DTYPES[config.dtype]  # of the trunk's products; its features are compared in float32
     if config.lpips.trunk:
         lpips, params = LPIPS.from_files(config.lpips.trunk, config.lpips.heads, net=config.lpips.net, dtype=dtype)
     else:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from instaflow_jax.stages import sample, straighten
-from instaflow_jax.train import objectives
+from instaflow_jax.stages.common import flow_training as straighten
+from instaflow_jax.stages.common import loading
+from instaflow_jax.train import losses as objectives
 
 DIRECTORY = "reflow"
 
@@ -19,7 +20,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     """
     straighten.check(config)
     pairs = straighten.need_pairs(config.pairs, Path(workdir))
-    pipe = sample.load(config, config.model)
+    pipe = loading.load(config, config.model)
     unet = pipe.nets["unet"].with_remat(config.remat.unet)
     loss = objectives.make_reflow_loss(
         unet, pipe.nets["text_encoder"], drop=config.drop, steps=straighten.CLOCK, **config.loss

@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from instaflow_jax.arrays import Key
-from instaflow_jax.infra import parallel, speed
+from instaflow_jax.infra import devices as parallel
+from instaflow_jax.infra import speed
 from instaflow_jax.infra.checkpoint import Checkpoints
 from instaflow_jax.infra.metrics import Writer
 from instaflow_jax.infra.preemption import Preempted, Preemption
