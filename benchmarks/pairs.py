@@ -23,8 +23,7 @@ from instaflow_jax.data.noise import NAME, noise
 from instaflow_jax.data.pairs import manifest as pairs_manifest
 from instaflow_jax.data.pairs import store as pairs_store
 from instaflow_jax.data.pairs.reader import PairBatches, Pairs
-from instaflow_jax.train import losses as objectives
-from instaflow_jax.train import optim, state, step
+from instaflow_jax.train import losses, optim, state, step
 
 BATCH = 64
 SHARD = 128
@@ -103,8 +102,8 @@ def step_rate(pipe: pipeline.Pipeline) -> float:
     """Pairs/s that the reflow step of configs/reflow.py takes, from arrays in memory."""
     config = reflow.get_config()
     optimizer = optim.make_optimizer(optim.make_schedule(**config.schedule), **config.optim)
-    loss = objectives.make_reflow_loss(
-        pipe.nets["unet"], pipe.nets["text_encoder"], drop=config.drop, steps=1000, **config.loss
+    loss = losses.make_reflow_loss(
+        pipe.nets["unet"], pipe.nets["text_encoder"], prompt_dropout=config.prompt_dropout, steps=1000, **config.loss
     )
     update = jax.jit(
         step.make_train_step(loss, optimizer, ema_decay=config.ema_decay, accumulate=1).update, donate_argnums=0

@@ -28,16 +28,14 @@ from benchmarks import collectives
 from benchmarks.references import CLIP_L_TEXT, SD15_UNET, SD15_VAE
 from instaflow_jax import pipeline
 from instaflow_jax.arrays import Key
-from instaflow_jax.infra import devices as parallel
-from instaflow_jax.infra import speed
+from instaflow_jax.infra import cost, devices
 from instaflow_jax.models.clip import CLIPTextModel
 from instaflow_jax.models.lpips import LPIPS, PUBLISHED
 from instaflow_jax.models.net import Net
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.models.vae import AutoencoderKL
 from instaflow_jax.stages.common import flow_training as straighten
-from instaflow_jax.train import loop, optim
-from instaflow_jax.train import losses as objectives
+from instaflow_jax.train import loop, losses, optim
 from instaflow_jax.train import state as train_state
 from instaflow_jax.train import step as train_step
 
@@ -90,15 +88,22 @@ def make_loss(config, nets: dict[str, Net]):
         "null_ids": jax.ShapeDtypeStruct((1, text.config.max_position_embeddings), jnp.int32),
     }
     if config.stage == "reflow":
-        return objectives.make_reflow_loss(unet, text, drop=config.drop, steps=straighten.CLOCK, **config.loss), frozen
-    distance = objectives.latent_distance
+        return losses.make_reflow_loss(
+            unet, text, prompt_dropout=config.prompt_dropout, num_timesteps=straighten.NUM_TIMESTEPS, **config.loss
+        ), frozen
+    distance = losses.latent_distance
     if config.distance == "lpips":
         vae, lpips = nets["vae"].with_remat(config.remat.vae), nets["lpips"].with_remat(config.remat.lpips)
         options = {name: config.lpips[name] for name in ("l2", "crop", "margin")}
-        distance = objectives.make_lpips_distance(vae, lpips, **options)
+        distance = losses.make_lpips_distance(vae, lpips, **options)
         frozen |= {"vae": vae.shapes, "lpips": lpips.shapes}
-    return objectives.make_distill_loss(
-        unet, text, distance, match=config.match, drop=config.drop, steps=straighten.CLOCK
+    return losses.make_distill_loss(
+        unet,
+        text,
+        distance,
+        match=config.match,
+        prompt_dropout=config.prompt_dropout,
+        num_timesteps=straighten.NUM_TIMESTEPS,
     ), frozen
 
 
@@ -107,12 +112,12 @@ def abstract_batch(nets: dict[str, Net], batch_size: int, mesh: Mesh):
     unet, length = nets["unet"].config, nets["text_encoder"].config.max_position_embeddings
     latent = jax.ShapeDtypeStruct((batch_size, unet.sample_size, unet.sample_size, unet.in_channels), jnp.float16)
     ids = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
-    return parallel.abstract_batch({"X0": latent, "X1": latent, "ids": ids}, mesh)
+    return devices.abstract_batch({"X0": latent, "X1": latent, "ids": ids}, mesh)
 
 
 def replicated(tree, mesh: Mesh):
     """The same shapes, whole on every device."""
-    whole = parallel.replicated(mesh)
+    whole = devices.replicated(mesh)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), tree)
 
 
@@ -125,9 +130,9 @@ def lower(config, nets: dict[str, Net], mesh: Mesh) -> tuple[jax.stages.Lowered,
     loss, frozen = make_loss(config, nets)
     optimizer = optim.make_optimizer(optim.make_schedule(**config.schedule), **config.optim)
     state = jax.eval_shape(lambda params: train_state.create(params, optimizer), nets["unet"].shapes)
-    state = parallel.abstract(state, mesh)
+    state = devices.abstract(state, mesh)
     step = train_step.make_train_step(
-        parallel.gathering(loss, mesh), optimizer, ema_decay=config.ema_decay, accumulate=config.accumulate
+        devices.gathering(loss, mesh), optimizer, ema_decay=config.ema_decay, accumulate=config.accumulate
     )
     inputs = replicated(frozen, mesh), abstract_batch(nets, config.batch_size, mesh), abstract_key(mesh)
     return loop.lower_step(step, state, *inputs, mesh), state
@@ -139,10 +144,10 @@ def measure(name: str, size: str, fsdp: int, remat: str, micro_batch: int) -> Ro
     Raises:
       ValueError: the recipe's batch cannot be cut so.
     """
-    config, mesh = read_recipe(name), parallel.make_mesh(fsdp=fsdp)
+    config, mesh = read_recipe(name), devices.make_mesh(fsdp=fsdp)
     config.remat.update(dict.fromkeys(config.remat, remat))
     config.accumulate = max(1, config.batch_size // (micro_batch * mesh.size))
-    parallel.check_batch_size("batch_size", config.batch_size, mesh, config.accumulate)
+    devices.check_batch_size("batch_size", config.batch_size, mesh, config.accumulate)
     nets, began = make_nets(size, config.dtype), time.monotonic()
     lowered, state = lower(config, nets, mesh)
     compiled = lowered.compile(compiler_options=PLAN | UNRUN)
@@ -157,7 +162,7 @@ def measure(name: str, size: str, fsdp: int, remat: str, micro_batch: int) -> Ro
             "in place": memory.alias_size_in_bytes,
             "temporaries": memory.temp_size_in_bytes,
         },
-        speed.step_flops(lowered, config.accumulate),
+        cost.step_flops(lowered, config.accumulate),
         collectives.sent_by_kind(sent),
         collectives.unexpected(sent, sharded, config.accumulate),
         seconds,

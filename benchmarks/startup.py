@@ -83,8 +83,7 @@ def programs(jax) -> dict:
     from benchmarks.training import pairs
     from configs import reflow
     from instaflow_jax import pipeline, sampling
-    from instaflow_jax.train import losses as objectives
-    from instaflow_jax.train import optim, state, step
+    from instaflow_jax.train import losses, optim, state, step
 
     pipe = pipeline.load("openmoji", variant=None, attention="xla")
     data, null, config = pairs(32, pipe.latent_shape, 16), pipe.tokenizer([""]), reflow.get_config()
@@ -99,8 +98,12 @@ def programs(jax) -> dict:
         )
 
     def reflow_step():
-        loss = objectives.make_reflow_loss(
-            pipe.nets["unet"], pipe.nets["text_encoder"], drop=config.drop, steps=1000, **config.loss
+        loss = losses.make_reflow_loss(
+            pipe.nets["unet"],
+            pipe.nets["text_encoder"],
+            prompt_dropout=config.prompt_dropout,
+            steps=1000,
+            **config.loss,
         )
         update = step.make_train_step(loss, optimizer, ema_decay=config.ema_decay, accumulate=1).update
         frozen = {"text_encoder": pipe.params["text_encoder"], "null_ids": null}

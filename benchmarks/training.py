@@ -12,16 +12,15 @@ from benchmarks.timing import Call
 from configs import distill, generate, reflow
 from instaflow_jax import pipeline
 from instaflow_jax.arrays import Batch
+from instaflow_jax.infra import cost
 from instaflow_jax.infra import devices as parallel
-from instaflow_jax.infra import speed
 from instaflow_jax.models.clip import CLIPTextModel
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.stages.common import flow_training as straighten
 from instaflow_jax.stages.distill import make_distance
 from instaflow_jax.stages.generate import job as generate_job
 from instaflow_jax.stages.generate import program as generate_program
-from instaflow_jax.train import loop, optim, state, step
-from instaflow_jax.train import losses as objectives
+from instaflow_jax.train import loop, losses, optim, state, step
 
 
 def pairs(batch: int, latent: Sequence[int], length: int) -> Batch:
@@ -44,14 +43,18 @@ def embedded(*, batch: int, devices: int) -> dict[str, Call]:
     unet, text = pipe.nets["unet"], pipe.nets["text_encoder"]
     frozen = seen | {"text_encoder": pipe.params["text_encoder"], "null_ids": pipe.tokenizer([""])}
     recipe = reflow.get_config()
-    losses = {
-        "reflow step": objectives.make_reflow_loss(unet, text, drop=recipe.drop, steps=straighten.CLOCK, **recipe.loss),
-        "LPIPS step": objectives.make_distill_loss(unet, text, distance, match=0.0, drop=0.0, steps=straighten.CLOCK),
+    step_losses = {
+        "reflow step": losses.make_reflow_loss(
+            unet, text, prompt_dropout=recipe.prompt_dropout, num_timesteps=straighten.NUM_TIMESTEPS, **recipe.loss
+        ),
+        "LPIPS step": losses.make_distill_loss(
+            unet, text, distance, match=0.0, prompt_dropout=0.0, num_timesteps=straighten.NUM_TIMESTEPS
+        ),
     }
     data = pairs(batch, pipe.latent_shape, pipe.tokenizer.model_max_length)
     return {
         f"{name}, embedded, batch {batch}": training(loss, recipe, pipe.params["unet"], frozen, data)
-        for name, loss in losses.items()
+        for name, loss in step_losses.items()
     }
 
 
@@ -75,7 +78,7 @@ def training(loss, config, params, frozen, data: Batch) -> Call:
         held[0], metrics = compiled[0](held[0], *inputs)
         return metrics
 
-    return call(run, speed.step_flops(lowered, 1), len(data["X0"]))
+    return call(run, cost.step_flops(lowered, 1), len(data["X0"]))
 
 
 def gradient(
@@ -85,12 +88,14 @@ def gradient(
     options = {"dtype": jnp.dtype(dtype), "attention": attention}
     unet = UNet2DConditionModel.from_config(configs["unet"], **options).with_remat(remat)
     text = CLIPTextModel.from_config(configs["text_encoder"], **options)
-    loss = objectives.make_reflow_loss(unet, text, drop=0.1, steps=straighten.CLOCK, time="uniform", penalty="squared")
+    loss = losses.make_reflow_loss(
+        unet, text, prompt_dropout=0.1, num_timesteps=straighten.NUM_TIMESTEPS, time="uniform", penalty="squared"
+    )
     params, length = unet.init(jax.random.key(0)), text.config.max_position_embeddings
     frozen = {"text_encoder": text.init(jax.random.key(1)), "null_ids": np.ones((1, length), np.int32)}
     data = pairs(batch, (latent, latent, unet.config.in_channels), length)
     compute = jax.jit(step.make_gradient(loss))
-    flops = speed.step_flops(compute.lower(params, frozen, data, jax.random.key(2)), 1)
+    flops = cost.step_flops(compute.lower(params, frozen, data, jax.random.key(2)), 1)
     return {
         f"reflow gradient, {latent}×{latent} latents, batch {batch}": call(
             lambda: compute(params, frozen, data, jax.random.key(2)), flops, batch

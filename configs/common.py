@@ -26,13 +26,14 @@ def weights() -> ConfigDict:
     config.weights_variant = ""  # "fp16" reads model.fp16.safetensors and the like
     config.dtype = "float32"  # or bfloat16, the type products are computed in
     config.attention = "xla"  # or cudnn (NVIDIA, bfloat16)
+    config.kernels = "auto"  # or xla, which turns every hand-written kernel off
     return config
 
 
 def solving() -> ConfigDict:
     """`weights`, and how noise becomes latents."""
     config = weights()
-    config.kind = "auto"  # flow or teacher, where the directory does not say it right
+    config.dynamics = "auto"  # flow or teacher, where the directory does not say it right
     config.solver = "auto"  # teacher: dpm_solver, ddim; flow: euler, heun; auto takes the first
     config.N = 25  # steps
     config.alpha = 1.0  # guidance; 1 is none

@@ -1,10 +1,10 @@
 """Distillation: make the straightened flow one step (paper, Eq. 6), by L2 first, then by LPIPS.
 
     python -m instaflow_jax.main --config=configs/distill.py --workdir=DIR
-    python -m instaflow_jax.main --config=configs/distill.py:lpips --workdir=DIR --config.start=DIR/distill/export
+    python -m instaflow_jax.main --config=configs/distill.py:lpips --workdir=DIR --config.init_from=DIR/distill/export
     python -m instaflow_jax.main --config=configs/distill.py:direct --workdir=DIR     # the paper's failing baseline
     python -m instaflow_jax.main --config=configs/distill.py:sd15_l2 --workdir=DIR
-    python -m instaflow_jax.main --config=configs/distill.py:sd15_lpips --workdir=DIR --config.start=DIR/distill/export
+    python -m instaflow_jax.main --config=configs/distill.py:sd15_lpips --workdir=DIR --config.init_from=DIR/distill/export
 
 Needs nothing: the flow and its pairs are made first where absent. Writes DIR/distill/export, a one-step generator
 (DIR/direct, DIR/distill_lpips for those variants).
@@ -23,10 +23,10 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
     config = reflow.training()
     config.stage = "distill"
     config.model = ""  # the flow that makes the pairs; "" is DIR/reflow/export
-    config.start = ""  # whose weights it starts from; "" is config.model
-    config.pairs_in = "reflow"  # folder of the workdir that holds pairs/
-    config.into = "distill"  # folder of the workdir to train in
-    config.drop = 0.0  # a one-step model is not guided
+    config.init_from = ""  # whose weights it starts from; "" is config.model
+    config.pairs_folder = "reflow"  # folder of the workdir that holds pairs/
+    config.output = "distill"  # folder of the workdir to train in
+    config.prompt_dropout = 0.0  # a one-step model is not guided
     config.distance = "l2"  # or lpips
     config.lpips = {
         "model": "openmoji",  # embedded name, or a directory with lpips/
@@ -40,22 +40,22 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
     config.remat.update({"vae": "none", "lpips": "none"})  # or attention, blocks
     config.match = 0.0  # share of each batch that keeps matching velocities at t > 0, for use at 2 and 4 steps
     config.reflow = reflow.get_config("sd15" if variant.startswith("sd15") else "openmoji")
-    config.watch.steps = (1, 2, 4)
+    config.eval.N = (1, 2, 4)
     common.pick(VARIANTS, variant)(config)
     return config.lock()
 
 
 def openmoji(config: ConfigDict) -> None:
     config.pairs = generate.get_config("openmoji")
-    config.pairs.update({"kind": "flow", "alpha": 1.0})  # the teacher's pairs were guided already
+    config.pairs.update({"dynamics": "flow", "alpha": 1.0})  # the teacher's pairs were guided already
     config.pairs.update({"N": 8, "count": 12288})  # straight paths take few steps, which leaves time for more of them
     reflow.emoji_budget(config, steps=900)
 
 
 def lpips(config: ConfigDict) -> None:
-    """The second phase of a model that L2 made, which is `config.start`: 400 × 32, LPIPS of the whole pictures."""
+    """The second phase of a model that L2 made, which is `config.init_from`: 400 × 32, LPIPS of the whole pictures."""
     openmoji(config)
-    config.distance, config.into = "lpips", "distill_lpips"
+    config.distance, config.output = "lpips", "distill_lpips"
     config.loop.steps = 400
     config.schedule.peak = 3e-4
 
@@ -65,7 +65,7 @@ def direct(config: ConfigDict) -> None:
     openmoji(config)
     config.model = "openmoji"
     config.pairs = config.reflow.pairs
-    config.pairs_in, config.into = "", "direct"
+    config.pairs_folder, config.output = "", "direct"
 
 
 def sd15_l2(config: ConfigDict) -> None:
@@ -83,7 +83,7 @@ def sd15_lpips(config: ConfigDict) -> None:
     Needs torchvision's vgg16 state dict and the lpips package's weights/v0.1/vgg.pth: `--config.lpips.trunk`, `.heads`.
     """
     sd15_l2(config)
-    config.distance, config.into = "lpips", "distill_lpips"
+    config.distance, config.output = "lpips", "distill_lpips"
     config.remat.update({"vae": "blocks", "lpips": "blocks"})
     config.lpips.update({"trunk": "vgg16.pth", "heads": "vgg.pth", "crop": 32, "margin": 2})
     config.loop.steps = 18_000

@@ -1,7 +1,7 @@
 """How good, how fast and how straight: teacher, 2-rectified flow and one-step models, on one table.
 
     python -m instaflow_jax.main --config=configs/evaluate.py --workdir=DIR --cpu_devices=2
-    python -m instaflow_jax.main --config=configs/evaluate.py --workdir=DIR --config.also='distill300|direct300'
+    python -m instaflow_jax.main --config=configs/evaluate.py --workdir=DIR --config.extra='distill300|direct300'
     python -m instaflow_jax.main --config=configs/evaluate.py:coco5k --workdir=DIR       # the paper's protocols,
     python -m instaflow_jax.main --config=configs/evaluate.py:coco30k --workdir=DIR      # see configs/evaluate_coco.py
 
@@ -34,12 +34,12 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
 def openmoji() -> ConfigDict:
     config = ConfigDict()
     config.stage = "evaluate"
-    config.teacher = {"model": "openmoji", "alpha": 0.0, "steps": (25, 8, 4, 2, 1)}  # alpha 0 is that of DIR/pairs
-    config.reflow = {"alpha": 1.0, "steps": (25, 8, 4, 2, 1)}
-    config.distill = {"alpha": 1.0, "steps": (1, 2, 4, 8)}
-    config.distill_lpips = {"alpha": 1.0, "steps": (1, 2, 4)}
-    config.direct = {"alpha": 1.0, "steps": (1,)}
-    config.also = ""  # other folders of the workdir, NAME|NAME, each with export/; judged as distill is
+    config.teacher = {"model": "openmoji", "alpha": 0.0, "N": (25, 8, 4, 2, 1)}  # alpha 0 is that of DIR/pairs
+    config.reflow = {"alpha": 1.0, "N": (25, 8, 4, 2, 1)}
+    config.distill = {"alpha": 1.0, "N": (1, 2, 4, 8)}
+    config.distill_lpips = {"alpha": 1.0, "N": (1, 2, 4)}
+    config.direct = {"alpha": 1.0, "N": (1,)}
+    config.extra = ""  # other folders of the workdir, NAME|NAME, each with export/; judged as distill is
     config.judge = "openmoji"  # embedded model or directory with clip/
     config.data_dir = ""  # where the emoji are, or are drawn to; "" is WORKDIR/data
     config.count = 512  # prompts; a Fréchet distance depends on it

@@ -27,7 +27,7 @@ def base() -> ConfigDict:
     """Every field, unlocked; which captions is for `coco5k` and `coco30k` to say."""
     config = common.solving()
     config.stage = "evaluate_coco"
-    config.update({"model": "XCLiu/instaflow_0_9B_from_sd_1_5", "kind": "flow", "N": 1, "alpha": 1.0})
+    config.update({"model": "XCLiu/instaflow_0_9B_from_sd_1_5", "dynamics": "flow", "N": 1, "alpha": 1.0})
     config.data = {
         "source": "",  # directory of images, or tfds:DIRECTORY of coco_captions
         "captions": "",  # JSON file of captions; "" for TFDS

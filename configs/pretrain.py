@@ -52,14 +52,14 @@ def training() -> ConfigDict:
     config.optim = {"b1": 0.9, "b2": 0.99, "eps": 1e-8, "weight_decay": 0.0, "clip": 1.0}
     config.loop = {"steps": 1, "log_every": 50, "save_every": 500, "max_skipped": 10, "profile_steps": (0, 0)}
     config.schedule = {
-        "kind": "cosine",
+        "name": "cosine",
         "peak": 1e-3,
         "warmup_steps": 200,
         "end": 1e-5,
         "total_steps": config.loop.get_ref("steps"),
     }
     config.checkpoints = {"keep_last": 2, "keep_every": 0}
-    config.watch_every = 500  # steps between looks at the running mean: a grid of pictures and a few numbers
+    config.eval_every = 500  # steps between looks at the running mean: a grid of pictures and a few numbers
     config.tensorboard = False
     return config
 
@@ -92,8 +92,8 @@ def diffusion(config: ConfigDict) -> None:
     config.augment = {"max_shift": 0, "max_zoom": 0.03}
     config.loss = {"min_snr": 5.0}
     config.loop.steps = 12000
-    config.watch_every = 500
-    config.watch = {"prompts": PROMPTS, "seeds": 8, "N": 25, "alpha": 3.0}
+    config.eval_every = 500
+    config.eval = {"prompts": PROMPTS, "seeds": 8, "N": 25, "alpha": 3.0}
     config.scheduler = {
         "_class_name": "PNDMScheduler",
         "_diffusers_version": "0.39.0",

@@ -34,14 +34,14 @@ def training() -> ConfigDict:
     config.fsdp = 1  # devices that hold one copy of the state between them
     config.remat = {"unet": "none"}  # or attention, blocks: what the backward pass computes again to save memory
     config.warm_start = False  # give a teacher's weights a flow's sign and clock before the first step
-    config.drop = 0.1  # share of prompts replaced by the empty one, which keeps guidance possible
+    config.prompt_dropout = 0.1  # share of prompts replaced by the empty one, which keeps guidance possible
     config.ema_decay = 0.9999
     config.optim = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip": 1.0}
-    config.schedule = {"kind": "constant", "peak": 1e-6, "warmup_steps": 1000}
+    config.schedule = {"name": "constant", "peak": 1e-6, "warmup_steps": 1000}
     config.loop = {"steps": 1, "log_every": 50, "save_every": 1000, "max_skipped": 10, "profile_steps": (0, 0)}
     config.checkpoints = {"keep_last": 2, "keep_every": 0}
-    config.watch_every = 1000  # steps between grids
-    config.watch = {"prompts": PROMPTS, "seeds": 2, "steps": (1, 2, 4, 25), "alpha": 1.0}
+    config.eval_every = 1000  # steps between grids
+    config.eval = {"prompts": PROMPTS, "seeds": 2, "N": (1, 2, 4, 25), "alpha": 1.0}
     config.tensorboard = True
     return config
 
@@ -50,7 +50,7 @@ def openmoji(config: ConfigDict) -> None:
     config.model = "openmoji"
     config.pairs = generate.get_config("openmoji")
     emoji_budget(config, steps=1500)
-    config.drop = 0.05
+    config.prompt_dropout = 0.05
 
 
 def emoji_budget(config: ConfigDict, steps: int) -> None:
@@ -60,13 +60,13 @@ def emoji_budget(config: ConfigDict, steps: int) -> None:
     config.loop.update({"steps": steps, "save_every": 250})
     config.ema_decay = 0.99
     config.schedule = {
-        "kind": "cosine",
+        "name": "cosine",
         "peak": 1e-3,
         "warmup_steps": 50,
         "total_steps": config.loop.get_ref("steps"),
         "end": 0.0,
     }
-    config.watch_every = 600
+    config.eval_every = 600
 
 
 def sd15(config: ConfigDict) -> None:
@@ -76,8 +76,8 @@ def sd15(config: ConfigDict) -> None:
     config.dtype = "bfloat16"
     config.remat.unet = "blocks"
     config.loop.update({"steps": 70_000, "save_every": 2500})
-    config.watch_every = 2500
-    config.watch.prompts = ("a hyper-realistic photo of a cute cat", "an astronaut riding a horse on mars")
+    config.eval_every = 2500
+    config.eval.prompts = ("a hyper-realistic photo of a cute cat", "an astronaut riding a horse on mars")
 
 
 def sd15_2(config: ConfigDict) -> None:

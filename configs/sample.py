@@ -20,8 +20,8 @@ VARIANTS = {
     "openmoji": {"model": "openmoji", "N": 25, "alpha": 3.0},
     "sd15": {"model": common.SD15, "N": 25, "alpha": 7.5},
     "sd21": {"model": SD21, "base": SD21, "N": 25, "alpha": 7.5},
-    "rf2": {"model": "XCLiu/2_rectified_flow_from_sd_1_5", "kind": "flow", "N": 25, "alpha": 1.5},
-    "instaflow": {"model": "XCLiu/instaflow_0_9B_from_sd_1_5", "kind": "flow", "N": 1, "alpha": 1.0},
+    "rf2": {"model": "XCLiu/2_rectified_flow_from_sd_1_5", "dynamics": "flow", "N": 25, "alpha": 1.5},
+    "instaflow": {"model": "XCLiu/instaflow_0_9B_from_sd_1_5", "dynamics": "flow", "N": 1, "alpha": 1.0},
 }
 
 

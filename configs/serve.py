@@ -26,7 +26,7 @@ VARIANTS = {
     "openmoji": {"teacher": "openmoji", "teacher_alpha": 3.0},
     "instaflow": {
         "model": "XCLiu/instaflow_0_9B_from_sd_1_5",
-        "kind": "flow",
+        "dynamics": "flow",
         "teacher": common.SD15,
         "teacher_alpha": 7.5,
         **_LARGE,
@@ -37,11 +37,11 @@ VARIANTS = {
 def get_config(variant: str = "openmoji") -> ConfigDict:
     config = common.weights()  # config.model is the one-step model; "" is DIR/distill/export
     config.stage = "serve"
-    config.kind = "auto"  # flow or teacher, where the directory of config.model does not say it right
+    config.dynamics = "auto"  # flow or teacher, where the directory of config.model does not say it right
     config.alpha = 1.0  # its guidance
-    config.steps = (1, 2, 4)  # numbers of steps to choose from, each compiled at the start; the first is preset
+    config.N = (1, 2, 4)  # numbers of steps to choose from, each compiled at the start; the first is preset
     config.teacher = ""  # embedded name, directory or hub id of the model beside it; "" is none
-    config.teacher_kind = "auto"
+    config.teacher_dynamics = "auto"
     config.teacher_N = 25
     config.teacher_alpha = 1.0
     config.examples = ("woman astronaut", "red apple", "cat face", "house", "octopus")  # prompts to click on

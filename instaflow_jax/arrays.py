@@ -1,33 +1,28 @@
-"""Shared names for the arrays that travel between modules; images and latents are NHWC everywhere.
+"""Shared names of array types; images and latents are NHWC everywhere.
 
-Annotations only: jaxtyping checks nothing unless a caller asks it to.
+Annotations only: jaxtyping checks them while the tests run, not otherwise.
 """
 
 from collections.abc import Callable, Mapping
-from typing import TypedDict
 
-from jaxtyping import Array, Float, Int, PRNGKeyArray, Real
+import jax
+import numpy as np
+from jaxtyping import Float, Int, PRNGKeyArray, Real
 
-Latent = Float[Array, "B H W C"]  # noise X0, data X1, anything between, or a velocity
-Image = Float[Array, "B H W 3"]  # pixels in [-1, 1]
-Tokens = Int[Array, "B L"]  # what the tokenizer makes of a prompt
-Context = Float[Array, "B L D"]  # the text encoder's last hidden state
-Scalar = Float[Array, ""]
-PerSample = Float[Array, "B"]
-Clock = Real[Array, "B"]  # a network's own time: the flow's float clock, or the teacher's integer tau
+AnyArray = jax.Array | np.ndarray  # on a device or on the host
+
+Latent = Float[AnyArray, "B H W C"]  # noise X0, data X1, anything between, or a velocity
+Image = Float[AnyArray, "B H W 3"]  # pixels in [-1, 1]
+TokenIds = Int[AnyArray, "B L"]  # token ids of prompts
+Context = Float[AnyArray, "B L D"]  # the text encoder's last hidden state
+Scalar = Float[AnyArray, ""]
+PerSample = Float[AnyArray, "B"]
+Timestep = Real[AnyArray, "B"]  # a network's own time: real for a flow, the integer tau for a teacher
 
 Key = PRNGKeyArray
-Params = dict[str, Array]  # a network's weights by dotted path
-Batch = Mapping[str, Array]  # one minibatch, by feature name
+Params = Mapping[str, AnyArray]  # a network's weights by dotted path
+Batch = Mapping[str, AnyArray]  # one minibatch, by feature name
 
-Network = Callable[[Latent, Clock, Context], Latent]  # any conditional network, weights already bound
-Predict = Callable[[Latent, Clock], Latent]  # ... its text bound too: network(Z, tau)
+Network = Callable[[Latent, Timestep, Context], Latent]  # any conditional network, weights already bound
+Predict = Callable[[Latent, Timestep], Latent]  # ... its text bound too: network(Z, tau)
 Velocity = Callable[[Latent, Scalar], Latent]  # dZ/dt at flow time t: velocity(Z, t)
-
-
-class Pair(TypedDict):
-    """Noise, the image the teacher's ODE makes of it, and the prompt it was made for."""
-
-    X0: Latent
-    X1: Latent
-    tokens: Tokens

@@ -20,7 +20,7 @@ import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
-from instaflow_jax.infra import devices as parallel
+from instaflow_jax.infra import devices
 
 STAGES = {  # name of a stage → its module in instaflow_jax.stages
     **{name: name for name in ("sample", "reflow", "distill")},
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
     if _CPU_DEVICES.value:
         jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
     try:
-        parallel.initialize(coordinator=_COORDINATOR.value, processes=_PROCESSES.value, process=_PROCESS.value)
+        devices.initialize(coordinator=_COORDINATOR.value, processes=_PROCESSES.value, process=_PROCESS.value)
         run(_CONFIG.value, _WORKDIR.value)
     except (ValueError, OSError, FloatingPointError) as error:
         if flags.FLAGS["v"].value > 0:  # absl's --verbosity=1 shows where it was raised

@@ -234,7 +234,7 @@ def save(pipeline: Pipeline, directory: str | Path, **options) -> None:
     (directory / "scheduler").mkdir(exist_ok=True)
     contents = {"scheduler/scheduler_config.json": pipeline.scheduler, "model_index.json": _own_index(pipeline.index)}
     for path, content in contents.items():
-        with files.whole(directory / path) as temporary:
+        with files.atomic_write(directory / path) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 

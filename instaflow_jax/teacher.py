@@ -1,22 +1,19 @@
-"""A noise predictor seen as an ODE: its schedule, DDIM and DPM-Solver++(2M), and its rectified-flow velocity.
+"""A noise predictor seen as an ODE: its noise schedule, and its rectified-flow velocity.
 
-A teacher knows x = alpha X1 + sigma eps at integer times tau, alpha^2 = abar, sigma^2 = 1 - abar, noise at large
-tau. Whatever its network predicts is linear in the data prediction, D = p x + q out, and in terms of D both solvers
-are linear multistep methods, x' = a x + b D + c D_before. A solver is therefore a small table of numbers, made in
-float64 before any compile, and one scan serves them all.
+A teacher knows x = alpha X1 + sigma eps at integer timesteps tau, with alpha^2 = abar and sigma^2 = 1 - abar; large tau
+is noise. `solvers` integrates it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from instaflow_jax.arrays import Clock, Latent, Predict, Velocity
+from instaflow_jax.arrays import Latent, Predict, Timestep, Velocity
 
 # The fields that shape the ODE, with the value diffusers' schedulers take where a file is silent.
 # A timestep spacing left out is the solver's own: leading for DDIM, linspace for DPM-Solver++.
@@ -141,140 +138,14 @@ def _zero_terminal_snr(abar):
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
 
-class Multistep(NamedTuple):
-    """N steps of a solver, each field [N]: out = network(x, tau), D = p x + q out, x' = a x + b D + c D_before."""
-
-    tau: np.ndarray
-    p: np.ndarray
-    q: np.ndarray
-    a: np.ndarray
-    b: np.ndarray
-    c: np.ndarray
-
-
-def integrate(predict: Predict, solver: Multistep, XT: Latent) -> Latent:
-    """Carries noise XT ~ N(0, I) to data along the teacher's ODE: one scan, N network calls.
-
-    `predict(x, tau)` is the network with its text bound and guided (`flow.guided`). The state is kept in float32 or
-    better.
-    """
-    XT = XT.astype(jnp.promote_types(XT.dtype, jnp.float32))
-    rows = Multistep(jnp.asarray(solver.tau), *(jnp.asarray(row, XT.dtype) for row in solver[1:]))
-    (X1, _), _ = lax.scan(make_step(predict), (XT, jnp.zeros_like(XT)), rows)
-    return X1
-
-
-def make_step(predict: Predict) -> Callable:
-    """One step of any solver, `step((x, D_before), row) → ((x', D), None)`, as a scan takes it; `row` is of scalars."""
-
-    def step(carry, row):
-        x, D_before = carry
-        D = row.p * x + row.q * predict(x, row.tau).astype(x.dtype)
-        return (row.a * x + row.b * D + row.c * D_before, D), None
-
-    return step
-
-
-def ddim(schedule: Schedule, N: int) -> Multistep:
-    """DDIM without noise (arXiv 2010.02502) in N steps.
-
-    As in diffusers, a step lands T // N below its start, which on a linspace grid is not quite the next step's start.
-
-    Raises:
-      ValueError: N < 1, a grid that leaves the schedule's T steps, or an epsilon network asked at abar = 0.
-    """
-    T = len(schedule.abar)
-    tau = _grid(schedule, "leading", N, N)
-    tau_next = tau - T // N
-    last = 1.0 if schedule.set_alpha_to_one else schedule.abar[0]
-    abar = schedule.abar[tau]
-    abar_next = np.where(tau_next >= 0, schedule.abar[tau_next], last)
-    if schedule.prediction_type == "epsilon" and np.any(abar == 0):
-        raise ValueError("prediction_type='epsilon' cannot start at abar = 0 (zero terminal SNR): use v_prediction")
-    levels = (*_alpha_sigma(abar), *_alpha_sigma(abar_next))
-    return Multistep(tau, *data_coefficients(schedule.prediction_type, *levels[:2]), *ddim_coefficients(*levels))
-
-
-def dpm_solver(schedule: Schedule, N: int) -> Multistep:
-    """DPM-Solver++(2M), midpoint (arXiv 2211.01095), in N steps.
-
-    The first step is of first order, and so is the last where it ends at sigma = 0 or N < 15, as in diffusers.
-
-    Raises:
-      ValueError: N < 1, or a grid that leaves the schedule's T steps.
-    """
-    abar = _positive(schedule.abar)
-    tau = _grid(schedule, "linspace", N, N + 1)
-    last = 1.0 if schedule.final_sigmas_type == "zero" else abar[0]
-    levels = (*_alpha_sigma(abar[tau]), *_alpha_sigma(np.append(abar[tau[1:]], last)))
-    rows = dpm_coefficients(*levels, first_order_last=schedule.final_sigmas_type == "zero" or N < 15)
-    return Multistep(tau, *data_coefficients(schedule.prediction_type, *levels[:2]), *rows)
-
-
-SOLVERS = MappingProxyType({"ddim": ddim, "dpm_solver": dpm_solver})
-
-
-def data_coefficients(prediction_type: str, alpha: np.ndarray, sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """p, q of D = p x + q out, for each noise level."""
-    if prediction_type == "epsilon":
-        return 1 / alpha, -sigma / alpha
-    if prediction_type == "v_prediction":
-        return alpha, -sigma
-    return np.zeros_like(alpha), np.ones_like(alpha)
-
-
-def ddim_coefficients(alpha, sigma, alpha_next, sigma_next) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """a, b, c of x' = alpha' D + sigma' eps, where eps = (x - alpha D) / sigma; every step on its own."""
-    a = sigma_next / sigma
-    return a, alpha_next - alpha * a, np.zeros_like(a)
-
-
-def dpm_coefficients(alpha, sigma, alpha_next, sigma_next, first_order_last: bool):
-    """a, b, c of DPM-Solver++(2M) on steps that join: each starts where the one before it ends.
-
-    With lambda = log(alpha / sigma) and h its rise over a step, the first-order step is DDIM's, as
-    alpha' (1 - exp(-h)) = alpha' - alpha sigma' / sigma. The second-order one puts D + k (D - D_before) for D,
-    k = h / (2 h_before). A last step to sigma = 0 has h = inf and must be of first order.
-    """
-    a, b, _ = ddim_coefficients(alpha, sigma, alpha_next, sigma_next)
-    start = np.log(alpha / sigma)
-    k = np.zeros_like(a)
-    inner = slice(1, len(a) - 1 if first_order_last else None)
-    h = np.log(alpha_next[inner] / sigma_next[inner]) - start[inner]
-    k[inner] = h / (2 * np.diff(start)[: len(h)])
-    return a, b * (1 + k), -b * k
-
-
-def _alpha_sigma(abar):
+def alpha_sigma(abar: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """alpha = √abar and sigma = √(1 − abar)."""
     return np.sqrt(abar), np.sqrt(1 - abar)
 
 
-def _positive(abar):
-    """abar where its logarithm is needed: a terminal zero is put at 2^-24, as diffusers' DPM-Solver does."""
-    return np.where(abar == 0, 2.0**-24, abar)
-
-
-def _grid(schedule, default_spacing, N, points):
-    """N integer times, falling: the first N of `points` laid over 0 .. T-1, but N where they trail from the end.
-
-    The three spacings are Table 2 of arXiv 2305.08891, rounded as diffusers rounds them. DPM-Solver lays one point
-    more than it visits, so that its last step, too, has the length of a step.
-    """
-    T, offset = len(schedule.abar), schedule.steps_offset
-    spacing = default_spacing if schedule.timestep_spacing is None else schedule.timestep_spacing
-    if isinstance(N, bool) or not isinstance(N, (int, np.integer)) or not 1 <= N <= T:
-        raise ValueError(f"N={N!r} is no number of solver steps: give a whole number from 1 to {T}")
-    if spacing == "linspace":
-        tau = np.linspace(0, T - 1, points).round()[::-1]
-    elif spacing == "leading":
-        tau = np.arange(points)[::-1] * (T // points) + offset
-    else:
-        tau = np.arange(T, 0, -T / N).round() - 1
-    tau = tau[:N].astype(np.int32)
-    if tau[0] > T - 1 or np.any(np.diff(tau) >= 0):
-        grid = f"timestep_spacing={spacing!r} and steps_offset={offset}"
-        raise ValueError(f"N={N} steps with {grid} do not fit into tau = {T - 1} .. 0: take fewer steps")
-    return tau
+def positive_abar(schedule: Schedule) -> np.ndarray:
+    """abar where its logarithm is needed: a terminal zero becomes 2^-24, as in diffusers' DPM-Solver."""
+    return np.where(schedule.abar == 0, 2.0**-24, schedule.abar)
 
 
 def teacher_velocity(predict: Predict, schedule: Schedule) -> Velocity:
@@ -289,7 +160,7 @@ def teacher_velocity(predict: Predict, schedule: Schedule) -> Velocity:
     Beyond the schedule's ends the field is that of the end: t is clipped, so it takes Z_0 = XT as the solvers do,
     and a last step from the upper end arrives at D. `predict` must take a float tau.
     """
-    alpha, sigma = _alpha_sigma(_positive(schedule.abar))
+    alpha, sigma = alpha_sigma(positive_abar(schedule))
     ends = (alpha / (alpha + sigma))[[-1, 0]]
     rising, tau_rising = jnp.asarray(np.log(alpha / sigma)[::-1]), jnp.arange(len(alpha), dtype=jnp.float32)[::-1]
 
@@ -311,13 +182,13 @@ def _data_minus_noise(prediction_type, x, out, alpha, sigma):
     return out - (x - alpha * out) / sigma
 
 
-def add_noise(schedule: Schedule, X1: Latent, eps: Latent, tau: Clock) -> Latent:
+def add_noise(schedule: Schedule, X1: Latent, eps: Latent, tau: Timestep) -> Latent:
     """x = sqrt(abar) X1 + sqrt(1 - abar) eps at integer times tau [B] in 0 .. T-1 (DDPM's forward process)."""
     alpha, sigma = _levels(schedule, tau)
     return alpha * X1 + sigma * eps
 
 
-def training_target(schedule: Schedule, X1: Latent, eps: Latent, tau: Clock) -> Latent:
+def training_target(schedule: Schedule, X1: Latent, eps: Latent, tau: Timestep) -> Latent:
     """What the network is to say at `add_noise(schedule, X1, eps, tau)`: eps, v = alpha eps - sigma X1, or X1."""
     if schedule.prediction_type == "epsilon":
         return eps
@@ -328,5 +199,5 @@ def training_target(schedule: Schedule, X1: Latent, eps: Latent, tau: Clock) -> 
 
 
 def _levels(schedule, tau):
-    alpha, sigma = (jnp.asarray(level, jnp.float32)[tau] for level in _alpha_sigma(schedule.abar))
+    alpha, sigma = (jnp.asarray(level, jnp.float32)[tau] for level in alpha_sigma(schedule.abar))
     return jax.tree.map(lambda level: level[:, None, None, None], (alpha, sigma))

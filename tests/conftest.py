@@ -1,7 +1,7 @@
-"""What the tests share: two CPU cores, PyTorch references that import cleanly, and one measure of difference.
+"""Set-up of the test session and the fixtures that several test files share.
 
-JAX is set to the CPU before anything imports it. Torch costs seconds, so only tests that ask for it pay: take the
-`torch` fixture, or call `references()` before importing diffusers, transformers, lpips or pytorch_fid at module level.
+JAX is set to the CPU before anything imports it. Importing torch takes seconds, so only tests that need it pay: they take
+the `torch` fixture, or call `references()` before importing diffusers, transformers, lpips or pytorch_fid.
 """
 
 import os
@@ -11,11 +11,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("USE_TF", "0")  # transformers imports TensorFlow where it finds it
 
-import jax
-import numpy as np
+import helpers
 import pytest
 
-from benchmarks.references import randomize, references, relative  # noqa: F401 (tests take them from here)
+from instaflow_jax.data.openmoji import dataset
 
 LONG = ("test_usage", "test_colab", "test_resume", "test_export")  # files of few tests that take minutes
 
@@ -27,9 +26,31 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def torch():
-    return references()
+    """PyTorch, set up as the reference."""
+    return helpers.references()
 
 
-def normal(seed: int, *shape: int) -> np.ndarray:
-    """Standard normal float32 numbers, the same for torch and JAX."""
-    return np.asarray(jax.random.normal(jax.random.key(seed), shape), np.float32)
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    """A directory with a random Stable Diffusion of 4×4 pixels."""
+    return helpers.make_small_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def no_drawing():
+    """Smooth images in place of the emoji, so that no test waits for drawing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataset, "load", lambda *_: helpers.make_emoji())
+        yield
+
+
+@pytest.fixture(scope="session")
+def coco_folder(tmp_path_factory):
+    """COCO's official files: val/*.jpg and annotations/captions_val.json."""
+    return helpers.make_coco(tmp_path_factory.mktemp("coco"))
+
+
+@pytest.fixture(scope="session")
+def coco_models(tmp_path_factory):
+    """A Stable Diffusion and a CLIP of random weights, 16 pixels."""
+    return helpers.make_coco_models(tmp_path_factory.mktemp("models"))

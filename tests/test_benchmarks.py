@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import references, relative
+from helpers import references, relative
 
 from benchmarks import peers, run, sd15, table, timing, training, twins
 from benchmarks.timing import Row, Side, Spec, Timing
@@ -82,8 +82,8 @@ def test_the_table_names_machine_and_versions():
 def test_sides_take_turns_and_keep_their_own_memory(tmp_path):
     log = tmp_path / "log"
     with (
-        Side(Spec("pretended_sides", "pretended", {"memory": 2**26, "done": str(log)})) as ours,
-        Side(Spec("pretended_sides", "pretended", {"memory": 2**28, "done": str(log)})) as theirs,
+        Side(Spec("fake_benchmark", "pretended", {"memory": 2**26, "done": str(log)})) as ours,
+        Side(Spec("fake_benchmark", "pretended", {"memory": 2**28, "done": str(log)})) as theirs,
     ):
         rows = timing.compare(ours, theirs, "the other", 2)
     assert [row.title for row in rows] == ["work"]  # what only one side has is left out
@@ -95,8 +95,8 @@ def test_sides_take_turns_and_keep_their_own_memory(tmp_path):
 
 def test_a_peer_that_fails_is_told_and_the_rest_goes_on(capfd):
     group = run.Group(
-        Spec("pretended_sides", "pretended", {"memory": 8}),
-        {"broken": Spec("pretended_sides", "failing"), "whole": Spec("pretended_sides", "pretended", {"memory": 9})},
+        Spec("fake_benchmark", "pretended", {"memory": 8}),
+        {"broken": Spec("fake_benchmark", "failing"), "whole": Spec("fake_benchmark", "pretended", {"memory": 9})},
     )
     rows, failed = run.measure("some", group, 1)
     assert [row.peer for row in rows] == ["whole"]
@@ -177,7 +177,7 @@ def test_the_twin_computes_the_same_losses():
 
     context = pipe.nets["text_encoder"].apply(pipe.params["text_encoder"], batch["ids"]).last_hidden_state
     v = jax.jit(pipe.nets["unet"].apply)(
-        pipe.params["unet"], flow.interpolate(batch["X0"], batch["X1"], t), flow.clock(jnp.asarray(t)), context
+        pipe.params["unet"], flow.interpolate(batch["X0"], batch["X1"], t), flow.timestep(jnp.asarray(t)), context
     )
     want = jnp.mean((v - (batch["X1"] - batch["X0"])) ** 2)
     assert (

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import toy_training as toy
 
-from instaflow_jax.infra import checkpoint
-from instaflow_jax.infra import devices as parallel
+from instaflow_jax.infra import checkpoint, devices
 from instaflow_jax.infra.checkpoint import Checkpoints
 from instaflow_jax.train import state
 
@@ -18,7 +17,7 @@ CONFIG = {"optim": {"peak": 1e-3}, "name": "toy"}
 
 @pytest.fixture
 def mesh():
-    return parallel.make_mesh(fsdp=1)
+    return devices.make_mesh(fsdp=1)
 
 
 def some_state(seed=0):
@@ -54,7 +53,7 @@ def assert_equal(a, b):
 
 def test_everything_comes_back(tmp_path, mesh):
     save(tmp_path, [3, 7])
-    found, position = restore(tmp_path, parallel.abstract(some_state(), mesh))
+    found, position = restore(tmp_path, devices.abstract(some_state(), mesh))
     assert_equal(found, some_state(7))
     assert position == {"step": 7}
     assert checkpoint.load_config(tmp_path, step=3) == CONFIG
@@ -65,7 +64,7 @@ def test_names_and_bfloat16_come_back(tmp_path, mesh):
     params = {"a": jnp.ones(3), "a.b": jnp.ones(2, jnp.bfloat16), "a.b.c": jnp.float32(4), "0.a/b": jnp.ones(1)}
     made = state.create(params, toy.optimizer())
     save(tmp_path, [1], item=made)
-    assert_equal(restore(tmp_path, parallel.abstract(made, mesh))[0], made)
+    assert_equal(restore(tmp_path, devices.abstract(made, mesh))[0], made)
 
 
 def test_ema_is_read_alone(tmp_path, mesh):
@@ -89,7 +88,7 @@ def test_a_checkpoint_broken_off_is_not_seen_and_is_cleared_away(tmp_path, mesh)
     save(tmp_path, [3])
     (tmp_path / "9.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
     assert checkpoint.whole_steps(tmp_path) == [3]
-    assert_equal(restore(tmp_path, parallel.abstract(some_state(), mesh))[0], some_state(3))
+    assert_equal(restore(tmp_path, devices.abstract(some_state(), mesh))[0], some_state(3))
     save(tmp_path, [9])
     assert checkpoint.whole_steps(tmp_path) == [3, 9]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "9"]
@@ -97,7 +96,7 @@ def test_a_checkpoint_broken_off_is_not_seen_and_is_cleared_away(tmp_path, mesh)
 
 def test_what_is_not_there_is_named(tmp_path, mesh):
     with pytest.raises(FileNotFoundError, match="no checkpoint yet"):
-        restore(tmp_path, parallel.abstract(some_state(), mesh))
+        restore(tmp_path, devices.abstract(some_state(), mesh))
     save(tmp_path, [3])
     with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 4, only of \[3\]"):
         checkpoint.load_ema(tmp_path, mesh, step=4, like=None)
@@ -124,7 +123,7 @@ def test_another_optimizer_is_refused(tmp_path, mesh):
     save(tmp_path, [3])
     like = dataclasses.replace(some_state(), opt_state={"momentum": jnp.zeros(3)})
     with pytest.raises(ValueError, match=r"missing: opt_state\.momentum"):
-        restore(tmp_path, parallel.abstract(like, mesh))
+        restore(tmp_path, devices.abstract(like, mesh))
 
 
 def test_the_state_may_be_donated_while_it_is_being_written(tmp_path, mesh):
@@ -137,7 +136,7 @@ def test_the_state_may_be_donated_while_it_is_being_written(tmp_path, mesh):
         for _ in range(20):
             current = advance(current)
     checkpoints.close()
-    found, _ = restore(tmp_path, parallel.abstract(current, mesh))
+    found, _ = restore(tmp_path, devices.abstract(current, mesh))
     for name, values in toy.leaves(found).items():
         np.testing.assert_array_equal(values, saved[name], err_msg=name)
 
@@ -164,4 +163,4 @@ def test_a_full_disk_is_one_error_and_older_checkpoints_stay_good(tmp_path, mesh
             checkpoints.save(9, some_state(), {}, {})
             checkpoints.wait()
         assert checkpoint.whole_steps(tmp_path) == [3, 6]
-        assert_equal(restore(tmp_path, parallel.abstract(some_state(), mesh))[0], some_state(6))
+        assert_equal(restore(tmp_path, devices.abstract(some_state(), mesh))[0], some_state(6))

@@ -7,7 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import normal, randomize, references, relative
+from helpers import normal, randomize, references, relative
 
 from instaflow_jax.models.clip import CLIPModel, CLIPTextModel
 

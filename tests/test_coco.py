@@ -11,56 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from helpers import COCO_COUNT, COCO_IDS, COCO_WORDS, captions_of, drawn, jpeg, small_inception
 from PIL import Image
 
-from instaflow_jax import main, pipeline
+from instaflow_jax import main
 from instaflow_jax.data import coco, records
 from instaflow_jax.evals import features
 from instaflow_jax.infra import images
-from instaflow_jax.models.clip import CLIPModel, CLIPTextModel
 from instaflow_jax.models.inception import InceptionV3
-from instaflow_jax.models.unet import UNet2DConditionModel
-from instaflow_jax.models.vae import AutoencoderKL
 from instaflow_jax.stages.evaluate_coco import measures as evaluate_coco_measure
 from instaflow_jax.stages.evaluate_coco import stage as evaluate_coco
 from instaflow_jax.weights.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
-COUNT = 14
-IDS = [int(i) for i in np.random.default_rng(0).choice(500000, COUNT, replace=False)]
-WORDS = ("red apple", "house", "cat face", "woman astronaut")
-
-
-def jpeg(seed: int) -> bytes:
-    """A photograph of its own size; every fifth is grey."""
-    random = np.random.default_rng(seed)
-    height, width = random.integers(20, 40, 2)
-    pixels = random.integers(0, 255, (3, 4) if seed % 5 == 0 else (3, 4, 3), np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).resize((int(width), int(height))).save(file, "JPEG", quality=95)
-    return file.getvalue()
-
-
-def captions_of(i: int) -> list[str]:
-    return [f"{WORDS[i % 4]} number {i} \n", "another caption"]
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """The official files: val/*.jpg and annotations/captions_val.json."""
-    root = tmp_path_factory.mktemp("coco")
-    (root / "val").mkdir()
-    (root / "annotations").mkdir()
-    for i, number in enumerate(IDS):
-        (root / "val" / f"{number:012d}.jpg").write_bytes(jpeg(i))
-    annotations = [
-        {"image_id": number, "id": 100 * k + i, "caption": captions_of(i)[k]}
-        for k in (0, 1)
-        for i, number in enumerate(IDS)
-    ]
-    names = [{"id": number, "file_name": f"{number:012d}.jpg", "height": 1, "width": 1} for number in IDS]
-    (root / "annotations" / "captions_val.json").write_text(json.dumps({"images": names, "annotations": annotations}))
-    return root
 
 
 @pytest.fixture(scope="session")
@@ -91,15 +54,15 @@ def prepared(tmp_path_factory):
         return form.serialize_example(
             {
                 "image": io.BytesIO(jpeg(i)),
-                "image/filename": f"{IDS[i]}.jpg",
-                "image/id": IDS[i],
+                "image/filename": f"{COCO_IDS[i]}.jpg",
+                "image/id": COCO_IDS[i],
                 "objects": [],
                 "captions": [{"text": text, "id": k} for k, text in enumerate(captions_of(i))],
             }
         )
 
     splits = {}
-    for name, rows in {"val": range(9), "restval": range(9, COUNT)}.items():
+    for name, rows in {"val": range(9), "restval": range(9, COCO_COUNT)}.items():
         path = root / f"coco_captions-{name}.array_record-00000-of-00001"
         records.write(path, map(row, rows))
         splits[name] = [(len(rows), path.stat().st_size)]
@@ -109,17 +72,17 @@ def prepared(tmp_path_factory):
     return root
 
 
-def official(folder: Path) -> list[coco.Photo]:
-    return coco.load(str(folder / "val"), str(folder / "annotations" / "captions_val.json"), "")
+def official(coco_folder: Path) -> list[coco.Photo]:
+    return coco.load(str(coco_folder / "val"), str(coco_folder / "annotations" / "captions_val.json"), "")
 
 
 # ---------------------------------------------------------------- the data
 
 
-def test_both_layouts_hold_the_same_photographs_with_their_first_captions(folder, prepared):
-    files, records_ = official(folder), coco.load(f"tfds:{prepared}", "", "val+restval")
-    assert [p.id for p in files] == [p.id for p in records_] == sorted(IDS)
-    assert {p.id: p.caption for p in files} == {n: f"{WORDS[i % 4]} number {i}" for i, n in enumerate(IDS)}
+def test_both_layouts_hold_the_same_photographs_with_their_first_captions(coco_folder, prepared):
+    files, records_ = official(coco_folder), coco.load(f"tfds:{prepared}", "", "val+restval")
+    assert [p.id for p in files] == [p.id for p in records_] == sorted(COCO_IDS)
+    assert {p.id: p.caption for p in files} == {n: f"{COCO_WORDS[i % 4]} number {i}" for i, n in enumerate(COCO_IDS)}
     assert [p.caption for p in files] == [p.caption for p in records_]
     for a, b in zip(files, records_, strict=True):
         np.testing.assert_array_equal(coco.pixels(a, 16), coco.pixels(b, 16))
@@ -146,12 +109,12 @@ def test_a_photograph_is_resized_by_lanczos_and_cut_from_the_middle(width, heigh
         np.testing.assert_array_equal(got, pixels)
 
 
-def test_choosing_gives_everybody_the_same_captions(folder):
-    photos = official(folder)
+def test_choosing_gives_everybody_the_same_captions(coco_folder):
+    photos = official(coco_folder)
     some = coco.choose(photos, 6)
     assert [p.id for p in some] == [p.id for p in coco.choose(photos, 6)] == sorted(p.id for p in some)
     assert {p.id for p in some} <= {p.id for p in coco.choose(photos, 9)} and some != photos[:6]
-    assert coco.choose(photos, COUNT) == photos
+    assert coco.choose(photos, COCO_COUNT) == photos
     with pytest.raises(ValueError, match="15 captions were asked for, but there are only 14 photographs"):
         coco.choose(photos, 15)
 
@@ -185,8 +148,12 @@ def test_a_file_that_is_not_of_captions_is_named(content, words, tmp_path):
         ({"source": "tfds:SET", "split": "val"}, ValueError, "has its captions in itself"),
     ],
 )
-def test_a_source_that_is_not_there_says_where_it_is_to_be_had(fields, error, words, folder, prepared):
-    right = {"source": str(folder / "val"), "captions": str(folder / "annotations" / "captions_val.json"), "split": ""}
+def test_a_source_that_is_not_there_says_where_it_is_to_be_had(fields, error, words, coco_folder, prepared):
+    right = {
+        "source": str(coco_folder / "val"),
+        "captions": str(coco_folder / "annotations" / "captions_val.json"),
+        "split": "",
+    }
     fields = {name: value.replace("SET", str(prepared)) for name, value in fields.items()}
     with pytest.raises(error, match=words):
         coco.load(**right | fields)
@@ -195,101 +162,30 @@ def test_a_source_that_is_not_there_says_where_it_is_to_be_had(fields, error, wo
 # ---------------------------------------------------------------- the stage
 
 
-def drawn(net) -> dict[str, np.ndarray]:
-    """Random weights without the compilation that `net.init` takes: scales and variances 1, biases 0."""
-    random = np.random.default_rng(0)
-    return {
-        name: np.ones(p.shape)
-        if name.endswith(("scale", "var"))
-        else np.zeros(p.shape)
-        if p.ndim == 1
-        else random.normal(size=p.shape) * (2 / max(np.prod(p.shape[:-1]), 1)) ** 0.5
-        for name, p in net.shapes.items()
-    }
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory):
-    """A Stable Diffusion and a CLIP of random weights, 16 pixels."""
-    root = tmp_path_factory.mktemp("models")
-    tokenizer = Tokenizer.from_pretrained(pipeline.locate("openmoji"))
-    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = tower | {"vocab_size": 2048, "max_position_embeddings": 16, "eos_token_id": 2047}
-    nets = {
-        "unet": UNet2DConditionModel.from_config(
-            {
-                "block_out_channels": (16,),
-                "layers_per_block": 1,
-                "cross_attention_dim": 16,
-                "attention_head_dim": 2,
-                "down_block_types": ("CrossAttnDownBlock2D",),
-                "up_block_types": ("CrossAttnUpBlock2D",),
-                "norm_num_groups": 4,
-                "sample_size": 8,
-            }
-        ),
-        "vae": AutoencoderKL.from_config(
-            {
-                "block_out_channels": (16, 16),
-                "down_block_types": ("DownEncoderBlock2D",) * 2,
-                "norm_num_groups": 4,
-                "up_block_types": ("UpDecoderBlock2D",) * 2,
-                "layers_per_block": 1,
-                "sample_size": 16,
-            }
-        ),
-        "text_encoder": CLIPTextModel.from_config(text),
-    }
-    params = {name: drawn(net) for name, net in nets.items()}
-    index = json.loads((Path(pipeline.locate("openmoji")) / "model_index.json").read_text())
-    scheduler = {
-        "_class_name": "PNDMScheduler",
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085,
-        "num_train_timesteps": 1000,
-    }
-    pipeline.save(pipeline.Pipeline(nets, params, tokenizer, scheduler, index), root / "sd")
-    clip = CLIPModel.from_config(
-        {"text_config": text, "vision_config": tower | {"image_size": 16, "patch_size": 8}, "projection_dim": 8}
-    )
-    clip.save_pretrained(drawn(clip), root / "clip", dtype=np.float32)
-    tokenizer.save_pretrained(root / "clip")
-    return root
-
-
-def small_inception(path) -> features.FeatureNet:
-    """In place of Inception: six numbers of a picture."""
-    features.check_inception(path)
-    weights = np.random.default_rng(0).normal(size=(4, 4, 3, 6)).astype(np.float32)
-
-    def look(w, x):
-        step = x.shape[1] // 4
-        return (x[:, ::step, ::step] / 255).reshape(len(x), -1) @ w.reshape(-1, 6)
-
-    return look, weights
-
-
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(features, "load_inception", small_inception)
     monkeypatch.setattr(evaluate_coco_measure, "sha256_of_params", lambda weights: "of the six numbers")
 
 
-def config(folder, models, **fields):
+def config(coco_folder, coco_models, **fields):
     config = runpy.run_path(str(ROOT / "configs" / "evaluate_coco.py"))["get_config"]()
-    (models / "inception.pth").touch()
+    (coco_models / "inception.pth").touch()
     config.update(
         {
-            "model": str(models / "sd"),
-            "clip": str(models / "clip"),
+            "model": str(coco_models / "sd"),
+            "clip": str(coco_models / "clip"),
             "size": 16,
             "batch": 4,
-            "inception": str(models / "inception.pth"),
+            "inception": str(coco_models / "inception.pth"),
         }
     )
     config.data.update(
-        {"source": str(folder / "val"), "captions": str(folder / "annotations" / "captions_val.json"), "count": COUNT}
+        {
+            "source": str(coco_folder / "val"),
+            "captions": str(coco_folder / "annotations" / "captions_val.json"),
+            "count": COCO_COUNT,
+        }
         | fields.pop("data", {})
     )
     config.update(fields)
@@ -305,46 +201,49 @@ def pictures(workdir: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def done(folder, models, tmp_path_factory):
+def done(coco_folder, coco_models, tmp_path_factory):
     """A run from beginning to end."""
     workdir = tmp_path_factory.mktemp("done")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(features, "load_inception", small_inception)
         patch.setattr(evaluate_coco_measure, "sha256_of_params", lambda weights: "of the six numbers")
-        main.run(config(folder, models), str(workdir))
+        main.run(config(coco_folder, coco_models), str(workdir))
     return workdir
 
 
-def test_the_numbers_are_those_of_the_files_it_wrote(done, folder, torch):
+def test_the_numbers_are_those_of_the_files_it_wrote(done, coco_folder, torch):
     from pytorch_fid.fid_score import calculate_frechet_distance
 
     weights = small_inception(__file__)[1].reshape(-1, 6)
     made = sorted((done / "evaluate" / "coco" / "pictures").iterdir())
-    assert [path.name for path in made] == [f"{number:012d}.png" for number in sorted(IDS)]
-    sets = [[np.asarray(Image.open(path)) for path in made], [coco.pixels(photo, 16) for photo in official(folder)]]
-    rows = [(np.stack(s)[:, ::4, ::4] / 255).reshape(COUNT, -1) @ weights for s in sets]
+    assert [path.name for path in made] == [f"{number:012d}.png" for number in sorted(COCO_IDS)]
+    sets = [
+        [np.asarray(Image.open(path)) for path in made],
+        [coco.pixels(photo, 16) for photo in official(coco_folder)],
+    ]
+    rows = [(np.stack(s)[:, ::4, ::4] / 255).reshape(COCO_COUNT, -1) @ weights for s in sets]
     statistics = [part for x in rows for part in (x.mean(0), np.cov(x, rowvar=False))]
     found = results(done)
     assert found["fid"] == pytest.approx(calculate_frechet_distance(*statistics), rel=1e-4)  # features in float32
-    assert found["made"] == found["real"] == COUNT and 0 <= found["precision"] <= 1 and 0 <= found["recall"] <= 1
+    assert found["made"] == found["real"] == COCO_COUNT and 0 <= found["precision"] <= 1 and 0 <= found["recall"] <= 1
     assert -1 <= found["clip_score"] <= 1 and found["clip_score_error"] > 0 and found["kid_deviation"] >= 0
     text = (done / "evaluate" / "coco" / "results.md").read_text()
     assert f"{found['fid']:.2f}" in text and f"{found['clip_score']:.4f}" in text and "16×16 pixels" in text
     _, notes = images.load_png(made[0])
-    assert notes["prompt"] == official(folder)[0].caption
+    assert notes["prompt"] == official(coco_folder)[0].caption
 
 
-def test_clip_score_belongs_picture_to_caption(done, folder, models):
+def test_clip_score_belongs_picture_to_caption(done, coco_folder, coco_models):
     """By transformers' own classes, from the files."""
     import torch
     from transformers import CLIPImageProcessor
     from transformers import CLIPModel as Theirs
 
-    net = Theirs.from_pretrained(models / "clip")
+    net = Theirs.from_pretrained(coco_models / "clip")
     processor = CLIPImageProcessor(do_resize=False, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    photos = official(folder)
+    photos = official(coco_folder)
     made = [Image.open(done / "evaluate" / "coco" / "pictures" / f"{photo.id:012d}.png") for photo in photos]
-    ids = Tokenizer.from_pretrained(models / "clip", "")([photo.caption for photo in photos])
+    ids = Tokenizer.from_pretrained(coco_models / "clip", "")([photo.caption for photo in photos])
     with torch.no_grad():
         out = net(input_ids=torch.tensor(ids), **processor(made, return_tensors="pt"))
     want = (out.image_embeds * out.text_embeds).sum(-1).mean().item()
@@ -352,9 +251,11 @@ def test_clip_score_belongs_picture_to_caption(done, folder, models):
 
 
 def test_a_killed_run_goes_on_and_ends_the_same_in_either_layout(
-    done, folder, prepared, models, small, tmp_path, monkeypatch
+    done, coco_folder, prepared, coco_models, small, tmp_path, monkeypatch
 ):
-    settings = config(folder, models, data={"source": f"tfds:{prepared}", "captions": "", "split": "val+restval"})
+    settings = config(
+        coco_folder, coco_models, data={"source": f"tfds:{prepared}", "captions": "", "split": "val+restval"}
+    )
     save, written = images.save_png, []
 
     def dying(path, *rest):
@@ -370,13 +271,13 @@ def test_a_killed_run_goes_on_and_ends_the_same_in_either_layout(
     monkeypatch.setattr(images, "save_png", lambda path, *rest: (written.append(path), save(path, *rest)))
     monkeypatch.setattr(coco, "pixels", None)  # photographs are not looked at again
     main.run(settings, str(tmp_path))
-    assert len(written) == len(set(written)) == COUNT
+    assert len(written) == len(set(written)) == COCO_COUNT
     assert pictures(tmp_path) == pictures(done) and results(tmp_path) == results(done)
 
 
-def test_pictures_are_reduced_as_photographs_are(models, tmp_path):
+def test_pictures_are_reduced_as_photographs_are(coco_models, tmp_path):
     photo = coco.Photo(7, "red apple", "", lambda: True, bytes)
-    job = evaluate_coco.Job(config(tmp_path, models, size=8), None, [photo], None, {}, tmp_path)
+    job = evaluate_coco.Job(config(tmp_path, coco_models, size=8), None, [photo], None, {}, tmp_path)
     picture = np.random.default_rng(0).integers(0, 255, (16, 24, 3), np.uint8)
     evaluate_coco.write(job, [photo], picture[None])
     got, _ = images.load_png(tmp_path / "pictures" / "000000000007.png")
@@ -405,12 +306,14 @@ def test_pictures_are_reduced_as_photographs_are(models, tmp_path):
         ({"negative": "a face"}, ValueError, "guidance needs alpha > 1"),
     ],
 )
-def test_what_cannot_be_measured_ends_before_anything_is_written(fields, error, words, folder, models, small, tmp_path):
+def test_what_cannot_be_measured_ends_before_anything_is_written(
+    fields, error, words, coco_folder, coco_models, small, tmp_path
+):
     if fields.get("reference") == "WRONG":
         np.savez(tmp_path / "wrong.npz", mu=np.zeros(5), sigma=np.eye(5))
         fields = {"reference": str(tmp_path / "wrong.npz")}
     with pytest.raises(error, match=words):
-        main.run(config(folder, models, **fields), str(tmp_path / "work"))
+        main.run(config(coco_folder, coco_models, **fields), str(tmp_path / "work"))
     assert not (tmp_path / "work").exists()
 
 
@@ -423,38 +326,38 @@ def test_what_cannot_be_measured_ends_before_anything_is_written(fields, error, 
     ],
 )
 def test_a_missing_or_damaged_photograph_is_named_before_anything_is_written(
-    harm, error, words, folder, models, small, tmp_path
+    harm, error, words, coco_folder, coco_models, small, tmp_path
 ):
-    copy = shutil.copytree(folder, tmp_path / "coco")
-    path = copy / "val" / f"{IDS[3]:012d}.jpg"
+    copy = shutil.copytree(coco_folder, tmp_path / "coco")
+    path = copy / "val" / f"{COCO_IDS[3]:012d}.jpg"
     harm(path)
     with pytest.raises(error, match=words) as raised:
-        main.run(config(copy, models), str(tmp_path / "work"))
+        main.run(config(copy, coco_models), str(tmp_path / "work"))
     assert str(path) in str(raised.value) and not (tmp_path / "work").exists()
 
 
-def test_other_pictures_are_refused_and_missing_ones_made_again(done, folder, models, small, tmp_path):
+def test_other_pictures_are_refused_and_missing_ones_made_again(done, coco_folder, coco_models, small, tmp_path):
     workdir = Path(shutil.copytree(done, tmp_path / "work"))
     for fields, words in (
         ({"N": 2}, r"another recipe \(N differs\)"),
         ({"size": 8, "seed": 1}, r"\(seed, size differ\)"),
     ):
         with pytest.raises(ValueError, match=words):
-            main.run(config(folder, models, **fields), str(workdir))
-    path = workdir / "evaluate" / "coco" / "pictures" / f"{IDS[0]:012d}.png"
+            main.run(config(coco_folder, coco_models, **fields), str(workdir))
+    path = workdir / "evaluate" / "coco" / "pictures" / f"{COCO_IDS[0]:012d}.png"
     for harm, words in (
         (lambda: Image.new("RGB", (9, 7)).save(path), "has 9×7 pixels, not 16×16; delete it"),
         (lambda: path.write_bytes(b"\x89PNG\r\n\x1a\n"), "cannot be read .*delete it"),
     ):
         harm()
         with pytest.raises(ValueError, match=words):
-            main.run(config(folder, models), str(workdir))
+            main.run(config(coco_folder, coco_models), str(workdir))
     path.unlink()
     (tmp_path / "no photographs").mkdir()
     main.run(
         config(
-            folder,
-            models,
+            coco_folder,
+            coco_models,
             data={"source": str(tmp_path / "no photographs")},
             reference=str(done / "evaluate" / "coco" / "reference.npz"),
         ),
@@ -466,18 +369,18 @@ def test_other_pictures_are_refused_and_missing_ones_made_again(done, folder, mo
     assert got["fid"] == want["fid"] and got["clip_score"] == want["clip_score"]
 
 
-def test_the_command_on_two_devices_with_the_real_inception(done, folder, models, tmp_path):
+def test_the_command_on_two_devices_with_the_real_inception(done, coco_folder, coco_models, tmp_path):
     """Random weights; the pictures are those of one device."""
     net = InceptionV3.from_config({})
     net.save_pretrained(drawn(net), tmp_path / "inception", dtype=np.float32)
     settings = {
-        "model": models / "sd",
-        "clip": models / "clip",
+        "model": coco_models / "sd",
+        "clip": coco_models / "clip",
         "size": 16,
         "batch": 4,
         "inception": tmp_path / "inception" / "model.safetensors",
-        "data.source": folder / "val",
-        "data.captions": folder / "annotations" / "captions_val.json",
+        "data.source": coco_folder / "val",
+        "data.captions": coco_folder / "annotations" / "captions_val.json",
         "data.count": 6,
     }
     command = [
@@ -496,5 +399,5 @@ def test_the_command_on_two_devices_with_the_real_inception(done, folder, models
         one, two = (Image.open(root / "evaluate" / "coco" / "pictures" / name) for root in (done, tmp_path))
         assert np.abs(np.asarray(one, int) - np.asarray(two, int)).max() <= 1
     found = results(tmp_path)
-    assert np.isfinite(found["fid"]) and found["fid"] > 0 and (found["made"], found["real"]) == (6, COUNT)
+    assert np.isfinite(found["fid"]) and found["fid"] > 0 and (found["made"], found["real"]) == (6, COCO_COUNT)
     assert np.load(tmp_path / "evaluate" / "coco" / "reference.npz")["mu"].shape == (2048,)

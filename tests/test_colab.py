@@ -73,7 +73,7 @@ def one_step(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     pipe = pipeline.load("openmoji", variant=None, attention="xla")
     schedule = sampling.read_dynamics(pipe.scheduler, pipe.index, "auto")
-    unet = warm_start.from_teacher(pipe.params["unet"], pipe.nets["unet"], schedule, straighten.CLOCK)
+    unet = warm_start.from_teacher(pipe.params["unet"], pipe.nets["unet"], schedule, straighten.NUM_TIMESTEPS)
     straighten.export(pipe, unet, workdir / "distill" / "export")
     return workdir
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import normal, relative
 from flax import nnx
+from helpers import normal, relative
 from jax import lax
 
 from instaflow_jax.kernels.cpu import dispatch as cpu
@@ -122,7 +122,7 @@ def test_a_doubled_image_costs_a_quarter():
 
 @pytest.mark.parametrize("size", [(8, 10), (7, 10)], ids=["doubled", "odd"])
 def test_an_enlarged_image_is_convolved_the_same_whatever_the_way(size, monkeypatch):
-    conv = layers.Make().conv(32, 32, 3, padding=1)
+    conv = layers.LayerFactory().conv(32, 32, 3, padding=1)
     conv.kernel[...], conv.bias[...], x = normal(0, 3, 3, 32, 32), normal(1, 32), normal(2, 2, 4, 5, 32)
     want = conv(layers.resize_nearest(x, size))
     monkeypatch.setattr(cpu, "_WORTH", 0)
@@ -222,7 +222,7 @@ def test_other_platforms_keep_their_convolution_and_attention(monkeypatch):
     assert "convolution" in there and "dot_general" not in there
     assert "convolution" not in here and "dot_general" in here
 
-    conv = layers.Make().conv(32, 32, 3, padding=1)
+    conv = layers.LayerFactory().conv(32, 32, 3, padding=1)
     traced = jax.jit(lambda x: conv.enlarged(x, (8, 8))).trace(x)
     here, there = (traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "cuda"))
     assert "convolution" in there and "dot_general" not in there
@@ -235,7 +235,7 @@ def test_other_platforms_keep_their_convolution_and_attention(monkeypatch):
 
 
 def test_group_norm_equals_its_definition():
-    norm = layers.Make().group_norm(12, 3, 1e-3)
+    norm = layers.LayerFactory().group_norm(12, 3, 1e-3)
     norm.scale[...], norm.bias[...] = normal(1, 12), normal(2, 12)
     x = 3 + normal(0, 2, 5, 7, 12)
     groups = x.astype(np.float64).reshape(2, -1, 3, 4)

@@ -7,9 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from test_evaluate import make_tiny, no_drawing  # noqa: F401 (a fixture)
-from test_evaluate import shrink as shrink_evaluate
-from test_straighten import shrink as shrink_training
+from helpers import make_tiny, shrink_demo
 
 from configs import demo as config_file
 from instaflow_jax import main
@@ -21,23 +19,14 @@ def tiny(tmp_path_factory):
     return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
-def shrink(config, tiny):
-    """The shipped config with small numbers."""
-    for name in ("reflow", "distill", "direct"):
-        shrink_training(config[name], tiny).loop.update({"steps": 2, "save_every": 2})
-    config.reflow.model = config.direct.model = str(tiny)
-    shrink_evaluate(config.evaluate, tiny)
-    return config
-
-
 def configured(tiny):
-    config = shrink(config_file.get_config(), tiny)
+    config = shrink_demo(config_file.get_config(), tiny)
     config.export.formats = ("orbax",)
     return config
 
 
 @pytest.fixture(scope="module")
-def run(tiny, no_drawing, tmp_path_factory):  # noqa: F811
+def run(tiny, no_drawing, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("demo")
     main.run(configured(tiny), str(workdir))
     return workdir

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import normal, relative
+from helpers import normal, relative
 
 from instaflow_jax import flow, pipeline
 from instaflow_jax.evals import clip_score, features, frechet, straightness

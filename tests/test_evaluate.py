@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import normal, relative
-from tiny_diffusion import make_random
+from helpers import EMOJI_NAMES, make_emoji, make_tiny, normal, relative, shrink_evaluate
 
-from instaflow_jax import flow, main, pipeline, sampling, teacher
+from instaflow_jax import flow, main, pipeline, sampling, solvers, teacher
 from instaflow_jax.data.openmoji import dataset as openmoji
 from instaflow_jax.data.openmoji.captions import Emoji
 from instaflow_jax.evals.clip_score import make_clip_score
@@ -28,71 +27,11 @@ from instaflow_jax.stages.evaluate.models import Model
 from instaflow_jax.stages.pretrain.recipe import caption_tokens, to_pixels
 
 ROOT = Path(__file__).parent.parent
-NAMES = (
-    "red apple",
-    "cat face",
-    "house",
-    "astronaut",
-    "rocket",
-    "octopus",
-    "grinning face",
-    "flag of japan",
-    "bee",
-    "green apple",
-    "dog face",
-    "castle",
-    "robot",
-    "ship",
-    "whale",
-    "crying face",
-    "flag of france",
-    "ant",
-)
-
-
-def make_tiny(folder: Path) -> Path:
-    """A Stable Diffusion of random weights: 32×32 pixels as the embedded CLIP takes them, 4×4 latents."""
-    return make_random(
-        folder,
-        {
-            "block_out_channels": (4,) * 4,
-            "down_block_types": ("DownEncoderBlock2D",) * 4,
-            "norm_num_groups": 2,
-            "up_block_types": ("UpDecoderBlock2D",) * 4,
-            "layers_per_block": 1,
-            "sample_size": 32,
-        },
-    )
-
-
-def make_emoji() -> openmoji.Arrays:
-    """Smooth pictures in place of emoji, so that no test waits for drawing."""
-    coarse = np.random.default_rng(0).integers(0, 255, (len(NAMES), 4, 4, 3)).astype(np.uint8)
-    words = [Emoji(f"{i:X}", name, "objects", "tool", "", "", name) for i, name in enumerate(NAMES)]
-    return openmoji.Arrays(coarse.repeat(8, 1).repeat(8, 2), words)
-
-
-@pytest.fixture(scope="module")
-def no_drawing():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(openmoji, "load", lambda *_: make_emoji())
-        yield
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     return make_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-def shrink(config, tiny):
-    """The shipped config with small numbers."""
-    config.update({"count": 8, "batch": 4, "repeats": 1})
-    config.teacher.update({"model": str(tiny), "steps": (3, 1)})
-    config.reflow.steps, config.distill.steps = (2, 1), (1,)
-    config.straightness.update({"N": 3, "count": 4})
-    config.guidance.update({"N": 2, "alphas": (1.0, 2.0)})
-    config.show.update({"prompts": ("red apple", "house"), "points": 3})
-    return config
 
 
 def read(**fields):
@@ -102,7 +41,7 @@ def read(**fields):
 
 
 def configured(tiny, **fields):
-    config = shrink(read(), tiny)
+    config = shrink_evaluate(read(), tiny)
     config.teacher.alpha = 2.0
     config.update(fields)
     return config
@@ -206,12 +145,12 @@ def test_the_teacher_alone_is_a_table_too(tiny, no_drawing, tmp_path, capsys):
         (lambda config: config.reflow.update({"steps": (0,)}), ValueError, "config.reflow.steps=(0,) must be"),
         (lambda config: config.show.update({"points": 1}), ValueError, "config.show.points=1"),
         (
-            lambda config: config.update({"also": "mine|direct"}),
+            lambda config: config.update({"extra": "mine|direct"}),
             ValueError,
-            "config.also='mine|direct': 'direct' is empty, there",
+            "config.extra='mine|direct': 'direct' is empty, there",
         ),
-        (lambda config: config.update({"also": "mine|mine"}), ValueError, "config.also='mine|mine': 'mine' is"),
-        (lambda config: config.update({"also": "mine"}), FileNotFoundError, "holds no model: train it with"),
+        (lambda config: config.update({"extra": "mine|mine"}), ValueError, "config.extra='mine|mine': 'mine' is"),
+        (lambda config: config.update({"extra": "mine"}), FileNotFoundError, "holds no model: train it with"),
         (lambda config: config.teacher.update({"alpha": 0.0}), FileNotFoundError, "set --config.teacher.alpha"),
     ],
 )
@@ -264,7 +203,7 @@ def test_programs_draw_what_sampling_draws(name, counts, alpha, models):
     model = models[name]
     pipe, null = model.pipe, model.pipe.tokenizer([""])
     programs = evaluate_programs.Programs(pipe.nets, null, per_device=4, longest=8)
-    ids, X0 = pipe.tokenizer(list(NAMES[:6])), normal(0, 6, 4, 4, 4)
+    ids, X0 = pipe.tokenizer(list(EMOJI_NAMES[:6])), normal(0, 6, 4, 4, 4)
     both = pipe.nets["text_encoder"].apply(pipe.params["text_encoder"], np.concatenate([null, ids])).last_hidden_state
     for N in counts:
         latents, pictures = programs.draw(model, model.table(N), alpha, ids, X0)
@@ -284,7 +223,7 @@ def test_straightness_is_that_of_the_guided_flow(name, models):
     model = models[name]
     pipe, null = model.pipe, model.pipe.tokenizer([""])
     programs = evaluate_programs.Programs(pipe.nets, null, per_device=2, longest=8)
-    ids, X0 = pipe.tokenizer(list(NAMES[:2])), normal(0, 2, 4, 4, 4)
+    ids, X0 = pipe.tokenizer(list(EMOJI_NAMES[:2])), normal(0, 2, 4, 4, 4)
     got = programs.straightness(model, 2.0, 3, ids, X0)
     both = pipe.nets["text_encoder"].apply(pipe.params["text_encoder"], np.concatenate([null, ids])).last_hidden_state
 
@@ -305,7 +244,7 @@ def test_straightness_is_that_of_the_guided_flow(name, models):
 
 def solve(table, predict, X0):
     """A table without rows, at the very start, leaves X0."""
-    return np.asarray(teacher.integrate(predict, table, X0))
+    return np.asarray(solvers.integrate(predict, table, X0))
 
 
 @pytest.mark.parametrize("N", [1, 4])
@@ -367,7 +306,7 @@ def test_tones_and_twins_are_forgiven_and_nothing_else():
 
 def test_the_judge_finds_real_emoji_and_its_score_is_the_clip_score():
     data, source = make_emoji(), pipeline.locate("openmoji")
-    judge, wanted = Judge(source, data), np.arange(len(NAMES))
+    judge, wanted = Judge(source, data), np.arange(len(EMOJI_NAMES))
     scores = judge.scores(judge.pictures, wanted)
     assert scores["found"] == 1.0
     net, params = CLIPModel.from_pretrained(source, "clip")
@@ -380,5 +319,5 @@ def test_the_teachers_guidance_is_that_of_its_pairs(tiny, tmp_path):
     pairs = runpy.run_path(str(ROOT / "configs" / "generate.py"))["get_config"]()
     pairs.update({"model": str(tiny), "count": 4, "shard_size": 4, "batch": 4, "N": 1, "alpha": 3.5, "preview": 1})
     main.run(pairs, str(tmp_path))
-    model = evaluate_models.load(shrink(read(), tiny), tmp_path)[0]
+    model = evaluate_models.load(shrink_evaluate(read(), tiny), tmp_path)[0]
     assert model.alpha == 3.5 and dataclasses.is_dataclass(model)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import normal, relative
+from helpers import normal, relative
 from jax import export as jax_export
 from PIL import Image
 
@@ -145,7 +145,7 @@ class Ours:
 
     def pictures(self, X0=X0):
         """One-step pictures, whole numbers from 0 to 255."""
-        return np.asarray(sampling.to_uint8(self.decode(self.latents(1, X0))), int)
+        return np.asarray(images.to_uint8(self.decode(self.latents(1, X0))), int)
 
 
 @pytest.fixture(scope="module")

@@ -75,13 +75,13 @@ def test_sampling_equals_the_released_loop(N, alpha):
 
 def test_the_clock_falls_from_1000_at_noise_and_stays_within_float32_rounding():
     def asks(Z, t):
-        return jnp.broadcast_to(flow.clock(t), Z.shape)
+        return jnp.broadcast_to(flow.timestep(t), Z.shape)
 
     _, v = jax.jit(lambda X0: flow.euler_path(asks, X0, 25))(normal(1, 1, 1, 1))
     tau = np.asarray(v).ravel()
     assert tau[0] == 1000
     np.testing.assert_allclose(tau, np.arange(1000, 0, -40), rtol=0, atol=3.1e-5)  # half a float32 step at 1000
-    assert flow.clock(jnp.float32(0.5), steps=10) == 5
+    assert flow.timestep(jnp.float32(0.5), steps=10) == 5
 
 
 def test_the_path_runs_from_noise_to_data_at_the_target_velocity():

@@ -21,7 +21,7 @@ from instaflow_jax.data.noise import noise
 from instaflow_jax.data.pairs import manifest as pairs_manifest
 from instaflow_jax.data.pairs import store as pairs_store
 from instaflow_jax.data.pairs.reader import Pairs
-from instaflow_jax.infra.speed import step_flops
+from instaflow_jax.infra.cost import step_flops
 from instaflow_jax.models.clip import CLIPTextModel
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.models.vae import AutoencoderKL
@@ -194,7 +194,7 @@ def test_a_pair_integrated_again_by_its_recipe_is_exact(made, teacher):
 def test_weights_prompts_and_solver_are_in_the_recipe(made, teacher):
     recipe, pipe = pairs_manifest.read(made)["recipe"], pipeline.load(str(teacher), variant=None, attention="xla")
     for name, params in pipe.params.items():
-        assert recipe["teacher"][name] == pairs_manifest.sha256_of_params(params)
+        assert recipe["teacher"][name] == files.sha256_of_params(params)
     assert (recipe["solver"], recipe["N"], recipe["alpha"], recipe["negative"]) == ("dpm_solver", 3, 3.0, "")
     assert (recipe["scaling_factor"], recipe["latent_shape"], recipe["dynamics"]["beta_end"]) == (0.5, [4, 4, 4], 0.012)
 

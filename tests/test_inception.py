@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from conftest import normal, randomize, references, relative
+from helpers import normal, randomize, references, relative
 
 from instaflow_jax.models import inception
 from instaflow_jax.models.inception import InceptionV3

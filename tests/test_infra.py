@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from instaflow_jax.infra import huge_pages, images, metrics, speed
+from instaflow_jax.infra import cost, huge_pages, images, metrics
 
 
 class Terminal(io.StringIO):
@@ -71,7 +71,7 @@ def test_progress_can_keep_quiet(clock):
 
 def test_rates_give_mfu_where_the_peak_is_known(monkeypatch):
     monkeypatch.setattr(speed, "peak_flops", lambda kind: 100e12)
-    found = speed.rates(10, 5.0, samples_per_step=32, flops_per_step=20e12)
+    found = cost.rates(10, 5.0, samples_per_step=32, flops_per_step=20e12)
     assert found == pytest.approx({"steps_per_s": 2, "samples_per_s": 64, "tflop_per_s": 40, "mfu": 0.4})
 
 
@@ -87,7 +87,7 @@ def test_rates_give_mfu_where_the_peak_is_known(monkeypatch):
     ],
 )
 def test_peak_of_known_devices(kind, peak):
-    assert speed.peak_flops(kind) == peak
+    assert cost.peak_flops(kind) == peak
 
 
 def test_cost_of_a_step_counts_every_micro_batch():
@@ -95,12 +95,12 @@ def test_cost_of_a_step_counts_every_micro_batch():
         return jax.lax.scan(lambda total, rows: (total + rows @ b, None), jnp.zeros((16, 32)), a)[0]
 
     lowered = jax.jit(products).lower(jnp.ones((4, 16, 64)), jnp.ones((64, 32)))
-    assert speed.step_flops(lowered, repeats=4) == pytest.approx(4 * 2 * 16 * 64 * 32, rel=0.05)
+    assert cost.step_flops(lowered, repeats=4) == pytest.approx(4 * 2 * 16 * 64 * 32, rel=0.05)
 
 
 def test_compiled_step_is_described():
     lowered = jax.jit(lambda a: a @ a).lower(jnp.ones((256, 256)))
-    told = speed.describe(lowered.compile(), flops=2e12, seconds=1.5)
+    told = cost.describe(lowered.compile(), flops=2e12, seconds=1.5)
     assert told.startswith("step compiled in 1.5 s: 2 TFLOP a step; MiB per device: arguments 0.2")
 
 

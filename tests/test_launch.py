@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 
 import pytest
-from test_straighten import teacher  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted([*(ROOT / "launch").iterdir(), ROOT / ".ci" / "run"])
@@ -144,10 +143,10 @@ def test_the_compile_cache_is_on_and_may_be_moved(place):
 
 def test_one_node_runs_the_stage_from_any_folder(place):
     done, log = launch(
-        place, ROOT / "launch" / "one_node.sh", "--config=configs/reflow.py", "--config.watch.prompts=a b", cwd=place
+        place, ROOT / "launch" / "one_node.sh", "--config=configs/reflow.py", "--config.eval.prompts=a b", cwd=place
     )
     assert done.returncode == 0, done.stderr
-    assert log == ["python -m instaflow_jax.main --config=configs/reflow.py --config.watch.prompts=a b"]
+    assert log == ["python -m instaflow_jax.main --config=configs/reflow.py --config.eval.prompts=a b"]
 
 
 @pytest.mark.parametrize(
@@ -238,7 +237,7 @@ def test_a_pod_is_made_again_when_it_is_taken_away(place):
 
 def test_what_a_pod_runs_is_the_stage_with_its_arguments(place):
     """The command that workers get, run here by their shell in the folder that the code was copied to."""
-    _, log = pod(place, "exit 0", "--config=configs/reflow.py", "--config.watch.prompts=('a cat',)")
+    _, log = pod(place, "exit 0", "--config=configs/reflow.py", "--config.eval.prompts=('a cat',)")
     assert {path.name for path in (place / "home").iterdir()} == {
         "setup.py",
         "README.md",
@@ -261,7 +260,7 @@ def test_what_a_pod_runs_is_the_stage_with_its_arguments(place):
         env=environment(place),
     )
     assert (place / "log").read_text() == (
-        "python -m instaflow_jax.main --processes=0 --config=configs/reflow.py --config.watch.prompts=('a cat',)\n"
+        "python -m instaflow_jax.main --processes=0 --config=configs/reflow.py --config.eval.prompts=('a cat',)\n"
     )
 
 
@@ -382,14 +381,14 @@ def tiny_reflow(teacher, workdir, *, steps):
     fields = {
         "model": teacher,
         "batch_size": 4,
-        "watch_every": 10**6,
+        "eval_every": 10**6,
         "tensorboard": False,
         "loop.steps": steps,
         "loop.log_every": 1,
         "loop.save_every": 10**6,
-        "watch.prompts": "('red apple',)",
-        "watch.seeds": 1,
-        "watch.steps": "(1,)",
+        "eval.prompts": "('red apple',)",
+        "eval.seeds": 1,
+        "eval.N": "(1,)",
         "schedule.warmup_steps": 1,
         "pairs.model": teacher,
         "pairs.count": 8,

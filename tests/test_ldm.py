@@ -10,8 +10,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.torch
-from conftest import normal, references, relative
-from tiny_diffusion import assert_is, load, make_directory
+from helpers import assert_is, load, make_directory, normal, references, relative, to_ldm
 
 from instaflow_jax import pipeline, sampling
 from instaflow_jax.weights import ldm, torch_file
@@ -50,135 +49,6 @@ def sd1(worlds):
 
 
 # ---------------------------------------------------------------- the original naming, by its own constructors
-
-
-def unet_modules(config):
-    """diffusers' name of each module → CompVis', by walking through `UNetModel.__init__` and counting."""
-    levels, layers = len(config.block_out_channels), config.layers_per_block
-    names = {
-        "conv_in": "input_blocks.0.0",
-        "conv_norm_out": "out.0",
-        "conv_out": "out.2",
-        "time_embedding.linear_1": "time_embed.0",
-        "time_embedding.linear_2": "time_embed.2",
-        "mid_block.resnets.0": "middle_block.0",
-        "mid_block.attentions.0": "middle_block.1",
-        "mid_block.resnets.1": "middle_block.2",
-    }
-    count = 1
-    for level in range(levels):
-        for layer in range(layers):
-            names[f"down_blocks.{level}.resnets.{layer}"] = f"input_blocks.{count}.0"
-            if "CrossAttn" in config.down_block_types[level]:
-                names[f"down_blocks.{level}.attentions.{layer}"] = f"input_blocks.{count}.1"
-            count += 1
-        if level != levels - 1:
-            names[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{count}.0.op"
-            count += 1
-    count = 0
-    for level in range(levels):
-        for layer in range(layers + 1):
-            inside = [f"up_blocks.{level}.resnets.{layer}"]
-            if "CrossAttn" in config.up_block_types[level]:
-                inside.append(f"up_blocks.{level}.attentions.{layer}")
-            if level != levels - 1 and layer == layers:
-                inside.append(f"up_blocks.{level}.upsamplers.0")
-            names |= {module: f"output_blocks.{count}.{i}" for i, module in enumerate(inside)}
-            count += 1
-    return names
-
-
-def vae_modules(config):
-    """The same for the autoencoder; the decoder's levels are made from the last to the first."""
-    levels, layers, names = len(config.block_out_channels), config.layers_per_block, {}
-    for half in ("encoder", "decoder"):
-        names |= {
-            f"{half}.conv_in": f"{half}.conv_in",
-            f"{half}.conv_norm_out": f"{half}.norm_out",
-            f"{half}.conv_out": f"{half}.conv_out",
-            f"{half}.mid_block.resnets.0": f"{half}.mid.block_1",
-            f"{half}.mid_block.attentions.0": f"{half}.mid.attn_1",
-            f"{half}.mid_block.resnets.1": f"{half}.mid.block_2",
-        }
-    for level in range(levels):
-        names |= {f"encoder.down_blocks.{level}.resnets.{j}": f"encoder.down.{level}.block.{j}" for j in range(layers)}
-        names[f"encoder.down_blocks.{level}.downsamplers.0.conv"] = f"encoder.down.{level}.downsample.conv"
-    for ours, level in enumerate(reversed(range(levels))):
-        names |= {f"decoder.up_blocks.{ours}.resnets.{j}": f"decoder.up.{level}.block.{j}" for j in range(layers + 1)}
-        names[f"decoder.up_blocks.{ours}.upsamplers.0.conv"] = f"decoder.up.{level}.upsample.conv"
-    return names | {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
-
-
-UNET_PARTS = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-VAE_PARTS = {
-    "conv_shortcut": "nin_shortcut",
-    "group_norm": "norm",
-    "to_q": "q",
-    "to_k": "k",
-    "to_v": "v",
-    "to_out.0": "proj_out",
-}
-
-
-def rename(state, modules, parts, prefix):
-    renamed = {}
-    for key, tensor in state.items():
-        module = max((m for m in modules if key.startswith(m + ".")), key=len)
-        layer, _, word = key[len(module) + 1 :].rpartition(".")
-        renamed[".".join(filter(None, (prefix, modules[module], parts.get(layer, layer), word)))] = tensor
-    return renamed
-
-
-def to_ldm(pipe, kind):
-    """The whole state dict of a CompVis checkpoint, with all that such files carry besides."""
-    import torch
-
-    state = rename(pipe.unet.state_dict(), unet_modules(pipe.unet.config), UNET_PARTS, "model.diffusion_model")
-    vae = rename(pipe.vae.state_dict(), vae_modules(pipe.vae.config), VAE_PARTS, "first_stage_model")
-    state |= {k: v[..., None, None] if "attn_1" in k and v.ndim == 2 else v for k, v in vae.items()}
-    text = pipe.text_encoder.state_dict()
-    state |= {f"cond_stage_model.transformer.{k}": v for k, v in text.items()} if kind == "sd1" else to_openclip(text)
-    if kind == "sd1":
-        state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(16)[None]
-    state |= {
-        "betas": torch.ones(1000),
-        "alphas_cumprod": torch.ones(1000),
-        "model_ema.decay": torch.tensor(0.9999),
-        "model_ema.diffusion_modelinput_blocks00weight": torch.zeros(8, 4, 3, 3),
-    }
-    return {key: tensor.clone().contiguous() for key, tensor in state.items()}
-
-
-def to_openclip(text):
-    import torch
-
-    prefix, state = "cond_stage_model.model.", {}
-    state["positional_embedding"] = text["text_model.embeddings.position_embedding.weight"]
-    state["token_embedding.weight"] = text["text_model.embeddings.token_embedding.weight"]
-    for word in ("weight", "bias"):
-        state[f"ln_final.{word}"] = text[f"text_model.final_layer_norm.{word}"]
-        for i in range(2):
-            layer, block = f"text_model.encoder.layers.{i}", f"transformer.resblocks.{i}"
-            state[f"{block}.attn.in_proj_{word}"] = torch.cat(
-                [text[f"{layer}.self_attn.{x}_proj.{word}"] for x in "qkv"]
-            )
-            for theirs, ours in (
-                ("attn.out_proj", "self_attn.out_proj"),
-                ("ln_1", "layer_norm1"),
-                ("ln_2", "layer_norm2"),
-                ("mlp.c_fc", "mlp.fc1"),
-                ("mlp.c_proj", "mlp.fc2"),
-            ):
-                state[f"{block}.{theirs}.{word}"] = text[f"{layer}.{ours}.{word}"]
-    state |= {"text_projection": torch.eye(16), "logit_scale": torch.tensor(4.6)}
-    return {prefix + key: tensor for key, tensor in state.items()}
 
 
 # ---------------------------------------------------------------- single files

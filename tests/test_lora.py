@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.torch
-from conftest import relative
+from helpers import load, make_directory, relative, torch_names
 from PIL import Image
-from tiny_diffusion import load, make_directory, torch_names
 
 from instaflow_jax import main
 from instaflow_jax.stages.common import loading

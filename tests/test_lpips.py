@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import normal, randomize, references, relative
+from helpers import normal, randomize, references, relative
 
 import configs.distill
 from instaflow_jax import pipeline

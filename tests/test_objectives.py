@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import normal, relative
+from helpers import normal, relative
 
 from instaflow_jax import flow
 from instaflow_jax.models.lpips import LPIPS
 from instaflow_jax.models.vae import AutoencoderKL
-from instaflow_jax.train import losses as objectives
+from instaflow_jax.train import losses
 
 TEXT = types.SimpleNamespace(
     apply=lambda params, ids: types.SimpleNamespace(last_hidden_state=params[ids])
@@ -31,12 +31,12 @@ def oracle(params, Z, tau, text):
 
 
 def reflow(unet, **changes):
-    options = {"time": "uniform", "penalty": "squared", "drop": 0.0, "steps": 1000} | changes
-    return objectives.make_reflow_loss(unet, TEXT, **options)
+    options = {"time": "uniform", "penalty": "squared", "prompt_dropout": 0.0, "steps": 1000} | changes
+    return losses.make_reflow_loss(unet, TEXT, **options)
 
 
-@pytest.mark.parametrize("time", objectives.TIMES)
-@pytest.mark.parametrize("penalty", objectives.PENALTIES)
+@pytest.mark.parametrize("time", losses.TIMES)
+@pytest.mark.parametrize("penalty", losses.PENALTIES)
 def test_reflow_is_zero_for_the_true_velocity_only(time, penalty):
     loss = reflow(net(oracle), time=time, penalty=penalty)
     assert loss(0.0, FROZEN, BATCH, jax.random.key(0))[0] == 0
@@ -66,13 +66,13 @@ def test_prompts_are_dropped_for_the_null_branch_at_their_rate():
         return Z
 
     big = {name: np.concatenate([rows] * 64) for name, rows in BATCH.items()}
-    reflow(net(record), drop=0.25)(0.0, FROZEN, big, jax.random.key(0))
+    reflow(net(record), prompt_dropout=0.25)(0.0, FROZEN, big, jax.random.key(0))
     empty = np.all(seen["text"] == FROZEN["text_encoder"][0], axis=(1, 2))
     assert abs(empty.mean() - 0.25) < 0.03
 
 
 def test_u_shaped_time_has_the_density_it_states():
-    t = np.asarray(objectives.u_shaped(jax.random.key(0), 200_000))
+    t = np.asarray(losses.u_shaped(jax.random.key(0), 200_000))
     assert 0 <= t.min() and t.max() <= 1
     seen, edges = np.histogram(t, bins=20, range=(0, 1), density=True)
     u = 2 * (edges[:-1] + edges[1:]) / 2 - 1
@@ -85,7 +85,7 @@ def test_pseudo_huber_is_quadratic_for_small_errors_and_linear_for_large_ones():
     error = np.ones((1, 4, 4, 2), np.float32)
     c = 0.00054 * d
     small, large = c * 1e-2 / d**0.5, 1e3
-    values = [float(objectives.pseudo_huber(s * error)[0]) for s in (small, 2 * small, large, 2 * large)]
+    values = [float(losses.pseudo_huber(s * error)[0]) for s in (small, 2 * small, large, 2 * large)]
     assert values[1] / values[0] == pytest.approx(4, rel=1e-2)
     assert values[3] / values[2] == pytest.approx(2, rel=1e-3)
 
@@ -93,12 +93,12 @@ def test_pseudo_huber_is_quadratic_for_small_errors_and_linear_for_large_ones():
 def test_bucket_errors_average_to_the_error():
     t = jnp.array([0.1, 0.2, 0.3, 0.6, 0.9, 1.0 - 1e-7])
     error = jnp.array([1.0, 3.0, 5.0, 7.0, 9.0, 11.0])
-    assert objectives.buckets(t, error) == {"error_t0": 2.0, "error_t1": 5.0, "error_t2": 7.0, "error_t3": 10.0}
+    assert losses.buckets(t, error) == {"error_t0": 2.0, "error_t1": 5.0, "error_t2": 7.0, "error_t3": 10.0}
 
 
 def test_distillation_by_l2_is_eq_6():
-    loss = objectives.make_distill_loss(
-        net(lambda p, Z, tau, text: p * Z), TEXT, objectives.latent_distance, match=0.0, drop=0.0, steps=1000
+    loss = losses.make_distill_loss(
+        net(lambda p, Z, tau, text: p * Z), TEXT, losses.latent_distance, match=0.0, prompt_dropout=0.0, steps=1000
     )
     value, metrics = loss(0.3, FROZEN, BATCH, jax.random.key(0))
     np.testing.assert_allclose(value, np.mean((1.3 * BATCH["X0"] - BATCH["X1"]) ** 2), rtol=1e-6)
@@ -112,11 +112,15 @@ def test_distillation_holds_t_at_zero_but_for_the_share_that_matches():
         seen["tau"] = tau
         return Z
 
-    loss = objectives.make_distill_loss(net(record), TEXT, objectives.latent_distance, match=0.25, drop=0.0, steps=1000)
+    loss = losses.make_distill_loss(
+        net(record), TEXT, losses.latent_distance, match=0.25, prompt_dropout=0.0, steps=1000
+    )
     value, metrics = loss(0.0, FROZEN, BATCH, jax.random.key(0))
     assert np.all(seen["tau"][16:] == 1000) and np.all(seen["tau"][:16] < 1000)
     np.testing.assert_allclose(value, 0.75 * metrics["l2"] + 0.25 * metrics["matching"], rtol=1e-6)
-    loss = objectives.make_distill_loss(net(oracle), TEXT, objectives.latent_distance, match=0.25, drop=0.0, steps=1000)
+    loss = losses.make_distill_loss(
+        net(oracle), TEXT, losses.latent_distance, match=0.25, prompt_dropout=0.0, steps=1000
+    )
     assert float(loss(0.0, FROZEN, BATCH, jax.random.key(0))[0]) < 1e-12
 
 
@@ -126,12 +130,12 @@ def test_distillation_holds_t_at_zero_but_for_the_share_that_matches():
         (lambda: reflow(net(oracle), time="never"), "time='never' is not one of uniform, u_shaped"),
         (lambda: reflow(net(oracle), penalty="hard"), "penalty='hard' is not one of squared, pseudo_huber"),
         (
-            lambda: objectives.make_distill_loss(
-                net(oracle), TEXT, objectives.latent_distance, match=1.0, drop=0.0, steps=1000
+            lambda: losses.make_distill_loss(
+                net(oracle), TEXT, losses.latent_distance, match=1.0, prompt_dropout=0.0, steps=1000
             ),
             "match=1.0 must be a share in",
         ),
-        (lambda: objectives.random_crop(jax.random.key(0), jnp.zeros((1, 8, 8, 4)), 9), "does not fit into 8×8"),
+        (lambda: losses.random_crop(jax.random.key(0), jnp.zeros((1, 8, 8, 4)), 9), "does not fit into 8×8"),
     ],
 )
 def test_bad_options_are_refused(make, words):
@@ -167,16 +171,14 @@ def pair(count, side):
 def test_lpips_distance_decodes_both_and_adds_l2(eyes):
     vae, lpips, frozen = eyes
     batch, X1_hat = pair(4, 8)
-    distance = objectives.make_lpips_distance(vae, lpips, l2=0.5, crop=0, margin=0)
+    distance = losses.make_lpips_distance(vae, lpips, l2=0.5, crop=0, margin=0)
     value, metrics = jax.jit(distance)(frozen, X1_hat, batch, jax.random.key(0))
     images = [jax.jit(lambda p, z: vae.apply(p, z, method="decode"))(frozen["vae"], z) for z in (X1_hat, batch["X1"])]
     want = jnp.mean(lpips.apply(frozen["lpips"], *images))
     np.testing.assert_allclose(metrics["lpips"], want, rtol=1e-5)
     np.testing.assert_allclose(value, want + 0.5 * np.mean((X1_hat - batch["X1"]) ** 2), rtol=1e-5)
     assert (
-        objectives.make_lpips_distance(vae, lpips, l2=0, crop=0, margin=0)(
-            frozen, batch["X1"], batch, jax.random.key(0)
-        )[0]
+        losses.make_lpips_distance(vae, lpips, l2=0, crop=0, margin=0)(frozen, batch["X1"], batch, jax.random.key(0))[0]
         < 1e-12
     )
 
@@ -191,7 +193,7 @@ def test_a_cached_target_serves_as_well_as_one_decoded_on_the_fly(eyes):
         | {f"decoder.conv_out.{word}": frozen["vae"][f"decoder.conv_out.{word}"] / span for word in ("kernel", "bias")}
     }
     target = np.asarray(jnp.round((vae.apply(frozen["vae"], batch["X1"], method="decode") + 1) * 127.5), np.uint8)
-    distance = jax.jit(objectives.make_lpips_distance(vae, lpips, l2=0, crop=0, margin=0))
+    distance = jax.jit(losses.make_lpips_distance(vae, lpips, l2=0, crop=0, margin=0))
     fly = distance(frozen, X1_hat, batch, jax.random.key(0))[0]
     cached = distance(frozen, X1_hat, batch | {"target": target}, jax.random.key(0))[0]
     np.testing.assert_allclose(cached, fly, rtol=0.02)
@@ -202,8 +204,8 @@ def test_random_crops_stand_for_the_whole_picture(eyes):
     16×16 latents and the crop is 8 with a margin of 2 (what remains is the decoder's norm and attention over less)."""
     vae, lpips, frozen = eyes
     batch, X1_hat = pair(96, 16)
-    whole = jax.jit(objectives.make_lpips_distance(vae, lpips, l2=0, crop=0, margin=0))
-    crops = jax.jit(objectives.make_lpips_distance(vae, lpips, l2=0, crop=8, margin=2))
+    whole = jax.jit(losses.make_lpips_distance(vae, lpips, l2=0, crop=0, margin=0))
+    crops = jax.jit(losses.make_lpips_distance(vae, lpips, l2=0, crop=8, margin=2))
     want = float(whole(frozen, X1_hat, batch, jax.random.key(0))[0])
     got = np.mean([float(crops(frozen, X1_hat, batch, jax.random.key(i))[0]) for i in range(4)])
     assert relative(np.array([got]), np.array([want])) < 0.1
@@ -213,6 +215,6 @@ def test_random_crops_stand_for_the_whole_picture(eyes):
 
 def test_random_crops_cut_pairs_alike_and_reach_every_corner():
     z = jnp.broadcast_to(jnp.arange(16.0).reshape(1, 4, 4, 1), (256, 4, 4, 1))
-    pieces = objectives.random_crop(jax.random.key(0), jnp.concatenate([z, z], axis=-1), 3)
+    pieces = losses.random_crop(jax.random.key(0), jnp.concatenate([z, z], axis=-1), 3)
     np.testing.assert_array_equal(pieces[..., 0], pieces[..., 1])
     assert set(np.unique(pieces[:, 0, 0, 0])) == {0.0, 1.0, 4.0, 5.0}

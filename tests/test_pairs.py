@@ -242,7 +242,7 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(directory):
     names = [f".shard.{host}.{dead.pid}", f".shard.{host}.{os.getppid()}", f".shard.elsewhere.{dead.pid}"]
     for name in names:
         (directory / name).touch()
-    pairs_store.remove_stale(directory)
+    files.remove_stale(directory)
     assert [(directory / name).exists() for name in names] == [False, True, True]
 
 
@@ -277,7 +277,7 @@ def test_an_edited_a_broken_a_future_and_a_missing_manifest_are_refused(director
 
 def test_weights_have_one_hash_whatever_their_order():
     a, b = np.arange(6.0, dtype=np.float32), np.ones(2, np.float32)
-    one = pairs_manifest.sha256_of_params({"a": a, "b": b})
-    assert one == pairs_manifest.sha256_of_params({"b": jax.numpy.asarray(b), "a": a})
+    one = files.sha256_of_params({"a": a, "b": b})
+    assert one == files.sha256_of_params({"b": jax.numpy.asarray(b), "a": a})
     others = [{"a": a.reshape(2, 3), "b": b}, {"a": a, "c": b}, {"a": np.nextafter(a, 9), "b": b}]
-    assert len({one, *map(pairs_manifest.sha256_of_params, others)}) == 4
+    assert len({one, *map(files.sha256_of_params, others)}) == 4

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 import toy_training as toy
 
-from instaflow_jax.infra import devices as parallel
-from instaflow_jax.infra import metrics
+from instaflow_jax.infra import devices, metrics
 
 STEPS = 5
 
@@ -52,7 +51,7 @@ def test_two_processes_of_four_devices_equal_one(tmp_path, one_device):
 @pytest.fixture
 def wide():
     """The mesh of a larger machine, for rules that only read its shape."""
-    return jax.sharding.AbstractMesh((2, 4), parallel.AXES)
+    return jax.sharding.AbstractMesh((2, 4), devices.AXES)
 
 
 @pytest.mark.parametrize(
@@ -67,24 +66,24 @@ def wide():
     ],
 )
 def test_shape_rule(wide, shape, spec):
-    assert tuple(parallel.array_sharding(shape, wide).spec) == spec
+    assert tuple(devices.array_sharding(shape, wide).spec) == spec
 
 
 def test_a_batch_that_devices_cannot_share_is_refused(wide):
-    parallel.check_batch_size("batch_size", 48, wide, 2)
+    devices.check_batch_size("batch_size", 48, wide, 2)
     with pytest.raises(ValueError, match=r"batch_size=40 must be a multiple of 16 .*try batch_size=32"):
-        parallel.check_batch_size("batch_size", 40, wide, 2)
+        devices.check_batch_size("batch_size", 40, wide, 2)
 
 
 def test_a_mesh_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="fsdp=3 must divide the 1 devices"):
-        parallel.make_mesh(fsdp=3)
+        devices.make_mesh(fsdp=3)
 
 
 def test_host_arrays_go_to_devices_unchanged():
-    mesh = parallel.make_mesh(fsdp=1)
+    mesh = devices.make_mesh(fsdp=1)
     tree = {"a": np.arange(6.0, dtype=np.float32).reshape(2, 3)}
-    for put in (parallel.shard, parallel.replicate, parallel.global_batch):
+    for put in (devices.shard, devices.replicate, devices.global_batch):
         np.testing.assert_array_equal(put(tree, mesh)["a"], tree["a"])
     key = jax.random.key(5)
-    assert jax.random.uniform(parallel.replicate_key(key, mesh)) == jax.random.uniform(key)
+    assert jax.random.uniform(devices.replicate_key(key, mesh)) == jax.random.uniform(key)

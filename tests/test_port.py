@@ -5,7 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
-from conftest import randomize, references
+from helpers import randomize, references
 
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.models.vae import AutoencoderKL

@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pytest
+from helpers import pretrain_config
 
-from configs import pretrain as config_file
 from instaflow_jax import pipeline, teacher
 from instaflow_jax.data.openmoji import dataset as openmoji
 from instaflow_jax.data.openmoji.captions import Emoji
@@ -34,36 +34,9 @@ def no_drawing(monkeypatch):
     monkeypatch.setattr(openmoji, "load", lambda directory, size, split: emoji(8))
 
 
-def shrunk(variant: str):
-    """The example config with a few numbers made small."""
-    config = config_file.get_config(variant)
-    config.batch_size, config.watch_every, config.loop.steps, config.loop.log_every = 8, 100, 12, 1
-    config.schedule.update({"warmup_steps": 1, "peak": 3e-3})
-    if variant == "autoencoder":
-        config.model.block_out_channels = (8, 8, 8)
-    if variant == "diffusion":
-        config.copies = 1
-        config.unet.update(
-            {
-                "block_out_channels": (16,),
-                "attention_head_dim": (1,),
-                "sample_size": 8,
-                "down_block_types": ("CrossAttnDownBlock2D",),
-                "up_block_types": ("CrossAttnUpBlock2D",),
-            }
-        )
-        config.text_encoder.num_hidden_layers = 1
-        config.watch.update({"prompts": config.watch.prompts[:2], "seeds": 2, "N": 2})
-    if variant == "classifier":
-        config.model.widths, config.schedule.peak = (8, 8, 8, 8), 1e-2
-    if variant == "clip":
-        config.model.text_config.num_hidden_layers = config.model.vision_config.num_hidden_layers = 1
-    return config
-
-
 def trained(variant: str, workdir, **changed):
     """Runs the stage on eight pictures; the loss must fall, by the averages of the first and last three steps."""
-    config = shrunk(variant)
+    config = pretrain_config(variant)
     config.update(changed)
     pretrain.run(config, str(workdir))
     rows = metrics.read_json_lines(workdir / variant / "metrics.jsonl")
@@ -122,7 +95,7 @@ def test_autoencoder_learns_and_is_written_with_latents_of_unit_variance(no_draw
 
 
 def test_diffusion_learns_and_is_written_as_a_pipeline(no_drawing, tmp_path):
-    net = AutoencoderKL.from_config(shrunk("autoencoder").model.to_dict())
+    net = AutoencoderKL.from_config(pretrain_config("autoencoder").model.to_dict())
     net.save_pretrained(net.init(jax.random.key(0)), tmp_path / "given" / "vae")
     export = trained("diffusion", tmp_path, autoencoder=str(tmp_path / "given"))
     pipe = pipeline.load(str(export), variant=None, attention="xla")
@@ -145,7 +118,7 @@ def test_classifier_learns_and_is_written_as_the_trunk_of_lpips(no_drawing, tmp_
 
 
 def test_unknown_recipe_is_refused(tmp_path):
-    config = shrunk("clip")
+    config = pretrain_config("clip")
     with config.unlocked():
         config.recipe = "clop"
     with pytest.raises(ValueError, match="clop.*autoencoder, diffusion, clip, classifier"):

@@ -1,49 +1,12 @@
 """What the README tells people to type: every command's config, variant and fields exist, every link leads somewhere."""
 
 import re
-import shlex
 from importlib import import_module
-from pathlib import Path
 
 import pytest
-from absl import flags
-from ml_collections import config_flags
+from helpers import FENCES, MAIN, README, ROOT, commands, parse
 
 from instaflow_jax import main
-
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-FENCES = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
-MAIN = ["python", "-m", "instaflow_jax.main"]
-
-
-def commands_of(text: str, begin: list[str]) -> list[list[str]]:
-    """Words of the commands in a shell block that begin so, comments cut off."""
-    lines = [shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines()]
-    return [words for words in lines if words[: len(begin)] == begin]
-
-
-def commands(*begin: str) -> list[list[str]]:
-    """Words of the commands that begin so, in shell blocks and in running text, each once."""
-    text = "\n".join(
-        [text for language, text in FENCES if language == "bash"] + re.findall(r"`(python -m [^`\n]+)`", README)
-    )
-    return [list(words) for words in dict.fromkeys(tuple(words) for words in commands_of(text, list(begin)))]
-
-
-def parse(words: list[str], monkeypatch):
-    """The config that a command line gives, read as `main` reads it."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.syspath_prepend(str(ROOT))
-    monkeypatch.setattr("sys.argv", ["main", *words[len(MAIN) :]])
-    values = flags.FlagValues()
-    config = config_flags.DEFINE_config_file("config", flag_values=values)
-    for name in ("workdir", "coordinator"):
-        flags.DEFINE_string(name, "", "", flag_values=values)
-    for name in ("cpu_devices", "processes", "process"):
-        flags.DEFINE_integer(name, 0, "", flag_values=values)
-    values(["main", *words[len(MAIN) :]])
-    return config.value
 
 
 @pytest.mark.parametrize("words", commands(*MAIN), ids=" ".join)

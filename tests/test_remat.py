@@ -3,13 +3,13 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import normal, relative
+from helpers import normal, relative
 
 from benchmarks.scaling import PLAN
 from instaflow_jax.models.lpips import LPIPS
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.models.vae import AutoencoderKL
-from instaflow_jax.train import losses as objectives
+from instaflow_jax.train import losses
 
 # Few channels and 144 tokens: shapes for which `models.cpu` has no way of its own.
 UNET = UNet2DConditionModel.from_config(
@@ -45,7 +45,7 @@ def unet_loss(kind):
 
 def lpips_loss(kind):
     """∂/∂latents of the perceptual distance of what they are decoded to: the distillation's second phase."""
-    distance = objectives.make_lpips_distance(VAE.with_remat(kind), TRUNK.with_remat(kind), l2=0.0, crop=0, margin=0)
+    distance = losses.make_lpips_distance(VAE.with_remat(kind), TRUNK.with_remat(kind), l2=0.0, crop=0, margin=0)
     frozen = {"vae": VAE.init(jax.random.key(1)), "lpips": TRUNK.init(jax.random.key(2))}
     batch = {"X1": normal(3, 4, 12, 12, 4)}
     return lambda X1_hat: distance(frozen, X1_hat, batch, None)[0], normal(4, 4, 12, 12, 4)

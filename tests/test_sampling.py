@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import normal, randomize, references, relative
+from helpers import normal, randomize, references, relative
 from PIL import Image
 
 from instaflow_jax import flow, main, pipeline, sampling, teacher

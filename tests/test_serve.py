@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AppError
-from test_straighten import teacher  # noqa: F401 (a fixture)
+from helpers import free_port
 
 from instaflow_jax import main, pipeline
 from instaflow_jax.infra import images
@@ -37,19 +37,13 @@ def read(stage):
     return runpy.run_path(str(ROOT / "configs" / f"{stage}.py"))["get_config"]()
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def tiny(folder, **changed):
     """The shipped config on the tiny model, as flow and as its own teacher."""
     config = read("serve")
     config.update(
         {
             "model": str(folder),
-            "kind": "flow",
+            "dynamics": "flow",
             "steps": (1, 2),
             "teacher": str(folder),
             "teacher_N": 3,
@@ -129,7 +123,9 @@ def test_a_picture_is_the_one_that_sample_draws(teacher, tmp_path):
         pipeline.load(str(teacher), variant=None, attention="xla"), "tiny", kind="flow", alpha=1.0, counts=(2,)
     )
     config = read("sample")
-    config.update({"model": str(teacher), "kind": "flow", "N": 2, "alpha": 1.0, "prompts": "cat face", "seeds": (5,)})
+    config.update(
+        {"model": str(teacher), "dynamics": "flow", "N": 2, "alpha": 1.0, "prompts": "cat face", "seeds": (5,)}
+    )
     main.run(config, str(tmp_path))
     expected, _ = images.load_png(tmp_path / "sample" / "000_cat-face_seed5_N2_alpha1.png")
     picture = painter.draw("cat face", 5, 2)

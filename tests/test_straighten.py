@@ -3,66 +3,17 @@
 import dataclasses
 import itertools
 import json
-import runpy
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_diffusion import make_random
+from helpers import distill_config, read_config, reflow_config
 
 from instaflow_jax import main, pipeline
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.stages.common import flow_training as straighten
 
 ROOT = Path(__file__).parent.parent
-SMALL_LOOP = {"steps": 4, "log_every": 1, "save_every": 2}
-WATCH = {"prompts": ("red apple",), "seeds": 1, "steps": (1,)}
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    """One level each, 4×4 latents and pixels."""
-    return make_random(
-        tmp_path_factory.mktemp("teacher"),
-        {
-            "block_out_channels": (8,),
-            "down_block_types": ("DownEncoderBlock2D",),
-            "norm_num_groups": 4,
-            "up_block_types": ("UpDecoderBlock2D",),
-            "sample_size": 4,
-        },
-    )
-
-
-def read(stage, variant="openmoji"):
-    return runpy.run_path(str(ROOT / "configs" / f"{stage}.py"))["get_config"](variant)
-
-
-def shrink(config, teacher):
-    """The shipped config with small numbers."""
-    config.update({"batch_size": 4, "watch_every": 4, "tensorboard": False})
-    config.loop.update(SMALL_LOOP)
-    config.watch.update(WATCH)
-    config.schedule.update({"warmup_steps": 1})
-    config.pairs.update({"count": 8, "shard_size": 8, "batch": 4, "N": 2, "preview": 1})
-    if config.pairs.model:
-        config.pairs.model = str(teacher)
-    return config
-
-
-def reflow_config(teacher):
-    config = shrink(read("reflow"), teacher)
-    config.model = str(teacher)
-    return config
-
-
-def distill_config(teacher, variant="openmoji"):
-    config = shrink(read("distill", variant), teacher)
-    with config.unlocked():
-        config.reflow = reflow_config(teacher)
-    if variant == "direct":
-        config.model = str(teacher)
-    return config
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +36,17 @@ def test_distill_makes_pairs_and_reflow_first(run, teacher):
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
         assert any("straightness" in row for row in rows)
-    weights = [UNet2DConditionModel.from_pretrained(teacher, "unet")[1], unet(run / "reflow"), unet(run / "distill")]
+    weights = [
+        UNet2DConditionModel.from_pretrained(teacher, "unet")[1],
+        unet(run / "reflow"),
+        unet(run / "distill"),
+    ]
     for before, after in itertools.pairwise(weights):
         assert any(np.any(before[name] != after[name]) for name in before)
 
 
 def test_what_they_write_is_sampled_as_a_flow(run, tmp_path):
-    config = read("sample")
+    config = read_config("sample")
     config.update({"model": str(run / "distill" / "export"), "prompts": "house", "seeds": (0,), "N": 1, "alpha": 1.0})
     main.run(config, str(tmp_path))
     assert (tmp_path / "sample" / "000_house_seed0_N1_alpha1.png").is_file()
@@ -125,8 +80,8 @@ def test_direct_distillation_learns_from_the_teachers_pairs(run, teacher):
     "fields,words",
     [
         ({"dtype": "int8"}, "config.dtype='int8' is not one of"),
-        ({"drop": 1.5}, "config.drop=1.5 must be a share"),
-        ({"watch_every": 0}, "config.watch_every=0"),
+        ({"prompt_dropout": 1.5}, "config.prompt_dropout=1.5 must be a share"),
+        ({"eval_every": 0}, "config.eval_every=0"),
         ({"distance": "taste"}, "config.distance='taste' is not one of l2, lpips"),
         ({"match": 1.0}, "match=1.0 must be a share"),
         ({"batch_size": 9}, "batch_size=9 must be 1 to the 8 pairs there are"),
@@ -154,13 +109,13 @@ def test_a_flow_of_the_other_sign_is_refused_as_a_start(teacher):
     pipe = pipeline.load(str(teacher), variant=None, attention="xla")
     stock = dataclasses.replace(pipe, scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler"})
     with pytest.raises(ValueError, match="predicts -1 of X1 − X0 .*convention=released"):
-        straighten.start_from(read("reflow"), stock)
+        straighten.start_from(read_config("reflow"), stock)
 
 
 def test_a_warm_start_changes_sign_and_clock_of_a_teacher_alone(teacher):
     pipe = pipeline.load(str(teacher), variant=None, attention="xla")
     flow_pipe = dataclasses.replace(pipe, index=pipe.index | {"_class_name": "RectifiedFlowPipeline"})
-    config = read("reflow")
+    config = read_config("reflow")
     assert straighten.start_from(config, flow_pipe) is pipe.params["unet"]
     started = straighten.start_from(config, pipe)
     np.testing.assert_array_equal(started["conv_out.kernel"], -np.asarray(pipe.params["unet"]["conv_out.kernel"]))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 
-from instaflow_jax import flow, teacher
+from instaflow_jax import flow, solvers, teacher
 
 B, H, W, C, L, D = 2, 4, 4, 4, 3, 6
 ALPHA = 5.0  # guidance
@@ -55,11 +55,11 @@ jax_network, torch_network = twin(jnp, jnp.asarray), twin(torch, torch.from_nump
 
 @jax.jit
 def run(rows):
-    return teacher.integrate(flow.guided(jax_network, TEXT_EMBEDS, NULL_EMBEDS, ALPHA), rows, XT)
+    return solvers.integrate(flow.guided(jax_network, TEXT_EMBEDS, NULL_EMBEDS, ALPHA), rows, XT)
 
 
 def ours(solver, config, N):
-    return np.asarray(run(teacher.SOLVERS[solver](teacher.read_schedule(config), N)))
+    return np.asarray(run(solvers.TEACHER_SOLVERS[solver](teacher.read_schedule(config), N)))
 
 
 def theirs(scheduler, N):
@@ -79,7 +79,7 @@ def assert_follows_diffusers(solver, config, N):
     scheduler = THEIRS[solver].from_config(config)
     want = theirs(scheduler, N)
     assert np.all(np.isfinite(want))
-    rows = teacher.SOLVERS[solver](teacher.read_schedule(config), N)
+    rows = solvers.TEACHER_SOLVERS[solver](teacher.read_schedule(config), N)
     np.testing.assert_array_equal(rows.tau, scheduler.timesteps)
     assert relative(run(rows), want) < 1e-4
 
@@ -166,7 +166,7 @@ def test_a_file_written_by_any_supported_class_reads_as_diffusers_reads_it(solve
     for config in (written, written | {"_use_default_values": silent}):
         scheduler = THEIRS[solver].from_config(config)
         schedule = teacher.read_schedule(config)
-        rows = teacher.SOLVERS[solver](schedule, 10)
+        rows = solvers.TEACHER_SOLVERS[solver](schedule, 10)
         scheduler.set_timesteps(10)
         np.testing.assert_array_equal(rows.tau, scheduler.timesteps)
         np.testing.assert_allclose(schedule.abar, scheduler.alphas_cumprod, rtol=1e-5)
@@ -177,13 +177,13 @@ def test_a_silent_file_leaves_the_spacing_to_the_solver_even_when_read_through_i
     for solver, first in (("ddim", 961), ("dpm_solver", 999)):  # leading, linspace
         scheduler = THEIRS[solver].from_config(through)
         scheduler.set_timesteps(25)
-        assert teacher.SOLVERS[solver](schedule, 25).tau[0] == scheduler.timesteps[0] == first
+        assert solvers.TEACHER_SOLVERS[solver](schedule, 25).tau[0] == scheduler.timesteps[0] == first
 
 
 def test_trailing_gives_the_steps_asked_for_where_diffusers_rounding_adds_one():
     scheduler = DDIMScheduler.from_config(SD15 | {"timestep_spacing": "trailing"})
     scheduler.set_timesteps(61)
-    tau = teacher.ddim(teacher.read_schedule(SD15 | {"timestep_spacing": "trailing"}), 61).tau
+    tau = solvers.ddim(teacher.read_schedule(SD15 | {"timestep_spacing": "trailing"}), 61).tau
     assert len(scheduler.timesteps) == 62
     assert scheduler.timesteps[-1] == -1
     np.testing.assert_array_equal(tau, scheduler.timesteps[:61])
@@ -198,14 +198,14 @@ def test_solver_orders_on_a_gaussian(solver, order):
         alpha, sigma = vp_grid(N)
         levels = (alpha[:-1], sigma[:-1], alpha[1:], sigma[1:])
         coefficients = (
-            teacher.ddim_coefficients(*levels)
+            solvers.ddim_coefficients(*levels)
             if solver == "ddim"
-            else teacher.dpm_coefficients(*levels, first_order_last=False)
+            else solvers.dpm_coefficients(*levels, first_order_last=False)
         )
-        data = teacher.data_coefficients("sample", *levels[:2])
+        data = solvers.data_coefficients("sample", *levels[:2])
         a, s = jnp.asarray(alpha), jnp.asarray(sigma)
-        X = teacher.integrate(
-            lambda x, i: gaussian_data(x, a[i], s[i]), teacher.Multistep(np.arange(N), *data, *coefficients), XT
+        X = solvers.integrate(
+            lambda x, i: gaussian_data(x, a[i], s[i]), solvers.Multistep(np.arange(N), *data, *coefficients), XT
         )
         spread = np.hypot(alpha * STD, sigma)  # (x - alpha MEAN) / spread is constant along the ODE
         want = alpha[-1] * MEAN + spread[-1] / spread[0] * (XT - alpha[0] * MEAN)
@@ -221,8 +221,8 @@ def test_solvers_land_on_the_gaussian_whatever_the_network_predicts(prediction_t
     schedule = teacher.read_schedule(config)
     last = schedule.abar[-1]
     want = MEAN + STD / np.sqrt(last * STD**2 + 1 - last) * (XT - np.sqrt(last) * MEAN)
-    for solver, N in ((teacher.ddim, 500), (teacher.dpm_solver, 50)):
-        assert relative(teacher.integrate(gaussian_network(schedule), solver(schedule, N), XT), want) < 5e-3
+    for solver, N in ((solvers.ddim, 500), (solvers.dpm_solver, 50)):
+        assert relative(solvers.integrate(gaussian_network(schedule), solver(schedule, N), XT), want) < 5e-3
 
 
 ZERO_SNR = SD21 | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "set_alpha_to_one": True}
@@ -231,7 +231,7 @@ ZERO_SNR = SD21 | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing
 def test_the_teacher_as_a_flow_reaches_the_same_images_as_its_solver():
     schedule = teacher.read_schedule(ZERO_SNR)  # begins at noise itself, so that both have the same start
     predict = gaussian_network(schedule)
-    by_solver = teacher.integrate(predict, teacher.dpm_solver(schedule, 200), XT)
+    by_solver = solvers.integrate(predict, solvers.dpm_solver(schedule, 200), XT)
     by_flow = flow.euler(teacher.teacher_velocity(predict, schedule), XT, 1000)
     assert relative(by_flow, np.asarray(by_solver)) < 2e-3
     assert relative(by_flow, MEAN + STD * XT) < 2e-3
@@ -282,7 +282,7 @@ def test_noise_and_targets_are_diffusers_own():
         target = teacher.training_target(schedule, X1, eps, tau)
         np.testing.assert_allclose(target, want, rtol=1e-4, atol=1e-5)
         alpha, sigma = np.sqrt(schedule.abar[tau]), np.sqrt(1 - schedule.abar[tau])
-        p, q = (w[:, None, None, None] for w in teacher.data_coefficients(prediction_type, alpha, sigma))
+        p, q = (w[:, None, None, None] for w in solvers.data_coefficients(prediction_type, alpha, sigma))
         np.testing.assert_allclose(p * noisy + q * target, X1, atol=1e-4)  # the right answer names the data
 
 
@@ -331,7 +331,7 @@ def test_a_scheduler_file_must_name_its_class():
 
 
 @pytest.mark.parametrize("N", [0, -3, 1001, 2.5, True])
-@pytest.mark.parametrize("solver", teacher.SOLVERS.values())
+@pytest.mark.parametrize("solver", solvers.TEACHER_SOLVERS.values())
 def test_a_wrong_number_of_steps_is_refused(solver, N):
     with pytest.raises(ValueError, match=f"N={N!r} is no number of solver steps: give a whole number from 1 to 1000"):
         solver(teacher.read_schedule(SD15), N)
@@ -340,9 +340,9 @@ def test_a_wrong_number_of_steps_is_refused(solver, N):
 @pytest.mark.parametrize(
     ("solver", "spacing", "N"),
     [
-        (teacher.ddim, "leading", 1000),  # the offset pushes the first step to 1000
-        (teacher.dpm_solver, "leading", 1000),  # 1001 points over 1000 times: all of them 0
-        (teacher.dpm_solver, "linspace", 1000),
+        (solvers.ddim, "leading", 1000),  # the offset pushes the first step to 1000
+        (solvers.dpm_solver, "leading", 1000),  # 1001 points over 1000 times: all of them 0
+        (solvers.dpm_solver, "linspace", 1000),
     ],
 )
 def test_a_grid_that_leaves_the_schedule_is_refused(solver, spacing, N):
@@ -354,4 +354,4 @@ def test_a_grid_that_leaves_the_schedule_is_refused(solver, spacing, N):
 def test_ddim_refuses_an_epsilon_network_where_there_is_only_noise():
     schedule = teacher.read_schedule(ZERO_SNR | {"prediction_type": "epsilon"})
     with pytest.raises(ValueError, match="prediction_type='epsilon' cannot start at abar = 0"):
-        teacher.ddim(schedule, 10)
+        solvers.ddim(schedule, 10)

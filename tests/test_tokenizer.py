@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import references
+from helpers import references
 
 from instaflow_jax.pipeline import EMBEDDED
 from instaflow_jax.weights.tokenizer import Tokenizer

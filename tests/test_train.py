@@ -7,8 +7,7 @@ import optax
 import pytest
 import toy_training as toy
 
-from instaflow_jax.infra import checkpoint, metrics
-from instaflow_jax.infra import devices as parallel
+from instaflow_jax.infra import checkpoint, devices, metrics
 from instaflow_jax.infra.preemption import Preempted
 from instaflow_jax.train import batches, loop, optim, state, step
 
@@ -21,7 +20,7 @@ def compiling_once(tmp_path_factory):
 
 @pytest.fixture
 def mesh():
-    return parallel.make_mesh(fsdp=1)
+    return devices.make_mesh(fsdp=1)
 
 
 def one_step(loss, accumulate=1):
@@ -153,10 +152,10 @@ def test_no_key_is_used_twice(mesh, accumulate):
 
 
 def test_the_step_takes_over_the_state_and_moves_nothing_to_the_host(mesh):
-    start, frozen, source = toy.new_state(mesh), parallel.replicate(toy.frozen(), mesh), toy.source()
-    key = parallel.replicate_key(jax.random.key(1), mesh)
+    start, frozen, source = toy.new_state(mesh), devices.replicate(toy.frozen(), mesh), toy.source()
+    key = devices.replicate_key(jax.random.key(1), mesh)
     compiled, _, _ = loop.compile_step(one_step(toy.loss), start, frozen, source, key, mesh)
-    batch = parallel.global_batch(next(source), mesh)
+    batch = devices.global_batch(next(source), mesh)
     with jax.transfer_guard("disallow"):
         with pytest.raises(jax.errors.JaxRuntimeError, match="host-to-device"):  # it does guard
             compiled(start, frozen, {"row": np.asarray(batch["row"])}, key)

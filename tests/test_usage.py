@@ -10,17 +10,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import safetensors.torch
-from conftest import references
-from test_coco import COUNT, folder, models, small_inception  # noqa: F401 (fixtures)
-from test_demo import shrink as shrink_demo
-from test_evaluate import make_tiny, no_drawing  # noqa: F401 (a fixture)
-from test_evaluate import shrink as shrink_evaluate
-from test_ldm import to_ldm
-from test_pretrain import shrunk
-from test_readme import FENCES, MAIN, commands_of, parse
-from test_serve import free_port
-from test_straighten import shrink as shrink_training
-from tiny_diffusion import make_directory
+from helpers import (
+    COCO_COUNT,
+    FENCES,
+    MAIN,
+    commands_of,
+    free_port,
+    make_directory,
+    make_tiny,
+    parse,
+    pretrain_config,
+    references,
+    shrink_demo,
+    shrink_evaluate,
+    shrink_training,
+    small_inception,
+    to_ldm,
+)
 
 from instaflow_jax import main
 from instaflow_jax.evals import features
@@ -45,7 +51,7 @@ PRODUCTS = {
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, folder, models):  # noqa: F811
+def world(tmp_path_factory, coco_folder, coco_models):
     """Everything that a reader of the README brings: models of random weights, files of prompts, COCO."""
     references()
     root = tmp_path_factory.mktemp("world")
@@ -63,11 +69,13 @@ def world(tmp_path_factory, folder, models):  # noqa: F811
             root / f"{name}.safetensors",
         )
     (root / "prompts.txt").write_text("red apple\nhouse\n")
-    shutil.copytree(folder / "val", root / "COCO" / "val2017")
+    shutil.copytree(coco_folder / "val", root / "COCO" / "val2017")
     (root / "COCO" / "annotations").mkdir()
-    shutil.copy(folder / "annotations" / "captions_val.json", root / "COCO" / "annotations" / "captions_val2017.json")
+    shutil.copy(
+        coco_folder / "annotations" / "captions_val.json", root / "COCO" / "annotations" / "captions_val2017.json"
+    )
     (root / "pt_inception-2015-12-05-6726825d.pth").touch()
-    return SimpleNamespace(root=root, sd=root / "sd", emoji=make_tiny(root / "emoji"), clip=models / "clip")
+    return SimpleNamespace(root=root, sd=root / "sd", emoji=make_tiny(root / "emoji"), clip=coco_models / "clip")
 
 
 def filled_in(words, world, workdir):
@@ -115,11 +123,11 @@ def smaller(config, world):
         shrink_demo(config, tiny)
     if config.stage == "evaluate_coco":
         config.update({"model": str(world.sd), "clip": str(world.clip), "size": 16, "batch": 4})
-        config.data.count = COUNT
+        config.data.count = COCO_COUNT
     if config.stage == "serve":
         config.update({"teacher": tiny, "teacher_N": 2, "port": free_port(), "steps": (1,)})
     if config.stage == "pretrain":
-        config.update(shrunk("diffusion"))
+        config.update(pretrain_config("diffusion"))
         config.loop.steps = 2
 
 
@@ -151,5 +159,5 @@ def test_every_line_of_a_block_runs(block, world, quick, tmp_path, monkeypatch):
         )
         main.run(config, workdir)
         for product in PRODUCTS[config.stage]:
-            product = product.format(into=config.get("into"))
+            product = product.format(into=config.get("output"))
             assert list(Path(workdir).glob(product)), f"{' '.join(words)} made no {product}"

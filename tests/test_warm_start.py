@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instaflow_jax import flow, pipeline, sampling, teacher
+from instaflow_jax import flow, pipeline, sampling, solvers, teacher
 from instaflow_jax.train import warm_start
 
 
@@ -53,7 +53,7 @@ def test_velocity_at_noise_starts_as_minus_the_noise(pipe, schedule):
         .apply(pipe.params["text_encoder"], pipe.tokenizer(["red apple"] * 8))
         .last_hidden_state
     )
-    v = net.apply(params, X0, flow.clock(jnp.zeros(8)), text)
+    v = net.apply(params, X0, flow.timestep(jnp.zeros(8)), text)
     assert float(jnp.mean((v + X0) ** 2)) < 0.05  # the teacher knows noise when it sees nothing else
 
 
@@ -68,13 +68,13 @@ def test_error_on_the_straight_road_falls_by_far(pipe, schedule):
 
     text = encode(names)
     predict = flow.guided(lambda x, tau, c: net.apply(pipe.params["unet"], x, tau, c), text, encode([""]), 3.0)
-    X1 = jax.jit(lambda X0: teacher.integrate(predict, teacher.dpm_solver(schedule, 10), X0))(X0)
+    X1 = jax.jit(lambda X0: solvers.integrate(predict, solvers.dpm_solver(schedule, 10), X0))(X0)
 
     @jax.jit
     def errors(params):
         def error(t):
             t = jnp.full(count, t)
-            v = net.apply(params, flow.interpolate(X0, X1, t), flow.clock(t), text)
+            v = net.apply(params, flow.interpolate(X0, X1, t), flow.timestep(t), text)
             return jnp.mean((v - flow.velocity_target(X0, X1)) ** 2)
 
         return jnp.stack([error(t) for t in (0.1, 0.4, 0.6, 0.9)])

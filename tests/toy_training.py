@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from instaflow_jax.infra import checkpoint, metrics
-from instaflow_jax.infra import devices as parallel
+from instaflow_jax.infra import checkpoint, devices, metrics
 from instaflow_jax.train import batches, loop, optim, state, step
 
 WIDTH = 128  # wide enough that the shape rule shards the kernels
@@ -61,12 +60,12 @@ def source():
 
 
 def new_state(mesh):
-    return parallel.create_sharded(lambda key: state.create(params(key), optimizer()), mesh, jax.random.key(0))
+    return devices.create_sharded(lambda key: state.create(params(key), optimizer()), mesh, jax.random.key(0))
 
 
 def run(workdir, steps, *, fsdp=1, accumulate=1, **changed):
     """Trains in workdir; `changed` replaces arguments of `loop.train`."""
-    mesh = parallel.make_mesh(fsdp=fsdp)
+    mesh = devices.make_mesh(fsdp=fsdp)
     writer = metrics.make_writer(workdir, tensorboard=False)
     checkpoints = checkpoint.Checkpoints(Path(workdir) / "checkpoints", keep_last=2, keep_every=0)
     arguments = {
@@ -142,10 +141,10 @@ def finish(workdir, *processes):
 
 
 def main(workdir, steps, fsdp, coordinator, processes, process):
-    parallel.initialize(coordinator=coordinator, processes=int(processes), process=int(process))
+    devices.initialize(coordinator=coordinator, processes=int(processes), process=int(process))
     final = run(workdir, int(steps), fsdp=int(fsdp))
     elements = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(final))
-    whole = parallel.to_host(named(final))
+    whole = devices.to_host(named(final))
     if jax.process_index() == 0:
         np.savez(Path(workdir) / "result.npz", elements_per_device=elements, **whole)
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
-from instaflow_jax.arrays import Params, PerSample, Tokens
+from instaflow_jax.arrays import Params, PerSample, TokenIds
 from instaflow_jax.infra import files
 from instaflow_jax.models.net import Net
 from instaflow_jax.weights import hub
@@ -22,7 +22,7 @@ FILE = "preprocessor_config.json"
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's, for absent keys
 
 
-def make_clip_score(net: Net) -> Callable[[Params, Float[Array, "B H W 3"], Tokens], PerSample]:
+def make_clip_score(net: Net) -> Callable[[Params, Float[Array, "B H W 3"], TokenIds], PerSample]:
     """The cosine of picture and prompt, `score(params, pixels, ids) → [B]`; pure, so it may be jitted and sharded.
 
     Args:

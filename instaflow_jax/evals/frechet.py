@@ -77,7 +77,7 @@ class Moments:
     def save(self, path: str | Path) -> None:
         """Writes `mu` and `sigma` as pytorch-fid reads them, and `count`, which it does not look at."""
         count = {} if self.count is None else {"count": self.count}
-        with files.whole(Path(path)) as temporary, temporary.open("wb") as file:
+        with files.atomic_write(Path(path)) as temporary, temporary.open("wb") as file:
             np.savez(file, mu=self.mean, sigma=self.covariance, **count)
 
     @classmethod

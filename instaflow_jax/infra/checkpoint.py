@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from instaflow_jax.arrays import Params
-from instaflow_jax.infra import devices as parallel
+from instaflow_jax.infra import devices
 
 ARRAYS = ("params", "ema", "optimizer")
 
@@ -113,7 +113,7 @@ def _clear_broken_off(directory: Path) -> None:
     if jax.process_index() == 0:
         for left in directory.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(left, ignore_errors=True)  # its writer may not have died yet
-    parallel.barrier("broken-off checkpoints cleared")
+    devices.barrier("broken-off checkpoints cleared")
 
 
 def _worth_telling(record: logging.LogRecord) -> bool:
@@ -139,7 +139,7 @@ def load_weights(directory: str | Path, item: str, mesh: Mesh, *, step: int | No
       ValueError: names, shapes or dtypes differ from those saved.
     """
     path = _step_path(Path(directory), step) / item
-    return _load_arrays(path, parallel.abstract(_saved(path) if like is None else like, mesh))
+    return _load_arrays(path, devices.abstract(_saved(path) if like is None else like, mesh))
 
 
 def save_weights(directory: str | Path, weights: Mapping[str, Params]) -> None:

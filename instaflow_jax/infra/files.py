@@ -1,32 +1,112 @@
-"""Files that are whole or not there, and JSON that says what is wrong with it."""
+"""Files on disk: atomic writes, JSON, and hashes of contents."""
 
 import contextlib
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A temporary path that becomes `path` when the block ends well, and vanishes when it does not."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.touch()
-    mode = temporary.stat().st_mode  # what new files get here; safetensors' writer gives its own to the owner alone
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path that is renamed to `path` when the block ends without an error, and deleted otherwise.
+
+    The contents are flushed to disk before the rename, so a crash never leaves a truncated file under `path`.
+
+    Raises:
+      OSError: naming `path`, if it could not be written.
+    """
+    path = Path(path)
+    temporary = temporary_name(path)
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # the umask's; safetensors' writer would make the file private to its owner
         yield temporary
         temporary.chmod(mode)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from disk; FileNotFoundError or ValueError naming the file."""
+def temporary_name(path: Path) -> Path:
+    """A hidden name beside `path` that is unique to this process."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+
+
+def remove_stale(directory: Path) -> None:
+    """Deletes temporary files that killed processes of this machine left in `directory`."""
+    for path in directory.glob(f".*.{socket.gethostname()}.*"):
+        pid = path.name.rpartition(".")[2]
+        if pid.isdigit() and not _is_running(int(pid)):
+            path.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    """Whether another process has this id."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a UTF-8 text file atomically. Raises OSError naming the file."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, content: Any, *, indent: int = 1) -> None:
+    """Writes a JSON file atomically. Raises OSError naming the file."""
+    write_text(path, json.dumps(content, indent=indent) + "\n")
+
+
+def read_json(path: str | Path, *, remedy: str = "the file may be truncated") -> Any:
+    """The content of a JSON file.
+
+    Args:
+      remedy: what the error message advises if the file is not valid JSON.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is not valid JSON.
+    """
+    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); the file may be truncated") from error
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # includes UnicodeDecodeError
+        raise ValueError(f"{path} is not valid JSON ({error}); {remedy}") from error
+
+
+def sha256_of_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_json(value: Any) -> str:
+    """SHA-256 of a JSON value; the order of its keys does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def sha256_of_params(params: Mapping[str, Any]) -> str:
+    """SHA-256 of a network's weights by name, shape, dtype and value."""
+    digest = hashlib.sha256()
+    for name in sorted(params):
+        value = np.ascontiguousarray(params[name])
+        digest.update(f"{name} {value.shape} {value.dtype}\n".encode())
+        digest.update(value)
+    return digest.hexdigest()

@@ -1,22 +1,30 @@
-"""Pictures: to bytes, into grids, onto disk."""
+"""Images: bytes ⇄ pixels, grids, PNG files."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from instaflow_jax.infra.files import whole
+from instaflow_jax.infra.files import atomic_write
+
+ArrayLike = np.ndarray | jax.Array
 
 GAP = 2  # pixels between the pictures of a grid
 WHITE = 255
 LINE = 16  # pixels that a line of labels takes
 
 
-def to_uint8(images: Float[np.ndarray, "*B H W 3"]) -> UInt8[np.ndarray, "*B H W 3"]:
-    """Pixels of [-1, 1], clipped, to the nearest of 0..255."""
-    return np.rint(np.clip(np.asarray(images, np.float32) * 127.5 + 127.5, 0, 255)).astype(np.uint8)
+def to_uint8(pixels: Float[ArrayLike, "*B H W 3"]) -> UInt8[ArrayLike, "*B H W 3"]:
+    """Pixels in [-1, 1] (numpy or JAX), clipped and rounded, as bytes 0..255."""
+    return ((pixels / 2 + 0.5).clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def to_pixels(images: UInt8[ArrayLike, "*B H W 3"]) -> Float[ArrayLike, "*B H W 3"]:
+    """Bytes 0..255 (numpy or JAX) as float32 pixels in [-1, 1], the range of the networks."""
+    return images.astype(np.float32) / 127.5 - 1
 
 
 def grid(
@@ -81,7 +89,7 @@ def save_png(path: str | Path, image: UInt8[np.ndarray, "H W 3"], text: Mapping[
     notes = PngImagePlugin.PngInfo()
     for name, value in text.items():
         notes.add_itxt(name, value)
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         Image.fromarray(image).save(temporary, format="PNG", pnginfo=notes)
 
 

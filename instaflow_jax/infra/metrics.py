@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from instaflow_jax.infra.files import whole
+from instaflow_jax.infra.files import atomic_write
 
 
 class Writer:
@@ -127,7 +127,7 @@ def truncate(path: Path, step: int) -> None:
     """Keeps the rows up to and with `step`; a half-written last line goes. Atomic: a new file takes the name."""
     rows = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     kept = [line for line in rows if json.loads(line)["step"] <= step]
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("".join(kept))
 
 

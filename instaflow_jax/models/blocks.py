@@ -3,25 +3,27 @@
 import jax
 from flax import nnx
 
-from instaflow_jax.models.layers import Make, Recomputed
+from instaflow_jax.models.layers import LayerFactory, Remat
 
 
-class ResnetBlock2D(Recomputed):
+class ResnetBlock2D(Remat):
     """norm, SiLU, conv, (+ time), norm, SiLU, conv, plus a shortcut: [B, H, W, inputs] → [B, H, W, outputs]."""
 
-    def __init__(self, inputs: int, outputs: int, groups: int, eps: float, make: Make, time_features: int = 0):
-        self.norm1 = make.group_norm(inputs, groups, eps)
-        self.conv1 = make.conv(inputs, outputs, 3, padding=1)
+    def __init__(
+        self, inputs: int, outputs: int, groups: int, eps: float, factory: LayerFactory, time_features: int = 0
+    ):
+        self.norm1 = factory.group_norm(inputs, groups, eps)
+        self.conv1 = factory.conv(inputs, outputs, 3, padding=1)
         if time_features:
-            self.time_emb_proj = make.linear(time_features, outputs)
-        self.norm2 = make.group_norm(outputs, groups, eps)
-        self.conv2 = make.conv(outputs, outputs, 3, padding=1)
+            self.time_emb_proj = factory.linear(time_features, outputs)
+        self.norm2 = factory.group_norm(outputs, groups, eps)
+        self.conv2 = factory.conv(outputs, outputs, 3, padding=1)
         if inputs != outputs:
-            self.conv_shortcut = make.conv(inputs, outputs, 1)
+            self.conv_shortcut = factory.conv(inputs, outputs, 1)
         self.timed, self.shortcut = bool(time_features), inputs != outputs
 
     def __call__(self, x, time=None):
-        return self.again(self._run)(x, time)
+        return self.maybe_checkpoint(self._run)(x, time)
 
     def _run(self, x, time):
         h = self.conv1(jax.nn.silu(self.norm1(x)))
@@ -34,19 +36,19 @@ class ResnetBlock2D(Recomputed):
 class Downsample2D(nnx.Module):
     """A convolution of stride 2. `padding` is torch's: 1 all around in the UNet, ((0, 1), (0, 1)) in the VAE."""
 
-    def __init__(self, channels: int, padding, make: Make):
-        self.conv = make.conv(channels, channels, 3, stride=2, padding=padding)
+    def __init__(self, channels: int, padding, factory: LayerFactory):
+        self.conv = factory.conv(channels, channels, 3, stride=2, padding=padding)
 
     def __call__(self, x):
         return self.conv(x)
 
 
-class Upsample2D(Recomputed):
+class Upsample2D(Remat):
     """Nearest-neighbour enlargement, twofold or to `size`, then a convolution."""
 
-    def __init__(self, channels: int, make: Make):
-        self.conv = make.conv(channels, channels, 3, padding=1)
+    def __init__(self, channels: int, factory: LayerFactory):
+        self.conv = factory.conv(channels, channels, 3, padding=1)
 
     def __call__(self, x, size: tuple[int, int] | None = None):
         size = size or (2 * x.shape[1], 2 * x.shape[2])
-        return self.again(lambda x: self.conv.enlarged(x, size))(x)
+        return self.maybe_checkpoint(lambda x: self.conv.enlarged(x, size))(x)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from instaflow_jax.models.layers import DRAWN, Make, activation, attend
+from instaflow_jax.models.layers import RANDOM_INIT, LayerFactory, activation, attend
 from instaflow_jax.models.net import Config, Model, Net
 from instaflow_jax.weights import hub
 
@@ -83,15 +83,15 @@ class CLIPOutput(NamedTuple):
 
 
 class Attention(nnx.Module):
-    def __init__(self, config, make: Make):
+    def __init__(self, config, factory: LayerFactory):
         width, heads = config.hidden_size, config.num_attention_heads
         if width % heads:
             raise ValueError(f"config.json: hidden_size={width} is not divisible by num_attention_heads={heads}")
-        self.heads, self.attention = heads, make.attention
-        self.k_proj = make.linear(width, width)
-        self.v_proj = make.linear(width, width)
-        self.q_proj = make.linear(width, width)
-        self.out_proj = make.linear(width, width)
+        self.heads, self.attention = heads, factory.attention
+        self.k_proj = factory.linear(width, width)
+        self.v_proj = factory.linear(width, width)
+        self.q_proj = factory.linear(width, width)
+        self.out_proj = factory.linear(width, width)
 
     def __call__(self, x, causal: bool):
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
@@ -99,21 +99,21 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    def __init__(self, config, make: Make):
+    def __init__(self, config, factory: LayerFactory):
         self.act = activation(config.hidden_act)
-        self.fc1 = make.linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = make.linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = factory.linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = factory.linear(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x):
         return self.fc2(self.act(self.fc1(x)))
 
 
 class EncoderLayer(nnx.Module):
-    def __init__(self, config, make: Make):
-        self.self_attn = Attention(config, make)
-        self.layer_norm1 = make.layer_norm(config.hidden_size, config.layer_norm_eps)
-        self.mlp = MLP(config, make)
-        self.layer_norm2 = make.layer_norm(config.hidden_size, config.layer_norm_eps)
+    def __init__(self, config, factory: LayerFactory):
+        self.self_attn = Attention(config, factory)
+        self.layer_norm1 = factory.layer_norm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = MLP(config, factory)
+        self.layer_norm2 = factory.layer_norm(config.hidden_size, config.layer_norm_eps)
 
     def __call__(self, x, causal: bool):
         x = x + self.self_attn(self.layer_norm1(x), causal)
@@ -121,8 +121,8 @@ class EncoderLayer(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    def __init__(self, config, make: Make):
-        self.layers = nnx.List([EncoderLayer(config, make) for _ in range(config.num_hidden_layers)])
+    def __init__(self, config, factory: LayerFactory):
+        self.layers = nnx.List([EncoderLayer(config, factory) for _ in range(config.num_hidden_layers)])
 
     def __call__(self, x, causal: bool):
         for layer in self.layers:
@@ -131,9 +131,9 @@ class Encoder(nnx.Module):
 
 
 class TextEmbeddings(nnx.Module):
-    def __init__(self, config: CLIPTextConfig, make: Make):
-        self.token_embedding = make.embed(config.vocab_size, config.hidden_size)
-        self.position_embedding = make.embed(config.max_position_embeddings, config.hidden_size)
+    def __init__(self, config: CLIPTextConfig, factory: LayerFactory):
+        self.token_embedding = factory.embed(config.vocab_size, config.hidden_size)
+        self.position_embedding = factory.embed(config.max_position_embeddings, config.hidden_size)
 
     def __call__(self, ids):
         length, limit = ids.shape[1], self.position_embedding.num_embeddings
@@ -146,11 +146,11 @@ class TextEmbeddings(nnx.Module):
 
 
 class TextTransformer(nnx.Module):
-    def __init__(self, config: CLIPTextConfig, make: Make):
+    def __init__(self, config: CLIPTextConfig, factory: LayerFactory):
         self.eos_token_id = config.eos_token_id
-        self.embeddings = TextEmbeddings(config, make)
-        self.encoder = Encoder(config, make)
-        self.final_layer_norm = make.layer_norm(config.hidden_size, config.layer_norm_eps)
+        self.embeddings = TextEmbeddings(config, factory)
+        self.encoder = Encoder(config, factory)
+        self.final_layer_norm = factory.layer_norm(config.hidden_size, config.layer_norm_eps)
 
     def __call__(self, ids) -> TextOutput:
         x = self.final_layer_norm(self.encoder(self.embeddings(ids), causal=True))
@@ -160,12 +160,14 @@ class TextTransformer(nnx.Module):
 
 
 class VisionEmbeddings(nnx.Module):
-    def __init__(self, config: CLIPVisionConfig, make: Make):
+    def __init__(self, config: CLIPVisionConfig, factory: LayerFactory):
         self.image_size, width = config.image_size, config.hidden_size
         patches = (config.image_size // config.patch_size) ** 2
-        self.class_embedding = nnx.Param(jnp.zeros(width), **{DRAWN: True})
-        self.patch_embedding = make.conv(config.num_channels, width, config.patch_size, config.patch_size, bias=False)
-        self.position_embedding = make.embed(patches + 1, width)
+        self.class_embedding = nnx.Param(jnp.zeros(width), **{RANDOM_INIT: True})
+        self.patch_embedding = factory.conv(
+            config.num_channels, width, config.patch_size, config.patch_size, bias=False
+        )
+        self.position_embedding = factory.embed(patches + 1, width)
 
     def __call__(self, pixels):
         if pixels.shape[1:3] != (self.image_size,) * 2:
@@ -181,11 +183,13 @@ class VisionEmbeddings(nnx.Module):
 
 
 class VisionTransformer(nnx.Module):
-    def __init__(self, config: CLIPVisionConfig, make: Make):
-        self.embeddings = VisionEmbeddings(config, make)
-        self.pre_layrnorm = make.layer_norm(config.hidden_size, config.layer_norm_eps)  # the reference's own spelling
-        self.encoder = Encoder(config, make)
-        self.post_layernorm = make.layer_norm(config.hidden_size, config.layer_norm_eps)
+    def __init__(self, config: CLIPVisionConfig, factory: LayerFactory):
+        self.embeddings = VisionEmbeddings(config, factory)
+        self.pre_layrnorm = factory.layer_norm(
+            config.hidden_size, config.layer_norm_eps
+        )  # the reference's own spelling
+        self.encoder = Encoder(config, factory)
+        self.post_layernorm = factory.layer_norm(config.hidden_size, config.layer_norm_eps)
 
     def __call__(self, pixels):
         x = self.encoder(self.pre_layrnorm(self.embeddings(pixels)), causal=False)
@@ -215,11 +219,11 @@ class CLIPTextModel(_Transformers):
     """
 
     Config = CLIPTextConfig
-    layout = hub.Layout("model", "pytorch_model", "flax_model.msgpack", respell=_with_prefix)
+    layout = hub.Layout("model", "pytorch_model", "flax_model.msgpack", rename_key=_with_prefix)
     model_type = "clip_text_model"
 
-    def __init__(self, config: CLIPTextConfig, make: Make):
-        self.text_model = TextTransformer(config, make)
+    def __init__(self, config: CLIPTextConfig, factory: LayerFactory):
+        self.text_model = TextTransformer(config, factory)
 
     def __call__(self, ids: Int[Array, "B L"]) -> TextOutput:
         return self.text_model(ids)
@@ -232,11 +236,11 @@ class CLIPModel(_Transformers):
     layout = hub.Layout("model", "pytorch_model", "flax_model.msgpack")
     model_type = "clip"
 
-    def __init__(self, config: CLIPConfig, make: Make):
-        self.text_model = TextTransformer(config.text_config, make)
-        self.vision_model = VisionTransformer(config.vision_config, make)
-        self.visual_projection = make.linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
-        self.text_projection = make.linear(config.text_config.hidden_size, config.projection_dim, bias=False)
+    def __init__(self, config: CLIPConfig, factory: LayerFactory):
+        self.text_model = TextTransformer(config.text_config, factory)
+        self.vision_model = VisionTransformer(config.vision_config, factory)
+        self.visual_projection = factory.linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
+        self.text_projection = factory.linear(config.text_config.hidden_size, config.projection_dim, bias=False)
         self.logit_scale = nnx.Param(jnp.asarray(config.logit_scale_init_value, jnp.float32))
 
     def get_text_features(self, ids: Int[Array, "B L"]) -> Float[Array, "B D"]:

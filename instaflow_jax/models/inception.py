@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from instaflow_jax.models.layers import LATER, NO_KEYS, Make
+from instaflow_jax.models.layers import DEFERRED_INIT, NO_RNGS, LayerFactory
 from instaflow_jax.models.net import Config, Model, Net, Params
 from instaflow_jax.weights import hub, port
 
@@ -39,7 +39,7 @@ class FrozenBatchNorm(nnx.Module):
 class BasicConv2d(nnx.Module):
     """Convolution without bias, batch norm, ReLU. `kernel` and `padding` are one number, or (height, width)."""
 
-    def __init__(self, make: Make, inputs: int, outputs: int, kernel, stride: int = 1, padding=0):
+    def __init__(self, factory: LayerFactory, inputs: int, outputs: int, kernel, stride: int = 1, padding=0):
         kernel, padding = (p if isinstance(p, tuple) else (p, p) for p in (kernel, padding))
         self.conv = nnx.Conv(
             inputs,
@@ -48,9 +48,9 @@ class BasicConv2d(nnx.Module):
             stride,
             padding=[(p, p) for p in padding],
             use_bias=False,
-            dtype=make.dtype,
-            **LATER,
-            rngs=NO_KEYS,
+            dtype=factory.dtype,
+            **DEFERRED_INIT,
+            rngs=NO_RNGS,
         )
         self.bn = FrozenBatchNorm(outputs)
 
@@ -81,14 +81,14 @@ def _join(*branches):
 
 
 class InceptionA(nnx.Module):
-    def __init__(self, make: Make, inputs: int, pooled: int):
-        self.branch1x1 = BasicConv2d(make, inputs, 64, 1)
-        self.branch5x5_1 = BasicConv2d(make, inputs, 48, 1)
-        self.branch5x5_2 = BasicConv2d(make, 48, 64, 5, padding=2)
-        self.branch3x3dbl_1 = BasicConv2d(make, inputs, 64, 1)
-        self.branch3x3dbl_2 = BasicConv2d(make, 64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = BasicConv2d(make, 96, 96, 3, padding=1)
-        self.branch_pool = BasicConv2d(make, inputs, pooled, 1)
+    def __init__(self, factory: LayerFactory, inputs: int, pooled: int):
+        self.branch1x1 = BasicConv2d(factory, inputs, 64, 1)
+        self.branch5x5_1 = BasicConv2d(factory, inputs, 48, 1)
+        self.branch5x5_2 = BasicConv2d(factory, 48, 64, 5, padding=2)
+        self.branch3x3dbl_1 = BasicConv2d(factory, inputs, 64, 1)
+        self.branch3x3dbl_2 = BasicConv2d(factory, 64, 96, 3, padding=1)
+        self.branch3x3dbl_3 = BasicConv2d(factory, 96, 96, 3, padding=1)
+        self.branch_pool = BasicConv2d(factory, inputs, pooled, 1)
 
     def __call__(self, x):
         return _join(
@@ -100,11 +100,11 @@ class InceptionA(nnx.Module):
 
 
 class InceptionB(nnx.Module):
-    def __init__(self, make: Make, inputs: int):
-        self.branch3x3 = BasicConv2d(make, inputs, 384, 3, stride=2)
-        self.branch3x3dbl_1 = BasicConv2d(make, inputs, 64, 1)
-        self.branch3x3dbl_2 = BasicConv2d(make, 64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = BasicConv2d(make, 96, 96, 3, stride=2)
+    def __init__(self, factory: LayerFactory, inputs: int):
+        self.branch3x3 = BasicConv2d(factory, inputs, 384, 3, stride=2)
+        self.branch3x3dbl_1 = BasicConv2d(factory, inputs, 64, 1)
+        self.branch3x3dbl_2 = BasicConv2d(factory, 64, 96, 3, padding=1)
+        self.branch3x3dbl_3 = BasicConv2d(factory, 96, 96, 3, stride=2)
 
     def __call__(self, x):
         return _join(
@@ -113,18 +113,18 @@ class InceptionB(nnx.Module):
 
 
 class InceptionC(nnx.Module):
-    def __init__(self, make: Make, inputs: int, inner: int):
+    def __init__(self, factory: LayerFactory, inputs: int, inner: int):
         row, column = {"kernel": (1, 7), "padding": (0, 3)}, {"kernel": (7, 1), "padding": (3, 0)}
-        self.branch1x1 = BasicConv2d(make, inputs, 192, 1)
-        self.branch7x7_1 = BasicConv2d(make, inputs, inner, 1)
-        self.branch7x7_2 = BasicConv2d(make, inner, inner, **row)
-        self.branch7x7_3 = BasicConv2d(make, inner, 192, **column)
-        self.branch7x7dbl_1 = BasicConv2d(make, inputs, inner, 1)
-        self.branch7x7dbl_2 = BasicConv2d(make, inner, inner, **column)
-        self.branch7x7dbl_3 = BasicConv2d(make, inner, inner, **row)
-        self.branch7x7dbl_4 = BasicConv2d(make, inner, inner, **column)
-        self.branch7x7dbl_5 = BasicConv2d(make, inner, 192, **row)
-        self.branch_pool = BasicConv2d(make, inputs, 192, 1)
+        self.branch1x1 = BasicConv2d(factory, inputs, 192, 1)
+        self.branch7x7_1 = BasicConv2d(factory, inputs, inner, 1)
+        self.branch7x7_2 = BasicConv2d(factory, inner, inner, **row)
+        self.branch7x7_3 = BasicConv2d(factory, inner, 192, **column)
+        self.branch7x7dbl_1 = BasicConv2d(factory, inputs, inner, 1)
+        self.branch7x7dbl_2 = BasicConv2d(factory, inner, inner, **column)
+        self.branch7x7dbl_3 = BasicConv2d(factory, inner, inner, **row)
+        self.branch7x7dbl_4 = BasicConv2d(factory, inner, inner, **column)
+        self.branch7x7dbl_5 = BasicConv2d(factory, inner, 192, **row)
+        self.branch_pool = BasicConv2d(factory, inputs, 192, 1)
 
     def __call__(self, x):
         return _join(
@@ -143,13 +143,13 @@ class InceptionC(nnx.Module):
 
 
 class InceptionD(nnx.Module):
-    def __init__(self, make: Make, inputs: int):
-        self.branch3x3_1 = BasicConv2d(make, inputs, 192, 1)
-        self.branch3x3_2 = BasicConv2d(make, 192, 320, 3, stride=2)
-        self.branch7x7x3_1 = BasicConv2d(make, inputs, 192, 1)
-        self.branch7x7x3_2 = BasicConv2d(make, 192, 192, (1, 7), padding=(0, 3))
-        self.branch7x7x3_3 = BasicConv2d(make, 192, 192, (7, 1), padding=(3, 0))
-        self.branch7x7x3_4 = BasicConv2d(make, 192, 192, 3, stride=2)
+    def __init__(self, factory: LayerFactory, inputs: int):
+        self.branch3x3_1 = BasicConv2d(factory, inputs, 192, 1)
+        self.branch3x3_2 = BasicConv2d(factory, 192, 320, 3, stride=2)
+        self.branch7x7x3_1 = BasicConv2d(factory, inputs, 192, 1)
+        self.branch7x7x3_2 = BasicConv2d(factory, 192, 192, (1, 7), padding=(0, 3))
+        self.branch7x7x3_3 = BasicConv2d(factory, 192, 192, (7, 1), padding=(3, 0))
+        self.branch7x7x3_4 = BasicConv2d(factory, 192, 192, 3, stride=2)
 
     def __call__(self, x):
         return _join(
@@ -162,18 +162,18 @@ class InceptionD(nnx.Module):
 class InceptionE(nnx.Module):
     """The widest block. `pool` is an average in the first and, in these weights only, a maximum in the last."""
 
-    def __init__(self, make: Make, inputs: int, pool):
+    def __init__(self, factory: LayerFactory, inputs: int, pool):
         row, column = {"kernel": (1, 3), "padding": (0, 1)}, {"kernel": (3, 1), "padding": (1, 0)}
         self.pool = pool
-        self.branch1x1 = BasicConv2d(make, inputs, 320, 1)
-        self.branch3x3_1 = BasicConv2d(make, inputs, 384, 1)
-        self.branch3x3_2a = BasicConv2d(make, 384, 384, **row)
-        self.branch3x3_2b = BasicConv2d(make, 384, 384, **column)
-        self.branch3x3dbl_1 = BasicConv2d(make, inputs, 448, 1)
-        self.branch3x3dbl_2 = BasicConv2d(make, 448, 384, 3, padding=1)
-        self.branch3x3dbl_3a = BasicConv2d(make, 384, 384, **row)
-        self.branch3x3dbl_3b = BasicConv2d(make, 384, 384, **column)
-        self.branch_pool = BasicConv2d(make, inputs, 192, 1)
+        self.branch1x1 = BasicConv2d(factory, inputs, 320, 1)
+        self.branch3x3_1 = BasicConv2d(factory, inputs, 384, 1)
+        self.branch3x3_2a = BasicConv2d(factory, 384, 384, **row)
+        self.branch3x3_2b = BasicConv2d(factory, 384, 384, **column)
+        self.branch3x3dbl_1 = BasicConv2d(factory, inputs, 448, 1)
+        self.branch3x3dbl_2 = BasicConv2d(factory, 448, 384, 3, padding=1)
+        self.branch3x3dbl_3a = BasicConv2d(factory, 384, 384, **row)
+        self.branch3x3dbl_3b = BasicConv2d(factory, 384, 384, **column)
+        self.branch_pool = BasicConv2d(factory, inputs, 192, 1)
 
     def __call__(self, x):
         single, double = self.branch3x3_1(x), _chain(x, self.branch3x3dbl_1, self.branch3x3dbl_2)
@@ -193,24 +193,24 @@ class InceptionV3(Model):
     Config = InceptionConfig
     layout = hub.Layout("model", ignore=(r"^fc\.",))  # the classifier; the FID stops before it
 
-    def __init__(self, config: InceptionConfig, make: Make):
+    def __init__(self, config: InceptionConfig, factory: LayerFactory):
         self.image_size = config.image_size
-        self.Conv2d_1a_3x3 = BasicConv2d(make, 3, 32, 3, stride=2)
-        self.Conv2d_2a_3x3 = BasicConv2d(make, 32, 32, 3)
-        self.Conv2d_2b_3x3 = BasicConv2d(make, 32, 64, 3, padding=1)
-        self.Conv2d_3b_1x1 = BasicConv2d(make, 64, 80, 1)
-        self.Conv2d_4a_3x3 = BasicConv2d(make, 80, 192, 3)
-        self.Mixed_5b = InceptionA(make, 192, 32)
-        self.Mixed_5c = InceptionA(make, 256, 64)
-        self.Mixed_5d = InceptionA(make, 288, 64)
-        self.Mixed_6a = InceptionB(make, 288)
-        self.Mixed_6b = InceptionC(make, 768, 128)
-        self.Mixed_6c = InceptionC(make, 768, 160)
-        self.Mixed_6d = InceptionC(make, 768, 160)
-        self.Mixed_6e = InceptionC(make, 768, 192)
-        self.Mixed_7a = InceptionD(make, 768)
-        self.Mixed_7b = InceptionE(make, 1280, _average)
-        self.Mixed_7c = InceptionE(make, 2048, _maximum)
+        self.Conv2d_1a_3x3 = BasicConv2d(factory, 3, 32, 3, stride=2)
+        self.Conv2d_2a_3x3 = BasicConv2d(factory, 32, 32, 3)
+        self.Conv2d_2b_3x3 = BasicConv2d(factory, 32, 64, 3, padding=1)
+        self.Conv2d_3b_1x1 = BasicConv2d(factory, 64, 80, 1)
+        self.Conv2d_4a_3x3 = BasicConv2d(factory, 80, 192, 3)
+        self.Mixed_5b = InceptionA(factory, 192, 32)
+        self.Mixed_5c = InceptionA(factory, 256, 64)
+        self.Mixed_5d = InceptionA(factory, 288, 64)
+        self.Mixed_6a = InceptionB(factory, 288)
+        self.Mixed_6b = InceptionC(factory, 768, 128)
+        self.Mixed_6c = InceptionC(factory, 768, 160)
+        self.Mixed_6d = InceptionC(factory, 768, 160)
+        self.Mixed_6e = InceptionC(factory, 768, 192)
+        self.Mixed_7a = InceptionD(factory, 768)
+        self.Mixed_7b = InceptionE(factory, 1280, _average)
+        self.Mixed_7c = InceptionE(factory, 2048, _maximum)
 
     @classmethod
     def from_file(cls, path: str | Path, *, dtype=jnp.float32) -> tuple[Net, Params]:

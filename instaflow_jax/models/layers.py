@@ -25,18 +25,21 @@ ACTIVATIONS = {
 }
 ATTENTION = ("xla", "cudnn")
 REMAT = ("none", "attention", "blocks")
-DRAWN = "drawn"  # marks the parameters that `Net.init` draws all at once; they start as zeros
-LATER = {"kernel_init": nnx.initializers.zeros, "kernel_metadata": {DRAWN: True}}  # for a convolution or linear layer
+RANDOM_INIT = "drawn"  # marks the parameters that `Net.init` draws all at once; they start as zeros
+DEFERRED_INIT = {
+    "kernel_init": nnx.initializers.zeros,
+    "kernel_metadata": {RANDOM_INIT: True},
+}  # for a convolution or linear layer
 
 
-class _NoKeys:
+class _NoRngs:
     """Where flax's layers ask for a random key, though no initializer of ours needs one: nnx.Rngs takes seconds to trace."""
 
     def params(self) -> None:
         return None
 
 
-NO_KEYS = _NoKeys()
+NO_RNGS = _NoRngs()
 
 
 def activation(name: str):
@@ -47,7 +50,7 @@ def activation(name: str):
 
 
 @dataclasses.dataclass(frozen=True)
-class Make:
+class LayerFactory:
     """Builds layers with one compute type and attention implementation.
 
     Attributes:
@@ -74,12 +77,12 @@ class Make:
             use_bias=bias,
             dtype=self.dtype,
             conv_general_dilated=cpu.convolve,
-            **LATER,
-            rngs=NO_KEYS,
+            **DEFERRED_INIT,
+            rngs=NO_RNGS,
         )
 
     def linear(self, inputs: int, outputs: int, bias: bool = True) -> nnx.Linear:
-        return nnx.Linear(inputs, outputs, use_bias=bias, dtype=self.dtype, **LATER, rngs=NO_KEYS)
+        return nnx.Linear(inputs, outputs, use_bias=bias, dtype=self.dtype, **DEFERRED_INIT, rngs=NO_RNGS)
 
     def embed(self, count: int, features: int) -> nnx.Embed:
         return nnx.Embed(
@@ -87,15 +90,15 @@ class Make:
             features,
             dtype=self.dtype,
             embedding_init=nnx.initializers.zeros,
-            embedding_metadata={DRAWN: True},
-            rngs=NO_KEYS,
+            embedding_metadata={RANDOM_INIT: True},
+            rngs=NO_RNGS,
         )
 
     def group_norm(self, channels: int, groups: int, eps: float) -> "GroupNorm":
-        return GroupNorm(channels, groups, epsilon=eps, dtype=self.dtype, rngs=NO_KEYS)
+        return GroupNorm(channels, groups, epsilon=eps, dtype=self.dtype, rngs=NO_RNGS)
 
     def layer_norm(self, features: int, eps: float) -> nnx.LayerNorm:
-        return nnx.LayerNorm(features, epsilon=eps, dtype=self.dtype, rngs=NO_KEYS)
+        return nnx.LayerNorm(features, epsilon=eps, dtype=self.dtype, rngs=NO_RNGS)
 
 
 class Conv(nnx.Conv):
@@ -138,7 +141,7 @@ class GroupNorm(nnx.GroupNorm):
         return jnp.broadcast_to(sums, (*sums.shape[:-1], self.group_size)).reshape(-1, x.shape[-1])
 
 
-class Recomputed(nnx.Module):
+class Remat(nnx.Module):
     """A part of a network that may compute again in the backward pass what it would otherwise keep in memory.
 
     Attributes:
@@ -149,7 +152,7 @@ class Recomputed(nnx.Module):
     remat: ClassVar[tuple[str, ...]] = ("blocks",)
     recompute = False
 
-    def again(self, function: Callable) -> Callable:
+    def maybe_checkpoint(self, function: Callable) -> Callable:
         """`function`, of which the backward pass keeps inputs and weights only, where this part is to recompute."""
         # A new function each time: jax remembers traces by function, and these close over the trace's own weights.
         return jax.checkpoint(lambda *inputs: function(*inputs)) if self.recompute else function

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from instaflow_jax.arrays import PerSample
-from instaflow_jax.models.layers import NO_KEYS, Identity, Make, Recomputed
+from instaflow_jax.models.layers import NO_RNGS, Identity, LayerFactory, Remat
 from instaflow_jax.models.net import Config, Model, Net, Params
 from instaflow_jax.weights import hub, port
 
@@ -73,20 +73,22 @@ def _stage(net: str, i: int) -> tuple[dict, int | None]:
     return first[i] if i < 2 else {"kernel": 3, "padding": 1}, 3 if i in (1, 2) else None
 
 
-def _trunk(config: TrunkConfig, make: Make) -> tuple[nnx.List, tuple[int, ...]]:
+def _trunk(config: TrunkConfig, factory: LayerFactory) -> tuple[nnx.List, tuple[int, ...]]:
     """torchvision's `features`, and the places in it whose outputs LPIPS compares (the end of each stage)."""
     layers, taps, inputs = [], [], 3
     for i, (width, depth) in enumerate(zip(config.widths, config.depths, strict=True)):
         shape, pool = _stage(config.net, i)
         layers += [MaxPool(pool)] if pool else []
         for _ in range(depth):
-            layers += [make.conv(inputs, width, **shape), Relu()]
+            layers += [factory.conv(inputs, width, **shape), Relu()]
             inputs, shape = width, {"kernel": 3, "padding": 1}
         taps.append(len(layers) - 1)
     return nnx.List(layers), tuple(taps)
 
 
-def _run(features: nnx.List, taps: tuple[int, ...], images, again: Callable = lambda stage: stage) -> list[Array]:
+def _run(
+    features: nnx.List, taps: tuple[int, ...], images, maybe_checkpoint: Callable = lambda stage: stage
+) -> list[Array]:
     """The tapped outputs for `images` in [-1, 1]; every stage runs as `again(stage)`."""
 
     def chain(layers, x):
@@ -101,7 +103,7 @@ def _run(features: nnx.List, taps: tuple[int, ...], images, again: Callable = la
 
     x, outputs = (images - jnp.asarray(_SHIFT)) / jnp.asarray(_SCALE), []
     for before, last in itertools.pairwise((-1, *taps)):
-        x = again(functools.partial(chain, features[before + 1 : last + 1]))(x)
+        x = maybe_checkpoint(functools.partial(chain, features[before + 1 : last + 1]))(x)
         outputs.append(x)
     return outputs
 
@@ -111,20 +113,20 @@ class NetLinLayer(nnx.Module):
 
     def __init__(self, width: int):
         ones = nnx.initializers.ones
-        self.model = nnx.List([Identity(), nnx.Conv(width, 1, (1, 1), use_bias=False, kernel_init=ones, rngs=NO_KEYS)])
+        self.model = nnx.List([Identity(), nnx.Conv(width, 1, (1, 1), use_bias=False, kernel_init=ones, rngs=NO_RNGS)])
 
     def __call__(self, x):
         return self.model[1](x)
 
 
-class LPIPS(Recomputed, Model):
+class LPIPS(Remat, Model):
     """Perceptual distance of image pairs."""
 
     Config = TrunkConfig
     layout = hub.Layout("model", ignore=(r"^classifier\.",))  # torchvision's files are whole classifiers
 
-    def __init__(self, config: TrunkConfig, make: Make):
-        self.features, self.taps = _trunk(config, make)
+    def __init__(self, config: TrunkConfig, factory: LayerFactory):
+        self.features, self.taps = _trunk(config, factory)
         for i, width in enumerate(config.widths):
             setattr(self, f"lin{i}", NetLinLayer(width))
 
@@ -144,8 +146,10 @@ class LPIPS(Recomputed, Model):
     def __call__(self, a: Float[Array, "B H W 3"], b: Float[Array, "B H W 3"]) -> PerSample:
         """Distance of each image in `a` to its partner in `b`, values in [-1, 1]."""
         # Each by itself: the backward pass then leaves out the one that has no gradient (a distillation's target).
-        stages = zip(*(_run(self.features, self.taps, images, self.again) for images in (a, b)), strict=True)
-        compare = [self.again(functools.partial(_compare, getattr(self, f"lin{i}"))) for i in range(len(self.taps))]
+        stages = zip(*(_run(self.features, self.taps, images, self.maybe_checkpoint) for images in (a, b)), strict=True)
+        compare = [
+            self.maybe_checkpoint(functools.partial(_compare, getattr(self, f"lin{i}"))) for i in range(len(self.taps))
+        ]
         return sum(distance(x, y) for distance, (x, y) in zip(compare, stages, strict=True))
 
 
@@ -167,9 +171,9 @@ class VGGClassifier(Model):
     Config = ClassifierConfig
     layout = hub.Layout("model")
 
-    def __init__(self, config: ClassifierConfig, make: Make):
-        self.features, self.taps = _trunk(config, make)
-        self.classifier = make.linear(config.widths[-1], config.num_classes)
+    def __init__(self, config: ClassifierConfig, factory: LayerFactory):
+        self.features, self.taps = _trunk(config, factory)
+        self.classifier = factory.linear(config.widths[-1], config.num_classes)
 
     def pooled(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B C"]:
         """Mean over space of the last stage, for `images` in [-1, 1]."""

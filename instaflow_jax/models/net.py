@@ -19,7 +19,7 @@ from flax import nnx
 
 from instaflow_jax.arrays import Params
 from instaflow_jax.infra import files
-from instaflow_jax.models.layers import DRAWN, REMAT, Make, Recomputed
+from instaflow_jax.models.layers import RANDOM_INIT, REMAT, LayerFactory, Remat
 from instaflow_jax.weights import hub, port
 
 
@@ -87,7 +87,7 @@ class Net:
             raise ValueError(f"remat={kind!r} is not one of {', '.join(REMAT)}")
         module = nnx.merge(self.graphdef, nnx.from_flat_state(dict(self.abstract.values())))
         for _, part in nnx.iter_modules(module):
-            if isinstance(part, Recomputed):
+            if isinstance(part, Remat):
                 part.recompute = kind in part.remat
         return dataclasses.replace(self, graphdef=nnx.split(module)[0])
 
@@ -100,9 +100,9 @@ class Net:
         return jax.jit(self._init)(key)
 
     def _init(self, key):
-        state = nnx.state(self.module(self.config, Make()))
+        state = nnx.state(self.module(self.config, LayerFactory()))
         params = _named(state, lambda path, variable: variable[...])
-        drawn = {name: v.shape for name, (_, v) in self.abstract.items() if v.get_metadata(DRAWN, False)}
+        drawn = {name: v.shape for name, (_, v) in self.abstract.items() if v.get_metadata(RANDOM_INIT, False)}
         cuts = np.cumsum([math.prod(shape) for shape in drawn.values()])
         _, draw = jax.random.split(key)  # so that a key gives what it always gave
         pieces = jnp.split(jax.random.normal(draw, (cuts[-1],)), cuts[:-1])
@@ -116,7 +116,7 @@ class Net:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         port.save(params, directory, self.module.layout, **options)
-        with files.whole(directory / "config.json") as temporary:
+        with files.atomic_write(directory / "config.json") as temporary:
             temporary.write_text(json.dumps(self.raw_config, indent=2, sort_keys=True) + "\n")
 
 
@@ -131,7 +131,7 @@ class Model(nnx.Module):
         """The network a `config.json` describes, without allocating its weights."""
         config = cls.Config.from_dict(raw)
         raw = {"_class_name": cls.__name__} | dataclasses.asdict(config) | raw
-        module = nnx.eval_shape(lambda: cls(config, Make(jnp.dtype(dtype), attention)))
+        module = nnx.eval_shape(lambda: cls(config, LayerFactory(jnp.dtype(dtype), attention)))
         graphdef, state = nnx.split(module)
         return Net(cls, config, raw, graphdef, _named(state, lambda path, variable: (path, variable)))
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from instaflow_jax.models import net
 from instaflow_jax.models.blocks import Downsample2D, ResnetBlock2D, Upsample2D
-from instaflow_jax.models.layers import Make, Recomputed
+from instaflow_jax.models.layers import LayerFactory, Remat
 from instaflow_jax.models.transformer import Transformer2DModel
 from instaflow_jax.weights import hub
 
@@ -102,20 +102,20 @@ def timestep_embedding(tau, features: int, flip_sin_to_cos: bool, shift: float):
 class TimestepEmbedding(nnx.Module):
     """Two linear layers with SiLU between, on the sinusoids."""
 
-    def __init__(self, inputs: int, outputs: int, make: Make):
-        self.linear_1 = make.linear(inputs, outputs)
-        self.linear_2 = make.linear(outputs, outputs)
+    def __init__(self, inputs: int, outputs: int, factory: LayerFactory):
+        self.linear_1 = factory.linear(inputs, outputs)
+        self.linear_2 = factory.linear(outputs, outputs)
 
     def __call__(self, x):
         return self.linear_2(jax.nn.silu(self.linear_1(x)))
 
 
-def _resnet(config: UNetConfig, inputs: int, outputs: int, make: Make) -> ResnetBlock2D:
+def _resnet(config: UNetConfig, inputs: int, outputs: int, factory: LayerFactory) -> ResnetBlock2D:
     time_features = 4 * config.block_out_channels[0]
-    return ResnetBlock2D(inputs, outputs, config.norm_num_groups, config.norm_eps, make, time_features)
+    return ResnetBlock2D(inputs, outputs, config.norm_num_groups, config.norm_eps, factory, time_features)
 
 
-def _transformer(config: UNetConfig, channels: int, heads: int, make: Make) -> Transformer2DModel:
+def _transformer(config: UNetConfig, channels: int, heads: int, factory: LayerFactory) -> Transformer2DModel:
     return Transformer2DModel(
         channels,
         config.cross_attention_dim,
@@ -123,21 +123,23 @@ def _transformer(config: UNetConfig, channels: int, heads: int, make: Make) -> T
         config.transformer_layers_per_block,
         config.norm_num_groups,
         config.use_linear_projection,
-        make,
+        factory,
     )
 
 
 class DownBlock2D(nnx.Module):
     """Residual blocks, each followed by a transformer where the config wants one, then halving."""
 
-    def __init__(self, config: UNetConfig, i: int, make: Make):
+    def __init__(self, config: UNetConfig, i: int, factory: LayerFactory):
         channels = config.block_out_channels
         widths = [channels[max(i - 1, 0)]] + [channels[i]] * config.layers_per_block
-        self.resnets = nnx.List([_resnet(config, a, b, make) for a, b in itertools.pairwise(widths)])
+        self.resnets = nnx.List([_resnet(config, a, b, factory) for a, b in itertools.pairwise(widths)])
         if config.down_block_types[i].startswith("CrossAttn"):
-            self.attentions = nnx.List([_transformer(config, channels[i], config.heads[i], make) for _ in self.resnets])
+            self.attentions = nnx.List(
+                [_transformer(config, channels[i], config.heads[i], factory) for _ in self.resnets]
+            )
         if i + 1 < len(channels):
-            self.downsamplers = nnx.List([Downsample2D(channels[i], config.downsample_padding, make)])
+            self.downsamplers = nnx.List([Downsample2D(channels[i], config.downsample_padding, factory)])
 
     def __call__(self, x, time, context):
         """Returns the result and every intermediate the way up will want."""
@@ -154,10 +156,10 @@ class DownBlock2D(nnx.Module):
 
 
 class UNetMidBlock2DCrossAttn(nnx.Module):
-    def __init__(self, config: UNetConfig, make: Make):
+    def __init__(self, config: UNetConfig, factory: LayerFactory):
         channels = config.block_out_channels[-1]
-        self.resnets = nnx.List([_resnet(config, channels, channels, make) for _ in range(2)])
-        self.attentions = nnx.List([_transformer(config, channels, config.heads[-1], make)])
+        self.resnets = nnx.List([_resnet(config, channels, channels, factory) for _ in range(2)])
+        self.attentions = nnx.List([_transformer(config, channels, config.heads[-1], factory)])
 
     def __call__(self, x, time, context):
         x = self.attentions[0](self.resnets[0](x, time), context)
@@ -167,16 +169,18 @@ class UNetMidBlock2DCrossAttn(nnx.Module):
 class UpBlock2D(nnx.Module):
     """Residual blocks on the features joined with the way down's, transformers where wanted, then doubling."""
 
-    def __init__(self, config: UNetConfig, i: int, make: Make):
+    def __init__(self, config: UNetConfig, i: int, factory: LayerFactory):
         channels, heads = config.block_out_channels[::-1], config.heads[::-1]
         layers = config.layers_per_block + 1
         inputs = [channels[max(i - 1, 0)]] + [channels[i]] * (layers - 1)
         skips = [channels[i]] * (layers - 1) + [channels[min(i + 1, len(channels) - 1)]]
-        self.resnets = nnx.List([_resnet(config, a + b, channels[i], make) for a, b in zip(inputs, skips, strict=True)])
+        self.resnets = nnx.List(
+            [_resnet(config, a + b, channels[i], factory) for a, b in zip(inputs, skips, strict=True)]
+        )
         if config.up_block_types[i].startswith("CrossAttn"):
-            self.attentions = nnx.List([_transformer(config, channels[i], heads[i], make) for _ in range(layers)])
+            self.attentions = nnx.List([_transformer(config, channels[i], heads[i], factory) for _ in range(layers)])
         if i + 1 < len(channels):
-            self.upsamplers = nnx.List([Upsample2D(channels[i], make)])
+            self.upsamplers = nnx.List([Upsample2D(channels[i], factory)])
 
     def __call__(self, x, skips: list, time, context):
         """Takes what it needs from the end of `skips`; sizes follow the skips, so odd latents work."""
@@ -189,22 +193,22 @@ class UpBlock2D(nnx.Module):
         return x
 
 
-class UNet2DConditionModel(Recomputed, net.Model):
+class UNet2DConditionModel(Remat, net.Model):
     """The network of Stable Diffusion: latents, clock and text → noise, velocity or data, as it was trained."""
 
     Config: ClassVar = UNetConfig
     layout: ClassVar = hub.Layout()
 
-    def __init__(self, config: UNetConfig, make: Make):
+    def __init__(self, config: UNetConfig, factory: LayerFactory):
         channels = config.block_out_channels
-        self.config, self.dtype = config, make.dtype
-        self.conv_in = make.conv(config.in_channels, channels[0], 3, padding=1)
-        self.time_embedding = TimestepEmbedding(channels[0], 4 * channels[0], make)
-        self.down_blocks = nnx.List([DownBlock2D(config, i, make) for i in range(len(channels))])
-        self.mid_block = UNetMidBlock2DCrossAttn(config, make)
-        self.up_blocks = nnx.List([UpBlock2D(config, i, make) for i in range(len(channels))])
-        self.conv_norm_out = make.group_norm(channels[0], config.norm_num_groups, config.norm_eps)
-        self.conv_out = make.conv(channels[0], config.out_channels, 3, padding=1)
+        self.config, self.dtype = config, factory.dtype
+        self.conv_in = factory.conv(config.in_channels, channels[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(channels[0], 4 * channels[0], factory)
+        self.down_blocks = nnx.List([DownBlock2D(config, i, factory) for i in range(len(channels))])
+        self.mid_block = UNetMidBlock2DCrossAttn(config, factory)
+        self.up_blocks = nnx.List([UpBlock2D(config, i, factory) for i in range(len(channels))])
+        self.conv_norm_out = factory.group_norm(channels[0], config.norm_num_groups, config.norm_eps)
+        self.conv_out = factory.conv(channels[0], config.out_channels, 3, padding=1)
 
     def __call__(self, sample, timestep, encoder_hidden_states):
         """The network's output.
@@ -230,7 +234,7 @@ class UNet2DConditionModel(Recomputed, net.Model):
         x = self.mid_block(x, time, text)
         for block in self.up_blocks:
             x = block(x, skips, time, text)
-        return self.again(self._out)(x)
+        return self.maybe_checkpoint(self._out)(x)
 
     def _out(self, x):
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x))).astype(jnp.float32)

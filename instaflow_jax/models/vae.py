@@ -10,7 +10,7 @@ from flax import nnx
 
 from instaflow_jax.models import net
 from instaflow_jax.models.blocks import Downsample2D, ResnetBlock2D, Upsample2D
-from instaflow_jax.models.layers import Make, Recomputed, attend
+from instaflow_jax.models.layers import LayerFactory, Remat, attend
 from instaflow_jax.weights import hub
 
 _EPS = 1e-6  # of every GroupNorm in the autoencoder
@@ -59,44 +59,44 @@ class VAEConfig(net.Config):
         return 2 ** (len(self.block_out_channels) - 1)
 
 
-class VAEAttention(Recomputed):
+class VAEAttention(Remat):
     """Single-headed self-attention over all positions of [B, H, W, C], added to its input."""
 
     remat: ClassVar = ("attention", "blocks")
 
-    def __init__(self, channels: int, groups: int, make: Make):
-        self.group_norm = make.group_norm(channels, groups, _EPS)
-        self.to_q, self.to_k, self.to_v = (make.linear(channels, channels) for _ in range(3))
-        self.to_out = nnx.List([make.linear(channels, channels)])
-        self.implementation = make.attention
+    def __init__(self, channels: int, groups: int, factory: LayerFactory):
+        self.group_norm = factory.group_norm(channels, groups, _EPS)
+        self.to_q, self.to_k, self.to_v = (factory.linear(channels, channels) for _ in range(3))
+        self.to_out = nnx.List([factory.linear(channels, channels)])
+        self.implementation = factory.attention
 
     def __call__(self, x):
         h = self.group_norm(x).reshape(x.shape[0], -1, x.shape[-1])
-        products = self.again(lambda q, k, v: attend(q, k, v, 1, self.implementation))
+        products = self.maybe_checkpoint(lambda q, k, v: attend(q, k, v, 1, self.implementation))
         h = products(self.to_q(h), self.to_k(h), self.to_v(h))
         return x + self.to_out[0](h).reshape(x.shape)
 
 
 class MidBlock(nnx.Module):
-    def __init__(self, channels: int, groups: int, make: Make):
-        self.resnets = nnx.List([ResnetBlock2D(channels, channels, groups, _EPS, make) for _ in range(2)])
-        self.attentions = nnx.List([VAEAttention(channels, groups, make)])
+    def __init__(self, channels: int, groups: int, factory: LayerFactory):
+        self.resnets = nnx.List([ResnetBlock2D(channels, channels, groups, _EPS, factory) for _ in range(2)])
+        self.attentions = nnx.List([VAEAttention(channels, groups, factory)])
 
     def __call__(self, x):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-def _resnets(inputs: int, outputs: int, count: int, groups: int, make: Make) -> nnx.List:
-    return nnx.List([ResnetBlock2D(outputs if j else inputs, outputs, groups, _EPS, make) for j in range(count)])
+def _resnets(inputs: int, outputs: int, count: int, groups: int, factory: LayerFactory) -> nnx.List:
+    return nnx.List([ResnetBlock2D(outputs if j else inputs, outputs, groups, _EPS, factory) for j in range(count)])
 
 
 class DownEncoderBlock2D(nnx.Module):
     """Residual blocks, then halving (all blocks but the last). Pads right and bottom only, as the original does."""
 
-    def __init__(self, inputs: int, outputs: int, count: int, groups: int, last: bool, make: Make):
-        self.resnets = _resnets(inputs, outputs, count, groups, make)
+    def __init__(self, inputs: int, outputs: int, count: int, groups: int, last: bool, factory: LayerFactory):
+        self.resnets = _resnets(inputs, outputs, count, groups, factory)
         if not last:
-            self.downsamplers = nnx.List([Downsample2D(outputs, ((0, 1), (0, 1)), make)])
+            self.downsamplers = nnx.List([Downsample2D(outputs, ((0, 1), (0, 1)), factory)])
 
     def __call__(self, x):
         for resnet in self.resnets:
@@ -107,10 +107,10 @@ class DownEncoderBlock2D(nnx.Module):
 class UpDecoderBlock2D(nnx.Module):
     """Residual blocks, then doubling (all blocks but the last)."""
 
-    def __init__(self, inputs: int, outputs: int, count: int, groups: int, last: bool, make: Make):
-        self.resnets = _resnets(inputs, outputs, count, groups, make)
+    def __init__(self, inputs: int, outputs: int, count: int, groups: int, last: bool, factory: LayerFactory):
+        self.resnets = _resnets(inputs, outputs, count, groups, factory)
         if not last:
-            self.upsamplers = nnx.List([Upsample2D(outputs, make)])
+            self.upsamplers = nnx.List([Upsample2D(outputs, factory)])
 
     def __call__(self, x):
         for resnet in self.resnets:
@@ -119,18 +119,18 @@ class UpDecoderBlock2D(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    def __init__(self, config: VAEConfig, make: Make):
+    def __init__(self, config: VAEConfig, factory: LayerFactory):
         c, groups = config.block_out_channels, config.norm_num_groups
-        self.conv_in = make.conv(config.in_channels, c[0], 3, padding=1)
+        self.conv_in = factory.conv(config.in_channels, c[0], 3, padding=1)
         self.down_blocks = nnx.List(
             [
-                DownEncoderBlock2D(c[max(i - 1, 0)], c[i], config.layers_per_block, groups, i + 1 == len(c), make)
+                DownEncoderBlock2D(c[max(i - 1, 0)], c[i], config.layers_per_block, groups, i + 1 == len(c), factory)
                 for i in range(len(c))
             ]
         )
-        self.mid_block = MidBlock(c[-1], groups, make)
-        self.conv_norm_out = make.group_norm(c[-1], groups, _EPS)
-        self.conv_out = make.conv(c[-1], 2 * config.latent_channels, 3, padding=1)
+        self.mid_block = MidBlock(c[-1], groups, factory)
+        self.conv_norm_out = factory.group_norm(c[-1], groups, _EPS)
+        self.conv_out = factory.conv(c[-1], 2 * config.latent_channels, 3, padding=1)
 
     def __call__(self, x):
         x = self.conv_in(x)
@@ -139,25 +139,25 @@ class Encoder(nnx.Module):
         return self.conv_out(jax.nn.silu(self.conv_norm_out(self.mid_block(x))))
 
 
-class Decoder(Recomputed):
-    def __init__(self, config: VAEConfig, make: Make):
+class Decoder(Remat):
+    def __init__(self, config: VAEConfig, factory: LayerFactory):
         c, groups = config.block_out_channels[::-1], config.norm_num_groups
-        self.conv_in = make.conv(config.latent_channels, c[0], 3, padding=1)
-        self.mid_block = MidBlock(c[0], groups, make)
+        self.conv_in = factory.conv(config.latent_channels, c[0], 3, padding=1)
+        self.mid_block = MidBlock(c[0], groups, factory)
         self.up_blocks = nnx.List(
             [
-                UpDecoderBlock2D(c[max(i - 1, 0)], c[i], config.layers_per_block + 1, groups, i + 1 == len(c), make)
+                UpDecoderBlock2D(c[max(i - 1, 0)], c[i], config.layers_per_block + 1, groups, i + 1 == len(c), factory)
                 for i in range(len(c))
             ]
         )
-        self.conv_norm_out = make.group_norm(c[-1], groups, _EPS)
-        self.conv_out = make.conv(c[-1], config.out_channels, 3, padding=1)
+        self.conv_norm_out = factory.group_norm(c[-1], groups, _EPS)
+        self.conv_out = factory.conv(c[-1], config.out_channels, 3, padding=1)
 
     def __call__(self, z):
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
-        return self.again(self._out)(x)
+        return self.maybe_checkpoint(self._out)(x)
 
     def _out(self, x):
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
@@ -180,15 +180,15 @@ class AutoencoderKL(net.Model):
     """Pixels [B, H, W, 3] in [−1, 1] ⇄ latents [B, H/f, W/f, latent_channels] of unit variance."""
 
     Config: ClassVar = VAEConfig
-    layout: ClassVar = hub.Layout(respell=_today, flax_spell=_old)
+    layout: ClassVar = hub.Layout(rename_key=_today, to_flax_name=_old)
 
-    def __init__(self, config: VAEConfig, make: Make):
+    def __init__(self, config: VAEConfig, factory: LayerFactory):
         n = config.latent_channels
-        self.config, self.dtype = config, make.dtype
-        self.encoder = Encoder(config, make)
-        self.decoder = Decoder(config, make)
-        self.quant_conv = make.conv(2 * n, 2 * n, 1)
-        self.post_quant_conv = make.conv(n, n, 1)
+        self.config, self.dtype = config, factory.dtype
+        self.encoder = Encoder(config, factory)
+        self.decoder = Decoder(config, factory)
+        self.quant_conv = factory.conv(2 * n, 2 * n, 1)
+        self.post_quant_conv = factory.conv(n, n, 1)
 
     def moments(self, pixels):
         """Mean and log-variance of the latents' Gaussian, before scaling; each [B, h, w, latent_channels]."""

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from instaflow_jax.stages.common import flow_training as straighten
 from instaflow_jax.stages.common import loading
-from instaflow_jax.train import losses as objectives
+from instaflow_jax.train import losses
 
 DIRECTORY = "reflow"
 
@@ -20,9 +20,13 @@ def run(config: ConfigDict, workdir: str) -> None:
     """
     straighten.check(config)
     pairs = straighten.need_pairs(config.pairs, Path(workdir))
-    pipe = loading.load(config, config.model)
+    pipe = loading.load(config.model, loading.read_weight_options(config))
     unet = pipe.nets["unet"].with_remat(config.remat.unet)
-    loss = objectives.make_reflow_loss(
-        unet, pipe.nets["text_encoder"], drop=config.drop, steps=straighten.CLOCK, **config.loss
+    loss = losses.make_reflow_loss(
+        unet,
+        pipe.nets["text_encoder"],
+        prompt_dropout=config.prompt_dropout,
+        num_timesteps=straighten.NUM_TIMESTEPS,
+        **config.loss,
     )
     straighten.fit(config, Path(workdir) / DIRECTORY, pipe, pairs, loss, {})

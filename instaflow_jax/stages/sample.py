@@ -12,12 +12,12 @@ from ml_collections import ConfigDict
 from instaflow_jax import pipeline, sampling
 from instaflow_jax.infra import images
 from instaflow_jax.stages.common.loading import (
-    check_dtype,
-    check_guidance,
-    compile_aloud,
+    compile_and_log,
     latent_shape,
     load,
     read_prompts,
+    read_solve_options,
+    read_weight_options,
 )
 
 
@@ -29,9 +29,9 @@ def run(config: ConfigDict, workdir: str) -> None:
     """
     prompts = read_prompts(config.prompts)
     check(config)
-    pipe = load(config, config.model)
+    pipe = load(config.model, read_weight_options(config))
     shape = latent_shape(pipe, config.height, config.width)
-    dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, config.kind)
+    dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, config.dynamics)
     solve = sampling.make_solve(pipe.nets["unet"].apply, dynamics, config.solver, config.N, config.alpha)
     jobs = list(itertools.product(range(len(prompts)), config.seeds))
     print(
@@ -48,12 +48,12 @@ def run(config: ConfigDict, workdir: str) -> None:
 
 def check(config: ConfigDict) -> None:
     """Cross-field checks, before anything is loaded."""
-    check_dtype(config)
+    read_weight_options(config)
     if config.batch < 1:
         raise ValueError(f"config.batch={config.batch} must be at least 1")
     if not config.seeds or min(config.seeds) < 0:
         raise ValueError(f"config.seeds={config.seeds} must name at least one seed, none of them negative")
-    check_guidance(config)
+    read_solve_options(config)
 
 
 def draw(
@@ -72,7 +72,7 @@ def draw(
         batch = jobs[start : start + size]
         rows, seeds = np.array(batch + batch[:1] * (size - len(batch))).T  # the last batch is filled up
         inputs = (params, ids[rows], null, sampling.noise(seeds, shape))
-        generate = generate or compile_aloud(sampling.make_generate(pipe.nets, solve), inputs)
+        generate = generate or compile_and_log(sampling.make_generate(pipe.nets, solve), inputs)
         began = time.perf_counter()
         pictures += list(np.asarray(generate(*inputs))[: len(batch)])
         print(

@@ -2,21 +2,21 @@
 
 import dataclasses
 import logging
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from instaflow_jax.arrays import Key
-from instaflow_jax.infra import devices as parallel
-from instaflow_jax.infra import speed
+from instaflow_jax.infra import devices
 from instaflow_jax.infra.checkpoint import Checkpoints
+from instaflow_jax.infra.cost import describe, rates, step_flops
 from instaflow_jax.infra.metrics import Writer
 from instaflow_jax.infra.preemption import Preempted, Preemption
+from instaflow_jax.infra.progress import Progress
 from instaflow_jax.train.batches import Batches
 from instaflow_jax.train.state import TrainState
 from instaflow_jax.train.step import Metrics, TrainStep
@@ -81,20 +81,14 @@ def train(
         state, first = resume(state, mesh, batches, checkpoints, writer)
         if first >= steps:
             return state
-        frozen, key = parallel.replicate(frozen, mesh), parallel.replicate_key(key, mesh)
+        frozen, key = devices.replicate(frozen, mesh), devices.replicate_key(key, mesh)
         compiled, batch_size, flops = compile_step(step, state, frozen, batches, key, mesh)
         writer.write_hparams(config)
-        progress = speed.Progress(
-            start=first,
-            steps=steps,
-            samples_per_step=batch_size,
-            flops_per_step=flops,
-            file=sys.stderr if jax.process_index() == 0 else None,
-        )
-        ledger = Ledger(writer, progress, log_every, max_skipped)
+        progress = Progress(steps, "steps", done=first)
+        ledger = Ledger(writer, progress, StepCost(batch_size, flops), first, log_every, max_skipped)
         profile = Profile(profile_steps, profile_dir)
 
-        batch = parallel.global_batch(next(batches), mesh)
+        batch = devices.global_batch(next(batches), mesh)
         for now in range(first + 1, steps + 1):
             profile.before(now)
             state, metrics = compiled(state, frozen, batch, key)
@@ -113,7 +107,7 @@ def train(
                 checkpoints.save(now, state, batches.state(), config)
             if now == steps or stopping:
                 break
-            batch = parallel.global_batch(next(batches), mesh)  # not before the position is saved
+            batch = devices.global_batch(next(batches), mesh)  # not before the position is saved
 
         progress.close()
         checkpoints.wait()
@@ -129,8 +123,8 @@ def resume(
     first = checkpoints.latest()
     if first is None:
         writer.resume(0)
-        return parallel.shard(state, mesh), 0
-    like = parallel.abstract(state, mesh)
+        return devices.shard(state, mesh), 0
+    like = devices.abstract(state, mesh)
     jax.tree.map(lambda leaf: leaf.delete(), state)  # or there would be two states on the device
     state, position = checkpoints.restore(like)
     batches.restore(position)
@@ -147,14 +141,14 @@ def compile_step(
     Returns:
       The program, which takes over the state's buffers; the global batch size; FLOP a step.
     """
-    batch = parallel.abstract_batch(batches.spec(), mesh)
+    batch = devices.abstract_batch(batches.spec(), mesh)
     batch_size = next(iter(batch.values())).shape[0]
-    parallel.check_batch_size("batch_size", batch_size, mesh, step.accumulate)
+    devices.check_batch_size("batch_size", batch_size, mesh, step.accumulate)
     began = time.monotonic()
     lowered = lower_step(step, state, frozen, batch, key, mesh)
     compiled = lowered.compile()
-    flops = speed.step_flops(lowered, step.accumulate)
-    log.info(speed.describe(compiled, flops, time.monotonic() - began))
+    flops = step_flops(lowered, step.accumulate)
+    log.info(describe(compiled, flops, time.monotonic() - began))
     return compiled, batch_size, flops
 
 
@@ -162,20 +156,32 @@ def lower_step(
     step: TrainStep, state: TrainState, frozen: PyTree, batch: PyTree, key: Key, mesh: Mesh
 ) -> jax.stages.Lowered:
     """The step that takes over the state's buffers and gives the next state in the same shards; shapes are enough."""
-    out = jax.tree.map(lambda leaf: leaf.sharding, state), parallel.replicated(mesh)
+    out = jax.tree.map(lambda leaf: leaf.sharding, state), devices.replicated(mesh)
     return jax.jit(step.update, donate_argnums=0, out_shardings=out).lower(state, frozen, batch, key)
 
 
-class Ledger:
-    """Reads each step's metrics one step late, so that devices do not wait for the host, and judges them."""
+class StepCost(NamedTuple):
+    """Samples and FLOPs of one step on all devices together."""
 
-    def __init__(self, writer: Writer, progress: speed.Progress, log_every: int, max_skipped: int):
+    samples: int
+    flops: float
+
+
+class Ledger:
+    """Reads each step's metrics one step late, so that devices do not wait for the host; writes and checks them."""
+
+    def __init__(
+        self, writer: Writer, progress: Progress, cost: StepCost, first: int, log_every: int, max_skipped: int
+    ):
         self._writer = writer
         self._progress = progress
+        self._cost = cost
         self._log_every = log_every
         self._max_skipped = max_skipped
         self._skipped = 0
         self._waiting: tuple[int, Metrics] | None = None
+        self._start = time.monotonic()
+        self._shown = first, self._start  # step and time of the last progress line
 
     def add(self, step: int, metrics: Metrics) -> None:
         """Takes today's metrics without waiting for them, and settles yesterday's."""
@@ -195,9 +201,16 @@ class Ledger:
         scalars = {name: value.item() for name, value in jax.device_get(metrics).items()}
         if step % self._log_every == 0:
             self._writer.write_scalars(step, scalars)
-        if told := self._progress.update(step, scalars["loss"]):
-            self._writer.write_speed(step, told)
+        if self._progress.advance(loss=scalars["loss"]):
+            self._writer.write_speed(step, self._rates(step))
         self._count_skipped(step, scalars)
+
+    def _rates(self, step: int) -> dict[str, float]:
+        """Rates since the last progress line, so that they follow the current speed."""
+        (step_before, before), now = self._shown, time.monotonic()
+        self._shown = step, now
+        found = rates(step - step_before, max(now - before, 1e-9), self._cost.samples, self._cost.flops)
+        return found | {"elapsed_s": now - self._start}
 
     def _count_skipped(self, step: int, scalars: Mapping[str, float]) -> None:
         self._skipped = self._skipped + 1 if scalars["skipped"] else 0

@@ -68,15 +68,15 @@ def choose(table: dict[str, Any], field: str, name: str):
 # ---------------------------------------------------------------- what: the two losses
 
 
-def make_reflow_loss(unet, text_encoder, *, time: str, penalty: str, drop: float, steps: int) -> Loss:
+def make_reflow_loss(unet, text_encoder, *, time: str, penalty: str, prompt_dropout: float, num_timesteps: int) -> Loss:
     """Eq. 5: the velocity at a random point of the straight road from X0 to X1 is to be X1 − X0.
 
     Args:
       unet, text_encoder: networks; `params` are the unet's.
       time: "uniform" or "u_shaped".
       penalty: "squared" or "pseudo_huber".
-      drop: share of prompts replaced by the empty one, which keeps guidance possible.
-      steps: what the network's clock counts at noise.
+      prompt_dropout: share of prompts replaced by the empty one, which keeps guidance possible.
+      num_timesteps: the network's timestep at noise (`flow.timestep`).
 
     Raises:
       ValueError: an unknown time or penalty.
@@ -87,15 +87,17 @@ def make_reflow_loss(unet, text_encoder, *, time: str, penalty: str, drop: float
         time_key, drop_key = jax.random.split(key)
         X0, X1 = batch["X0"].astype(jnp.float32), batch["X1"].astype(jnp.float32)
         t = times(time_key, len(X0))
-        text = encode(text_encoder, frozen, drop_prompts(drop_key, batch["ids"], frozen["null_ids"], drop))
-        v = unet.apply(params, flow.interpolate(X0, X1, t), flow.clock(t, steps), text)
+        text = encode(text_encoder, frozen, drop_prompts(drop_key, batch["ids"], frozen["null_ids"], prompt_dropout))
+        v = unet.apply(params, flow.interpolate(X0, X1, t), flow.timestep(t, num_timesteps), text)
         error = v - flow.velocity_target(X0, X1)
         return jnp.mean(measure(error)), buckets(t, squared(error))
 
     return loss
 
 
-def make_distill_loss(unet, text_encoder, distance: Callable, *, match: float, drop: float, steps: int) -> Loss:
+def make_distill_loss(
+    unet, text_encoder, distance: Callable, *, match: float, prompt_dropout: float, num_timesteps: int
+) -> Loss:
     """Eq. 6: one Euler step from noise, X0 + v(X0, 0), is to land on X1, as `distance` sees it.
 
     A share of the batch may go on matching the velocity at t > 0 (Eq. 5) on the same pairs, so that the student is not
@@ -116,8 +118,8 @@ def make_distill_loss(unet, text_encoder, distance: Callable, *, match: float, d
         X0, X1 = batch["X0"].astype(jnp.float32), batch["X1"].astype(jnp.float32)
         matched = round(match * len(X0))  # the first rows; pairs come shuffled
         t = jnp.where(jnp.arange(len(X0)) < matched, uniform(time_key, len(X0)), 0.0)
-        text = encode(text_encoder, frozen, drop_prompts(drop_key, batch["ids"], frozen["null_ids"], drop))
-        v = unet.apply(params, flow.interpolate(X0, X1, t), flow.clock(t, steps), text)
+        text = encode(text_encoder, frozen, drop_prompts(drop_key, batch["ids"], frozen["null_ids"], prompt_dropout))
+        v = unet.apply(params, flow.interpolate(X0, X1, t), flow.timestep(t, num_timesteps), text)
 
         rest = {name: rows[matched:] for name, rows in batch.items()}
         value, metrics = distance(frozen, X0[matched:] + v[matched:], rest, distance_key)

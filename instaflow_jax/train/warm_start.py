@@ -12,7 +12,7 @@ _RIDGE = 1e-2  # keeps the refitted layer no larger than the one it replaces
 _CLOCK_LAYER = "time_embedding.linear_1.kernel"
 
 
-def from_teacher(params: Params, unet, schedule: Schedule, steps: int) -> Params:
+def from_teacher(params: Params, unet, schedule: Schedule, num_timesteps: int) -> Params:
     """The teacher's UNet as a first guess of a velocity.
 
     Near noise the velocity X1 − X0 is almost −X0, so a noise predictor begins with the wrong sign: the last layer is
@@ -24,7 +24,7 @@ def from_teacher(params: Params, unet, schedule: Schedule, steps: int) -> Params
       unet: its network.
       steps: what the flow's clock counts at noise.
     """
-    t = (np.arange(steps) + 0.5) / steps
+    t = (np.arange(num_timesteps) + 0.5) / num_timesteps
     config = unet.config
     sinusoids = [
         np.asarray(
@@ -33,7 +33,7 @@ def from_teacher(params: Params, unet, schedule: Schedule, steps: int) -> Params
             ),
             np.float64,
         )
-        for clock in (steps * (1 - t), equal_noise(schedule, t))
+        for clock in (num_timesteps * (1 - t), equal_noise(schedule, t))
     ]
     refitted = refit(*sinusoids, np.asarray(params[_CLOCK_LAYER], np.float64))
     negated = {name: -np.asarray(params[name]) for name in ("conv_out.kernel", "conv_out.bias")}

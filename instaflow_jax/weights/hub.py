@@ -25,8 +25,8 @@ class Layout:
     stem: str = "diffusion_pytorch_model"
     pickle: str = "diffusion_pytorch_model"
     flax: str = "diffusion_flax_model.msgpack"
-    respell: Callable[[str], str] = lambda key: key
-    flax_spell: Callable[[str], str] = lambda name: name
+    rename_key: Callable[[str], str] = lambda key: key
+    to_flax_name: Callable[[str], str] = lambda name: name
     ignore: tuple[str, ...] = ()
 
 

@@ -158,7 +158,7 @@ def read(path: Path, nets: Mapping[str, Net]) -> dict[str, Params]:
 
 def _respell(key: str) -> str:
     """Some files hold the inner text model: `cond_stage_model.transformer.encoder…`."""
-    return _CLIP + CLIPTextModel.layout.respell(key.removeprefix(_CLIP)) if key.startswith(_CLIP) else key
+    return _CLIP + CLIPTextModel.layout.rename_key(key.removeprefix(_CLIP)) if key.startswith(_CLIP) else key
 
 
 def _check(path: Path, stored: port.Stored, tables: Mapping[str, Mapping[str, Place]], text_blocks: int) -> None:

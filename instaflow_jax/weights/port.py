@@ -17,7 +17,7 @@ import safetensors.numpy
 from flax import serialization
 
 from instaflow_jax.arrays import Params
-from instaflow_jax.infra.files import whole
+from instaflow_jax.infra.files import atomic_write
 from instaflow_jax.weights import torch_file
 from instaflow_jax.weights.hub import Layout, weight_files
 
@@ -149,7 +149,7 @@ def fill(
     """Matches stored tensors with parameter names, strictly; see `load`."""
     skip = re.compile("|".join((*_BUFFERS, *layout.ignore)))
     normal = flax_key if flax else (lambda key: key)
-    readers = {normal(layout.respell(key)): read for key, read in stored.items() if not skip.search(key)}
+    readers = {normal(layout.rename_key(key)): read for key, read in stored.items() if not skip.search(key)}
     keys = {(flax_key if flax else torch_key)(name): name for name in shapes}
     params, wrong = {}, []
     for key in keys.keys() & readers.keys():
@@ -197,7 +197,7 @@ def save(
     """
     arrays = {name: np.asarray(p).astype(dtype) for name, p in params.items()}
     if form == "flax":
-        with whole(directory / layout.flax) as temporary:
+        with atomic_write(directory / layout.flax) as temporary:
             temporary.write_bytes(serialization.msgpack_serialize(_flax_tree(arrays, layout)))
         return
     if form != "safetensors":
@@ -211,12 +211,12 @@ def _save_safetensors(tensors, directory, stem, dot, shard_bytes):
     names = [f"{stem}{dot}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     names = names if len(shards) > 1 else [f"{stem}{dot}.safetensors"]
     for name, shard in zip(names, shards, strict=True):
-        with whole(directory / name) as temporary:
+        with atomic_write(directory / name) as temporary:
             safetensors.numpy.save_file(shard, temporary, metadata={"format": "pt"})
     if len(shards) > 1:
         where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         index = {"metadata": {"total_size": sum(a.nbytes for a in tensors.values())}, "weight_map": where}
-        with whole(directory / f"{stem}.safetensors.index{dot}.json") as temporary:
+        with atomic_write(directory / f"{stem}.safetensors.index{dot}.json") as temporary:
             temporary.write_text(json.dumps(index, indent=2))
 
 
@@ -234,7 +234,7 @@ def _flax_tree(arrays: dict[str, np.ndarray], layout: Layout) -> dict:
     """Nested dicts as the old Flax classes spelled them: diffusers `blocks_0`, transformers `layers` / `0`."""
     tree = {}
     for name, array in arrays.items():
-        spelled = layout.flax_spell(name)
+        spelled = layout.to_flax_name(name)
         *folders, last = (flax_key(spelled) if layout.stem != "model" else spelled).split(".")
         node = tree
         for folder in folders:

@@ -91,7 +91,7 @@ class Tokenizer:
             "special_tokens_map.json": json.dumps(special, indent=2),
         }
         for name, text in texts.items():
-            with files.whole(directory / name) as temporary:
+            with files.atomic_write(directory / name) as temporary:
                 temporary.write_text(text + "\n", encoding="utf-8")
 
     def __call__(self, prompts: list[str]) -> Int[np.ndarray, "B L"]:

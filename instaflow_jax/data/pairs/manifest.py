@@ -1,33 +1,15 @@
 """`manifest.json`: by what recipe a directory of pairs was made, so that no other recipe's are ever put beside them."""
 
-import hashlib
 import json
-import os
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from instaflow_jax.infra.files import read_json, sha256_of_json, write_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 Recipe = Mapping[str, Any]
-
-
-def sha256_of_params(params: Mapping[str, Any]) -> str:
-    """One hash of all weights by name, shape, dtype and value."""
-    digest = hashlib.sha256()
-    for name in sorted(params):
-        value = np.ascontiguousarray(params[name])
-        digest.update(f"{name} {value.shape} {value.dtype}\n".encode())
-        digest.update(value)
-    return digest.hexdigest()
-
-
-def sha256_of_json(value: Any) -> str:
-    """Of a recipe, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def shard_count(recipe: Recipe) -> int:
@@ -92,35 +74,3 @@ def _check_same(path: Path, there: Recipe, wanted: Recipe) -> None:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def temporary_name(path: Path) -> Path:
-    """What a file is called until it is whole: hidden, and of this process alone."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Whole or not at all, and on disk before it has its name.
-
-    Raises:
-      OSError: naming the file.
-    """
-    temporary = temporary_name(path)
-    try:
-        with temporary.open("w") as file:
-            file.write(json.dumps(content, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises ValueError, naming the file, if it is not JSON."""
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); restore it, or delete it and generate again") from error

@@ -7,9 +7,7 @@ again; nothing else about progress is kept. When the last one is finished, the m
 its metadata.
 """
 
-import hashlib
 import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,9 @@ import numpy as np
 from instaflow_jax.data import records
 from instaflow_jax.data.noise import checksum
 from instaflow_jax.data.pairs import manifest as pairs_manifest
-from instaflow_jax.data.pairs.manifest import MANIFEST, Recipe, sha256_of_json, shard_count, shard_range
+from instaflow_jax.data.pairs.manifest import MANIFEST, Recipe, shard_count, shard_range
+from instaflow_jax.infra import files
+from instaflow_jax.infra.files import sha256_of_json
 
 NAME, SPLIT = "pairs", "train"
 
@@ -52,11 +52,6 @@ def serialize(features, recipe: Recipe, *, prompt: str, ids, seed: int, X0, X1) 
     return records.stable(features.serialize_example(row))
 
 
-def sha256_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_shard(directory: Path, recipe: Recipe, shard: int, pairs: Iterator[bytes]) -> int:
     """Writes one shard and its note, and returns its size in bytes. Until it is whole it has another name.
 
@@ -64,7 +59,7 @@ def write_shard(directory: Path, recipe: Recipe, shard: int, pairs: Iterator[byt
       OSError: the disk is full or broken; what was begun is removed, finished shards stay as they are.
     """
     path = shard_path(directory, recipe, shard)
-    temporary = pairs_manifest.temporary_name(path)
+    temporary = files.temporary_name(path)
     try:
         records.write(temporary, pairs)
         numbers = shard_range(recipe, shard)
@@ -73,12 +68,12 @@ def write_shard(directory: Path, recipe: Recipe, shard: int, pairs: Iterator[byt
             "first": numbers[0],
             "pairs": len(numbers),
             "bytes": temporary.stat().st_size,
-            "sha256": sha256_of_file(temporary),
+            "sha256": files.sha256_of_file(temporary),
             "recipe_sha256": sha256_of_json(recipe),
         }
         note_path(path).unlink(missing_ok=True)  # that of an earlier file must not speak for this one
         os.replace(temporary, path)
-        pairs_manifest.write_json(note_path(path), note)
+        files.write_json(note_path(path), note)
     except OSError as error:
         raise OSError(
             f"{error}. {path.name} is not finished; finished shards in {directory} are whole: make room and "
@@ -87,24 +82,6 @@ def write_shard(directory: Path, recipe: Recipe, shard: int, pairs: Iterator[byt
     finally:
         temporary.unlink(missing_ok=True)
     return note["bytes"]
-
-
-def remove_stale(directory: Path) -> None:
-    """Deletes what processes of this machine that are no more have left half written."""
-    for path in directory.glob(f".*.{socket.gethostname()}.*"):
-        pid = path.name.rpartition(".")[2]
-        if pid.isdigit() and not _alive(int(pid)):
-            path.unlink(missing_ok=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid != os.getpid()
 
 
 def finished(directory: Path, recipe: Recipe, shard: int) -> dict[str, Any] | None:
@@ -116,7 +93,7 @@ def finished(directory: Path, recipe: Recipe, shard: int) -> dict[str, Any] | No
     path = shard_path(directory, recipe, shard)
     if not note_path(path).is_file() or not path.is_file():
         return None
-    note = pairs_manifest.read_json(note_path(path))
+    note = files.read_json(note_path(path))
     if note["recipe_sha256"] != sha256_of_json(recipe):
         raise ValueError(
             f"{note_path(path)}: this shard was made by another recipe (teacher, solver, prompts or seed) "
@@ -142,7 +119,7 @@ def finish(directory: Path, recipe: Recipe) -> bool:
             license="",
             homepage="",
         )
-        pairs_manifest.write_json(directory / MANIFEST, manifest | {"shards": notes})
+        files.write_json(directory / MANIFEST, manifest | {"shards": notes})
     return True
 
 
@@ -159,7 +136,7 @@ def verify(directory: Path) -> dict[str, Any]:
         note = finished(directory, recipe, shard)
         if note is None:
             faults.append(f"{path} is missing or not whole")
-        elif sha256_of_file(path) != note["sha256"]:
+        elif files.sha256_of_file(path) != note["sha256"]:
             faults.append(f"{path} is damaged: its bytes do not agree with {note_path(path).name}")
     if faults:
         raise ValueError(

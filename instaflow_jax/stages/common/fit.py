@@ -8,8 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from instaflow_jax.arrays import Key, Params
-from instaflow_jax.infra import devices as parallel
-from instaflow_jax.infra import metrics
+from instaflow_jax.infra import devices, metrics
 from instaflow_jax.infra.checkpoint import Checkpoints
 from instaflow_jax.train import loop, optim
 from instaflow_jax.train import state as train_state
@@ -37,21 +36,21 @@ def train(
       config: batch_size, accumulate, fsdp, seed, ema_decay, optim, schedule, loop, checkpoints, watch_every, tensorboard.
       start: the parameters to start from: those of a model (host arrays), or fresh ones from a key.
       frozen: what the loss reads and nobody trains.
-      watch: (running mean, PNG file to write) → numbers to log; called every `config.watch_every` steps.
+      watch: (running mean, PNG file to write) → numbers to log; called every `config.eval_every` steps.
 
     Raises:
       ValueError, OSError, FloatingPointError: see `loop.train`.
     """
-    mesh = parallel.make_mesh(fsdp=config.fsdp)
-    parallel.check_batch_size("config.batch_size", config.batch_size, mesh, config.accumulate)
+    mesh = devices.make_mesh(fsdp=config.fsdp)
+    devices.check_batch_size("config.batch_size", config.batch_size, mesh, config.accumulate)
     optimizer = optim.make_optimizer(optim.make_schedule(**config.schedule), **config.optim)
     init_key, key = jax.random.split(jax.random.key(config.seed))
     if callable(start):
-        state = parallel.create_sharded(lambda k: train_state.create(start(k), optimizer), mesh, init_key)
+        state = devices.create_sharded(lambda k: train_state.create(start(k), optimizer), mesh, init_key)
     else:
-        state = parallel.create_sharded(lambda p: train_state.create(p, optimizer), mesh, parallel.shard(start, mesh))
+        state = devices.create_sharded(lambda p: train_state.create(p, optimizer), mesh, devices.shard(start, mesh))
     step = train_step.make_train_step(
-        parallel.gathering(loss, mesh), optimizer, ema_decay=config.ema_decay, accumulate=config.accumulate
+        devices.gathering(loss, mesh), optimizer, ema_decay=config.ema_decay, accumulate=config.accumulate
     )
     writer = metrics.make_writer(directory, tensorboard=config.tensorboard)
     checkpoints = Checkpoints(directory / "checkpoints", **config.checkpoints)
@@ -67,7 +66,7 @@ def train(
             writer=writer,
             config=config.to_dict(),
             profile_dir=str(directory / "profile"),
-            callbacks=[loop.Every(config.watch_every, make_watch(watch, directory, writer))],
+            callbacks=[loop.Every(config.eval_every, make_watch(watch, directory, writer))],
             **config.loop,
         )
     finally:
@@ -79,7 +78,7 @@ def make_watch(watch: Watch, directory: Path, writer: metrics.Writer) -> Callabl
     """The callback that judges the running mean; every process takes part in gathering it, the first looks."""
 
     def run(step: int, state: TrainState) -> None:
-        ema = parallel.to_host(state.ema)
+        ema = devices.to_host(state.ema)
         if jax.process_index() == 0:
             numbers = watch(ema, directory / "grids" / f"{step:07d}.png")
             writer.write_scalars(step, numbers)

@@ -9,20 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from instaflow_jax import flow, pipeline, sampling
+from instaflow_jax import flow, pipeline, sampling, solvers
 from instaflow_jax.arrays import Params
 from instaflow_jax.data.pairs.reader import PairBatches, Pairs
-from instaflow_jax.infra import devices as parallel
-from instaflow_jax.infra import images
+from instaflow_jax.infra import devices, images
 from instaflow_jax.models.layers import REMAT
 from instaflow_jax.stages.common import fit as training
-from instaflow_jax.stages.common.loading import check_dtype
+from instaflow_jax.stages.common.loading import read_weight_options
 from instaflow_jax.stages.generate import stage as generate
 from instaflow_jax.train import warm_start
 from instaflow_jax.train.step import Loss
 
 EXPORT = "export"  # the trained flow, in diffusers layout
-CLOCK = 1000  # what the clock of every flow trained here counts at noise
+NUM_TIMESTEPS = 1000  # what the clock of every flow trained here counts at noise
 
 
 def check(config: ConfigDict) -> None:
@@ -31,14 +30,14 @@ def check(config: ConfigDict) -> None:
     Raises:
       ValueError: naming field, value and rule.
     """
-    check_dtype(config)
-    if not 0 <= config.drop <= 1:
-        raise ValueError(f"config.drop={config.drop} must be a share of prompts in [0, 1]")
+    read_weight_options(config)
+    if not 0 <= config.prompt_dropout <= 1:
+        raise ValueError(f"config.prompt_dropout={config.prompt_dropout} must be a share of prompts in [0, 1]")
     for name, kind in config.remat.items():
         if kind not in REMAT:
             raise ValueError(f"config.remat.{name}={kind!r} is not one of {', '.join(REMAT)}")
-    if config.watch_every < 1:
-        raise ValueError(f"config.watch_every={config.watch_every} must be 1 or more steps")
+    if config.eval_every < 1:
+        raise ValueError(f"config.eval_every={config.eval_every} must be 1 or more steps")
 
 
 def need_pairs(config: ConfigDict, directory: Path) -> Pairs:
@@ -48,7 +47,7 @@ def need_pairs(config: ConfigDict, directory: Path) -> Pairs:
     except FileNotFoundError as error:
         print(f"{error}\n→ generating pairs into {directory / generate.DIRECTORY}", flush=True)
         generate.run(config, str(directory))
-        parallel.barrier("pairs")
+        devices.barrier("pairs")
         pairs = Pairs(directory / generate.DIRECTORY)
     recipe = pairs.manifest["recipe"]
     print(f"{len(pairs)} pairs by {recipe['solver']}, N={recipe['N']}, alpha={recipe['alpha']:g}", flush=True)
@@ -76,10 +75,10 @@ def fit(
         batches=PairBatches(pairs, batch_size=config.batch_size, seed=config.seed),
         watch=make_watch(config, pipe, shape),
     )
-    ema = parallel.to_host(state.ema)  # every process gathers, the first writes
+    ema = devices.to_host(state.ema)  # every process gathers, the first writes
     if jax.process_index() == 0:
         export(pipe, ema, directory / EXPORT)
-    parallel.barrier("export")
+    devices.barrier("export")
     return directory / EXPORT
 
 
@@ -90,16 +89,16 @@ def start_from(config: ConfigDict, pipe: pipeline.Pipeline) -> Params:
       ValueError: a flow of another sign or clock than this trains.
     """
     dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, "auto")
-    if isinstance(dynamics, sampling.Flow) and dynamics != sampling.Flow(1, CLOCK):
+    if isinstance(dynamics, sampling.Flow) and dynamics != sampling.Flow(1, NUM_TIMESTEPS):
         raise ValueError(
-            f"the flow to start from predicts {dynamics.factor:g} of X1 − X0 by a clock of {dynamics.steps}, but "
-            f"the sign here is +1 and the clock {CLOCK}: write it anew with configs/export.py, "
+            f"the flow to start from predicts {dynamics.factor:g} of X1 − X0 by timesteps from {dynamics.num_timesteps}, but "
+            f"the sign here is +1 and the clock {NUM_TIMESTEPS}: write it anew with configs/export.py, "
             "--config.formats=\"('diffusers',)\" --config.convention=released"
         )
     if isinstance(dynamics, sampling.Flow) or not config.warm_start:
         return pipe.params["unet"]
     print("the teacher's weights are given a flow's sign and clock (config.warm_start)", flush=True)
-    return warm_start.from_teacher(pipe.params["unet"], pipe.nets["unet"], dynamics, CLOCK)
+    return warm_start.from_teacher(pipe.params["unet"], pipe.nets["unet"], dynamics, NUM_TIMESTEPS)
 
 
 def export(pipe: pipeline.Pipeline, unet: Params, directory: Path) -> None:
@@ -113,15 +112,18 @@ def export(pipe: pipeline.Pipeline, unet: Params, directory: Path) -> None:
 
 def make_watch(config: ConfigDict, pipe: pipeline.Pipeline, shape: tuple[int, int, int]) -> training.Watch:
     """A grid of fixed prompts and noise, a column for each number of steps and seed, and the flow's straightness S."""
-    prompts, counts, seeds = list(config.watch.prompts), tuple(config.watch.steps), config.watch.seeds
+    prompts, counts, seeds = list(config.eval.prompts), tuple(config.eval.N), config.eval.seeds
     ids, null = jnp.asarray(np.repeat(pipe.tokenizer(prompts), seeds, 0)), jnp.asarray(pipe.tokenizer([""]))
     X0 = sampling.noise(np.tile(np.arange(seeds), len(prompts)), shape)
-    draw = jax.jit(make_draw(pipe, config.watch.alpha))
+    tables = [(solvers.pad(solvers.euler(n), max(counts)), n) for n in counts]
+    draw = jax.jit(make_draw(pipe, config.eval.alpha))
     straightness = jax.jit(make_straightness(pipe, max(counts)))
 
     def watch(ema: Params, path: Path) -> dict[str, float]:
         params = pipe.params | {"unet": ema}
-        pictures = np.stack([np.asarray(draw(params, ids, null, X0, n)) for n in counts])  # [steps, prompts · seeds, …]
+        pictures = np.stack(
+            [np.asarray(draw(params, ids, null, X0, *table)) for table in tables]
+        )  # [steps, prompts · seeds, …]
         rows = pictures.reshape(len(counts), len(prompts), seeds, *pictures.shape[2:]).swapaxes(0, 1)
         grid = images.grid(
             rows.reshape(-1, *pictures.shape[2:]),
@@ -130,21 +132,21 @@ def make_watch(config: ConfigDict, pipe: pipeline.Pipeline, shape: tuple[int, in
             column_labels=[f"N={n}" if i == 0 else "" for n in counts for i in range(seeds)],
             scale=max(1, 64 // pictures.shape[3]),
         )
-        images.save_png(path, grid, {"prompts": "|".join(prompts), "alpha": str(config.watch.alpha)})
+        images.save_png(path, grid, {"prompts": "|".join(prompts), "alpha": str(config.eval.alpha)})
         return {"straightness": float(np.mean(straightness(params, ids, X0)))}
 
     return watch
 
 
 def make_draw(pipe: pipeline.Pipeline, alpha: float) -> Callable:
-    """`draw(params, ids, null_ids, X0, N) → uint8` pictures of the flow, one program for every N."""
+    """`draw(params, ids, null_ids, X0, table, N) → uint8` images of the flow, one program for every N."""
 
-    def draw(params, ids, null_ids, X0, N):
+    def draw(params, ids, null_ids, X0, table, N):
         def solve(unet, X0, text, null):
             def network(Z, tau, context):
                 return pipe.nets["unet"].apply(unet, Z, tau, context)
 
-            return flow.euler_loop(flow.flow_velocity(network, text, null, alpha, CLOCK), X0, N)
+            return solvers.integrate(flow.flow_velocity(network, text, null, alpha, NUM_TIMESTEPS), table, X0, N)
 
         return sampling.make_generate(pipe.nets, solve)(params, ids, null_ids, X0)
 
@@ -160,6 +162,7 @@ def make_straightness(pipe: pipeline.Pipeline, N: int) -> Callable:
         def network(Z, tau, context):
             return pipe.nets["unet"].apply(params["unet"], Z, tau, context)
 
-        return flow.straightness(flow.flow_velocity(network, text, text, 1.0, CLOCK), X0, N)
+        _, v = solvers.trajectory(flow.flow_velocity(network, text, text, 1.0, NUM_TIMESTEPS), solvers.euler(N), X0)
+        return flow.straightness(v)
 
     return straightness

@@ -1,5 +1,9 @@
-"""Loading models and reading what several stages' configs share."""
+"""What several stages' configs say in the same way: which weights to load and how, prompts, sizes, the solver.
 
+Each block of fields has one constructor here, which checks it and turns it into values before anything is loaded.
+"""
+
+import dataclasses
 import re
 import time
 from collections.abc import Callable
@@ -13,83 +17,104 @@ from instaflow_jax import pipeline
 from instaflow_jax.weights.delta import Delta
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+EXPORT = "export"  # folder of a training run that holds the trained model, in diffusers layout
+PAIRS = "pairs"  # folder of a workdir that holds pairs
 
 
-def load(config: ConfigDict, source: str) -> pipeline.Pipeline:
-    """The pipeline `source` with the changes of weights that the config asks for, computing as the config says.
+# ---------------------------------------------------------------- weights: the fields of configs.common.weights
 
-    Raises:
-      ValueError, FileNotFoundError: a field of the config, or a file, is wrong.
-    """
-    delta = Delta(**config.delta) if config.delta.custom else None
-    return pipeline.load(
-        source,
-        variant=config.weights_variant or None,
-        dtype=DTYPES[config.dtype],
-        attention=config.attention,
+
+@dataclasses.dataclass(frozen=True)
+class WeightOptions:
+    """How a model's weights are read, changed and computed with; see `configs/common.py:weights`."""
+
+    base: str = ""
+    delta: Delta | None = None
+    loras: tuple[tuple[str, float], ...] = ()
+    weights_variant: str = ""
+    dtype: str = "float32"
+    attention: str = "xla"
+    kernels: str = "auto"
+
+
+def read_weight_options(config: ConfigDict) -> WeightOptions:
+    """The block of `configs.common.weights`. Raises ValueError naming the field and its choices."""
+    if config.dtype not in DTYPES:
+        raise ValueError(f"config.dtype={config.dtype!r} is not one of {', '.join(DTYPES)}")
+    return WeightOptions(
         base=config.base,
-        delta=delta,
+        delta=Delta(**config.delta) if config.delta.custom else None,
         loras=read_loras(config.loras),
+        **{name: config[name] for name in ("weights_variant", "dtype", "attention", "kernels")},
     )
 
 
-def read_loras(loras: str) -> list[tuple[str, float]]:
-    """Files and scales from 'FILE=0.8|FILE2'; a file without a scale has 1.
+def load(source: str, options: WeightOptions) -> pipeline.Pipeline:
+    """Reads the pipeline `source` as `options` say.
 
     Raises:
-      ValueError: a scale is no number.
+      ValueError, FileNotFoundError: naming the file and what is wrong with it.
     """
-    pairs = [
-        (file.strip(), scale.strip() if equals else "1")
-        for file, equals, scale in (entry.partition("=") for entry in loras.split("|"))
-        if file.strip()
-    ]
+    return pipeline.load(
+        source,
+        variant=options.weights_variant or None,
+        dtype=DTYPES[options.dtype],
+        attention=options.attention,
+        kernels=options.kernels,
+        base=options.base,
+        delta=options.delta,
+        loras=options.loras,
+    )
+
+
+def read_loras(loras: str) -> tuple[tuple[str, float], ...]:
+    """Files and scales from 'FILE=0.8|FILE2'; the scale of a file without one is 1.
+
+    Raises:
+      ValueError: a scale is not a number.
+    """
+    entries = [entry.partition("=") for entry in loras.split("|")]
+    pairs = [(file.strip(), scale.strip() if equals else "1") for file, equals, scale in entries if file.strip()]
     for file, scale in pairs:
         if not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", scale):
             raise ValueError(
-                f"config.loras={loras!r}: the scale {scale!r} of {file} is no number; write FILE=0.8|FILE2=0.5"
+                f"config.loras={loras!r}: the scale {scale!r} of {file} is not a number; write FILE=0.8|FILE2=0.5"
             )
-    return [(file, float(scale)) for file, scale in pairs]
+    return tuple((file, float(scale)) for file, scale in pairs)
 
 
-def check_dtype(config: ConfigDict) -> None:
-    """ValueError unless `config.dtype` is a type that networks compute in."""
-    if config.dtype not in DTYPES:
-        raise ValueError(f"config.dtype={config.dtype!r} is not one of {', '.join(DTYPES)}")
+# ---------------------------------------------------------------- the solver: the fields of configs.common.solving
 
 
-def check_guidance(config: ConfigDict) -> None:
-    """ValueError for a negative prompt that no guidance would look at."""
-    if config.negative and config.alpha <= 1:
+@dataclasses.dataclass(frozen=True)
+class SolveOptions:
+    """How noise becomes latents; see `configs/common.py:solving`."""
+
+    dynamics: str
+    solver: str
+    N: int
+    alpha: float
+    negative: str
+    height: int
+    width: int
+
+
+def read_solve_options(config: ConfigDict) -> SolveOptions:
+    """The block of `configs.common.solving`. Raises ValueError for a negative prompt that guidance would not use."""
+    options = SolveOptions(**{field.name: config[field.name] for field in dataclasses.fields(SolveOptions)})
+    if options.negative and options.alpha <= 1:
         raise ValueError(
-            f"config.negative={config.negative!r} has no effect with config.alpha={config.alpha}; "
+            f"config.negative={options.negative!r} has no effect with config.alpha={options.alpha}; "
             "guidance needs alpha > 1"
         )
-
-
-def read_prompts(prompts: str) -> list[str]:
-    """Prompts from 'one|two', or from a text file with one a line.
-
-    Raises:
-      FileNotFoundError: it looks like a file's name, and there is none.
-      ValueError: the file holds no prompt.
-    """
-    path = Path(prompts)
-    if "|" not in prompts and path.suffix == ".txt":
-        if not path.is_file():
-            raise FileNotFoundError(f"config.prompts={prompts!r}: no such file")
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-        if not any(lines):
-            raise ValueError(f"config.prompts={prompts!r}: the file holds no prompt")
-        return [line for line in lines if line]
-    return [prompt.strip() for prompt in prompts.split("|")]
+    return options
 
 
 def latent_shape(pipe: pipeline.Pipeline, height: int, width: int) -> tuple[int, int, int]:
-    """[h, w, c] of the latents for a picture of that size; 0 stands for the size the model was made for.
+    """[h, w, c] of the latents of a `height` × `width` image; 0 means the size the model was made for.
 
     Raises:
-      ValueError: the autoencoder cannot make a picture of that size.
+      ValueError: the autoencoder cannot make an image of that size.
     """
     factor, (h, w, channels) = pipe.nets["vae"].config.factor, pipe.latent_shape
     for name, size in (("height", height), ("width", width)):
@@ -102,9 +127,37 @@ def latent_shape(pipe: pipeline.Pipeline, height: int, width: int) -> tuple[int,
     return (height // factor or h, width // factor or w, channels)
 
 
-def compile_aloud(function: Callable, inputs: tuple) -> Callable:
-    """Compiles ahead of time, so that the seconds shown later are those of sampling alone."""
-    began = time.perf_counter()
+# ---------------------------------------------------------------- prompts and programs
+
+
+def read_prompts(prompts: str) -> list[str]:
+    """Prompts from 'one|two', or from a text file with one per line.
+
+    Raises:
+      FileNotFoundError: the value ends in .txt and there is no such file.
+      ValueError: the file has no prompts.
+    """
+    path = Path(prompts)
+    if "|" not in prompts and path.suffix == ".txt":
+        if not path.is_file():
+            raise FileNotFoundError(f"config.prompts={prompts!r}: no such file")
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        if not any(lines):
+            raise ValueError(f"config.prompts={prompts!r}: the file holds no prompt")
+        return [line for line in lines if line]
+    return [prompt.strip() for prompt in prompts.split("|")]
+
+
+def compile_and_log(function: Callable, inputs: tuple) -> Callable:
+    """Compiles ahead of time and prints how long that took, so that later timings measure sampling alone."""
+    start = time.perf_counter()
     compiled = jax.jit(function).lower(*inputs).compile()
-    print(f"compiled in {time.perf_counter() - began:.1f} s", flush=True)
+    print(f"compiled in {time.perf_counter() - start:.1f} s", flush=True)
     return compiled
+
+
+def check_at_least(least: float, **fields: float) -> None:
+    """Raises ValueError naming the first config field whose value is below `least`."""
+    for name, value in fields.items():
+        if value < least:
+            raise ValueError(f"config.{name}={value} must be at least {least}")

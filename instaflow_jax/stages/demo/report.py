@@ -9,9 +9,9 @@ from typing import Any
 
 from instaflow_jax import pipeline
 from instaflow_jax.data.openmoji.dataset import ATTRIBUTION
-from instaflow_jax.data.pairs.manifest import read_json
 from instaflow_jax.infra import files
-from instaflow_jax.infra.speed import clock_time
+from instaflow_jax.infra.files import read_json
+from instaflow_jax.infra.progress import clock_time
 from instaflow_jax.stages.evaluate import models as evaluate_models
 from instaflow_jax.stages.evaluate import pictures as evaluate_pictures
 from instaflow_jax.stages.evaluate import stage as evaluate
@@ -65,7 +65,7 @@ def write(workdir: Path) -> Path:
         "attribution": html.escape(ATTRIBUTION),
     }
     page = workdir / PAGE
-    with files.whole(page) as temporary:
+    with files.atomic_write(page) as temporary:
         temporary.write_text(Template(TEMPLATE.read_text(encoding="utf-8")).substitute(fields), encoding="utf-8")
     return page
 

@@ -12,8 +12,8 @@ import jax
 from ml_collections import ConfigDict
 
 from instaflow_jax.data.openmoji import drawing
-from instaflow_jax.data.pairs.manifest import read_json, write_json
-from instaflow_jax.infra.speed import clock_time
+from instaflow_jax.infra.files import read_json, write_json
+from instaflow_jax.infra.progress import clock_time
 from instaflow_jax.stages import distill, reflow
 from instaflow_jax.stages.demo import report
 from instaflow_jax.stages.evaluate import stage as evaluate

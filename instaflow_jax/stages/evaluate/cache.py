@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from instaflow_jax.data.pairs.manifest import sha256_of_json
 from instaflow_jax.infra import files
+from instaflow_jax.infra.files import sha256_of_json
 
 
 class Record(NamedTuple):
@@ -36,7 +36,7 @@ class Store:
             return _read(path), True
         record = make()
         about = json.dumps({"settings": settings, "numbers": record.numbers})
-        with files.whole(path) as temporary, temporary.open("wb") as file:
+        with files.atomic_write(path) as temporary, temporary.open("wb") as file:
             np.savez(file, about=np.array(about), **record.arrays)
         return record, False
 

@@ -96,6 +96,6 @@ def _save(figure, path: Path) -> None:
     from matplotlib import pyplot
 
     figure.tight_layout()
-    with files.whole(path) as temporary:
+    with files.atomic_write(path) as temporary:
         figure.savefig(temporary, format="png")
     pyplot.close(figure)

@@ -16,10 +16,10 @@ from instaflow_jax.data import prompts
 from instaflow_jax.data.noise import noise
 from instaflow_jax.data.openmoji import dataset as openmoji
 from instaflow_jax.data.openmoji.captions import captions
-from instaflow_jax.data.pairs.manifest import sha256_of_json
 from instaflow_jax.evals import frechet, straightness
 from instaflow_jax.evals import kid as kernel
 from instaflow_jax.evals import precision_recall as neighbours
+from instaflow_jax.infra.files import sha256_of_json
 from instaflow_jax.stages.evaluate import path as evaluate_path
 from instaflow_jax.stages.evaluate.cache import Record, Store
 from instaflow_jax.stages.evaluate.judge import Judge
@@ -162,7 +162,7 @@ class Bench:
 
     def _through_autoencoder(self, images: UInt8[np.ndarray, "N H W 3"]) -> UInt8[np.ndarray, "N H W 3"]:
         net, params = self._teacher.pipe.nets["vae"], self._teacher.pipe.params["vae"]
-        again = jax.jit(lambda params, pixels: sampling.to_uint8(net.apply(params, pixels)))
+        again = jax.jit(lambda params, pixels: images.to_uint8(net.apply(params, pixels)))
         return np.asarray(again(params, to_pixels(images)))
 
     # ------------------------------------------------------------ straightness and speed

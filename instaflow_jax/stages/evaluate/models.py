@@ -4,14 +4,14 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from instaflow_jax import pipeline, sampling
 from instaflow_jax.data.pairs import manifest as pairs_manifest
+from instaflow_jax.infra import files
+from instaflow_jax.solvers import Multistep
 from instaflow_jax.stages.common import flow_training as straighten
 from instaflow_jax.stages.generate import stage as generate
-from instaflow_jax.teacher import Multistep, dpm_solver
 
 TITLES = {
     "teacher": "teacher",
@@ -48,36 +48,28 @@ class Model:
 
     def table(self, N: int) -> Multistep:
         """Its solver as numbers: DPM-Solver for a teacher, Euler for a flow."""
-        return solver_table(self.dynamics, N)
-
-
-def solver_table(dynamics: sampling.Dynamics, N: int) -> Multistep:
-    """N steps of DPM-Solver++(2M) or of Euler, which is x' = x + D / N with D the velocity."""
-    if isinstance(dynamics, sampling.Flow):
-        times, one = np.arange(N) / N, np.ones(N)
-        return Multistep(dynamics.steps * (1 - times), 0 * one, dynamics.factor * one, one, one / N, 0 * one)
-    return dpm_solver(dynamics, N)
+        return sampling.solver_table(self.dynamics, "auto", N)
 
 
 def load(config: ConfigDict, workdir: Path) -> list[Model]:
-    """The teacher, each flow that is there, and those that `config.also` names; tells which of the flows are not there.
+    """The teacher, each flow that is there, and those that `config.extra` names; tells which of the flows are not there.
 
     Raises:
       ValueError, FileNotFoundError: a model cannot be read, is of other networks than the teacher, a folder of
-        `config.also` holds none, or nothing tells the teacher's guidance.
+        `config.extra` holds none, or nothing tells the teacher's guidance.
     """
     models = [
-        _read("teacher", config.teacher.model, config.teacher.alpha or _alpha_of_pairs(workdir), config.teacher.steps)
+        _read("teacher", config.teacher.model, config.teacher.alpha or _alpha_of_pairs(workdir), config.teacher.N)
     ]
     for name in folders(config):
         source, how = workdir / name / straighten.EXPORT, config[name if name in FLOWS else "distill"]
         if (source / "model_index.json").is_file():
-            models.append(_read(name, str(source), how.alpha, how.steps))
+            models.append(_read(name, str(source), how.alpha, how.N))
             _check_same_networks(models[0], models[-1], source)
         elif name not in FLOWS:
             raise FileNotFoundError(
-                f"{source}, which config.also={config.also!r} asks for, holds no model: train it with "
-                f"--config=configs/distill.py --config.into={name}"
+                f"{source}, which config.extra={config.extra!r} asks for, holds no model: train it with "
+                f"--config=configs/distill.py --config.output={name}"
             )
         else:
             print(f"{source} is not there: the table goes without {TITLES[name]}", flush=True)
@@ -88,14 +80,14 @@ def folders(config: ConfigDict) -> tuple[str, ...]:
     """Of the workdir, in which to look for flows.
 
     Raises:
-      ValueError: a name of `config.also` stands for something else, or twice.
+      ValueError: a name of `config.extra` stands for something else, or twice.
     """
-    also = tuple(config.also.split("|")) if config.also else ()
+    also = tuple(config.extra.split("|")) if config.extra else ()
     taken = (*TITLES, *NO_MODELS)
     for i, name in enumerate(also):
         if not name or name in (*taken, *also[:i]):
             raise ValueError(
-                f"config.also={config.also!r}: {name!r} is empty, there twice, or one of {', '.join(taken)}, "
+                f"config.extra={config.extra!r}: {name!r} is empty, there twice, or one of {', '.join(taken)}, "
                 "which are judged anyhow; name other folders of the workdir, NAME|NAME"
             )
     return *FLOWS, *also
@@ -104,8 +96,8 @@ def folders(config: ConfigDict) -> tuple[str, ...]:
 def _read(name: str, source: str, alpha: float, steps: Sequence[int]) -> Model:
     pipe = pipeline.load(source, variant=None, attention="xla")
     dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, "auto")
-    digests = {part: pairs_manifest.sha256_of_params(params) for part, params in pipe.params.items()}
-    return Model(name, pipe, dynamics, float(alpha), tuple(steps), pairs_manifest.sha256_of_json(digests))
+    digests = {part: files.sha256_of_params(params) for part, params in pipe.params.items()}
+    return Model(name, pipe, dynamics, float(alpha), tuple(steps), files.sha256_of_json(digests))
 
 
 def _alpha_of_pairs(workdir: Path) -> float:

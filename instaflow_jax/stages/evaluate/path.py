@@ -5,8 +5,8 @@ from typing import NamedTuple
 import numpy as np
 
 from instaflow_jax import sampling
+from instaflow_jax.solvers import Multistep
 from instaflow_jax.stages.evaluate.models import Model
-from instaflow_jax.teacher import Multistep
 
 
 class Stop(NamedTuple):

@@ -9,16 +9,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt8
 
-from instaflow_jax import flow, sampling, teacher
-from instaflow_jax.arrays import Context, Latent, Network, Params, Predict, Tokens, Velocity
+from instaflow_jax import flow, sampling, solvers, teacher
+from instaflow_jax.arrays import Context, Latent, Network, Params, TokenIds, Velocity
+from instaflow_jax.infra import images
+from instaflow_jax.solvers import Multistep
 from instaflow_jax.stages.evaluate.models import Model
-from instaflow_jax.teacher import Multistep
 
 Solver = tuple[Multistep, Int[Array, ""], Float[Array, ""]]  # a table of any length, its rows that count, alpha
 
@@ -36,16 +35,6 @@ def make_solver(table: Multistep, alpha: float, longest: int) -> Solver:
     return Multistep(*rows), np.int32(N), np.float32(alpha)
 
 
-def integrate(predict: Predict, table: Multistep, N: Int[Array, ""], XT: Latent) -> Latent:
-    """`teacher.integrate` over the first N rows, where N need not be known when this is compiled."""
-    step = teacher.make_step(predict)
-
-    def body(i, carry):
-        return step(carry, Multistep(*(row[i] for row in table)))[0]
-
-    return lax.fori_loop(0, N, body, (XT, jnp.zeros_like(XT)))[0]
-
-
 def make_solve(apply: Callable, solver: Solver, guided: bool) -> sampling.Solve:
     """`solve(params, X0, text, null) → X1`; unless `guided`, alpha is not looked at."""
     table, N, alpha = solver
@@ -55,7 +44,7 @@ def make_solve(apply: Callable, solver: Solver, guided: bool) -> sampling.Solve:
             return apply(params, Z, tau, context)
 
         predict = flow.always_guided(network, text, null, alpha) if guided else flow.guided(network, text, null, 1.0)
-        return integrate(predict, table, N, X0)
+        return solvers.integrate(predict, table, X0, N)
 
     return solve
 
@@ -75,9 +64,9 @@ def make_draw(nets: Mapping[str, Any], guided: bool) -> Callable:
 
     def program(fixed, ids, X0):
         params, null_ids, solver = fixed
-        text, null = sampling.read_text(nets, params, ids, null_ids)
+        text, null = sampling.encode_text(nets, params, ids, null_ids)
         X1 = make_solve(nets["unet"].apply, solver, guided)(params["unet"], X0, text, null)
-        return X1, sampling.to_uint8(nets["vae"].apply(params["vae"], X1, method="decode"))
+        return X1, images.to_uint8(nets["vae"].apply(params["vae"], X1, method="decode"))
 
     return program
 
@@ -87,12 +76,13 @@ def make_straightness(nets: Mapping[str, Any], dynamics: sampling.Dynamics, alph
 
     def program(fixed, ids, X0):
         params, null_ids = fixed
-        text, null = sampling.read_text(nets, params, ids, null_ids)
+        text, null = sampling.encode_text(nets, params, ids, null_ids)
 
         def network(Z, tau, context):
             return nets["unet"].apply(params["unet"], Z, tau, context)
 
-        return flow.straightness(make_velocity(dynamics, network, text, null, alpha), X0, N)
+        _, v = solvers.trajectory(make_velocity(dynamics, network, text, null, alpha), solvers.euler(N), X0)
+        return flow.straightness(v)
 
     return program
 
@@ -107,7 +97,7 @@ def make_velocity(
     def signed(Z, tau, context):
         return dynamics.factor * network(Z, tau, context)
 
-    return flow.flow_velocity(signed, text, null, alpha, dynamics.steps)
+    return flow.flow_velocity(signed, text, null, alpha, dynamics.num_timesteps)
 
 
 class Programs:
@@ -119,7 +109,7 @@ class Programs:
       longest: steps of the longest solver.
     """
 
-    def __init__(self, nets: Mapping[str, Any], null_ids: Tokens, *, per_device: int, longest: int):
+    def __init__(self, nets: Mapping[str, Any], null_ids: TokenIds, *, per_device: int, longest: int):
         self._nets, self._null, self._longest = nets, null_ids, longest
         devices = jax.local_devices()
         self._mesh = jax.make_mesh((len(devices),), ("data",), devices=devices, axis_types=(AxisType.Auto,))

@@ -11,8 +11,8 @@ import jax
 from ml_collections import ConfigDict
 
 from instaflow_jax import __version__
-from instaflow_jax.data.pairs.manifest import write_json
 from instaflow_jax.infra import files
+from instaflow_jax.infra.files import write_json
 from instaflow_jax.stages.evaluate import models as evaluate_models
 from instaflow_jax.stages.evaluate import pictures as evaluate_pictures
 from instaflow_jax.stages.evaluate import table as evaluate_table
@@ -38,7 +38,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     results = measure(config, bench, models)
     evaluate_pictures.write(directory, config, bench, models, results)
     write_json(directory / RESULTS, results)
-    with files.whole(directory / TABLE) as temporary:
+    with files.atomic_write(directory / TABLE) as temporary:
         temporary.write_text(markdown(results), encoding="utf-8")
     print(f"\n{evaluate_table.markdown(results['rows'], evaluate_table.COLUMNS)}\nwrote {directory}", flush=True)
 
@@ -57,8 +57,8 @@ def check(config: ConfigDict) -> None:
         if config[name] < least:
             raise ValueError(f"config.{name}={config[name]} must be at least {least}")
     for name in ("teacher", *evaluate_models.FLOWS):
-        if not config[name].steps or min(config[name].steps) < 1:
-            raise ValueError(f"config.{name}.steps={tuple(config[name].steps)} must be numbers of steps, 1 or more")
+        if not config[name].N or min(config[name].N) < 1:
+            raise ValueError(f"config.{name}.N={tuple(config[name].N)} must be numbers of steps, 1 or more")
     evaluate_models.folders(config)
     if config.show.points < 2 or config.straightness.count < 2:
         raise ValueError(

@@ -19,11 +19,11 @@ from ml_collections import ConfigDict
 
 from instaflow_jax.arrays import Params
 from instaflow_jax.data import coco
-from instaflow_jax.data.pairs.manifest import read_json, sha256_of_json, sha256_of_params, write_json
 from instaflow_jax.evals import clip_score, features, frechet
 from instaflow_jax.evals import kid as kernel
 from instaflow_jax.evals import precision_recall as neighbours
 from instaflow_jax.infra import files, images
+from instaflow_jax.infra.files import read_json, sha256_of_json, sha256_of_params, write_json
 from instaflow_jax.models.clip import CLIPModel
 from instaflow_jax.models.net import Net
 from instaflow_jax.weights.tokenizer import Tokenizer
@@ -103,7 +103,7 @@ def reference(config: ConfigDict, judges: Judges, photos: Sequence[coco.Photo], 
         directory.mkdir(parents=True, exist_ok=True)
         note.unlink(missing_ok=True)
         moments.save(statistics)
-        with files.whole(rows) as temporary, temporary.open("wb") as file:
+        with files.atomic_write(rows) as temporary, temporary.open("wb") as file:
             np.save(file, found)
         write_json(note, made_from)
     return moments, found

@@ -20,12 +20,11 @@ from PIL import Image
 
 from instaflow_jax import __version__, pipeline, sampling
 from instaflow_jax.data import coco, noise
-from instaflow_jax.data.pairs.manifest import read_json, sha256_of_json, sha256_of_params, write_json
 from instaflow_jax.evals.features import Spread
-from instaflow_jax.infra import devices as parallel
-from instaflow_jax.infra import files, images
-from instaflow_jax.infra.speed import clock_time
-from instaflow_jax.stages.common.loading import check_dtype, check_guidance, latent_shape, load
+from instaflow_jax.infra import devices, files, images
+from instaflow_jax.infra.files import read_json, sha256_of_json, sha256_of_params, write_json
+from instaflow_jax.infra.progress import clock_time
+from instaflow_jax.stages.common.loading import latent_shape, load, read_solve_options, read_weight_options
 from instaflow_jax.stages.evaluate_coco import measures as measure
 
 _LEAST = 4  # pictures; with fewer there are no third neighbours
@@ -72,7 +71,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     real = measure.reference(config, judges, photos, job.directory)
     begin(job)
     draw(job)
-    parallel.barrier("pictures of COCO's captions")
+    devices.barrier("pictures of COCO's captions")
     results = measure.run(config, judges, real, {job.path(photo): photo.caption for photo in chosen})
     if jax.process_index() == 0:
         report(job, results)
@@ -80,8 +79,8 @@ def run(config: ConfigDict, workdir: str) -> None:
 
 def check(config: ConfigDict) -> None:
     """Cross-field checks, before anything is loaded. Raises ValueError."""
-    check_dtype(config)
-    check_guidance(config)
+    read_weight_options(config)
+    read_solve_options(config)
     for field, value, least in (
         ("batch", config.batch, 1),
         ("size", config.size, 1),
@@ -99,7 +98,7 @@ def prepare(config: ConfigDict, photos: list[coco.Photo], directory: Path) -> Jo
     Raises:
       ValueError, FileNotFoundError: a file of it is wrong, or its pictures are smaller than `config.size`.
     """
-    pipe = load(config, config.model)
+    pipe = load(config.model, read_weight_options(config))
     shape = latent_shape(pipe, config.height, config.width)
     height, width = (side * pipe.nets["vae"].config.factor for side in shape[:2])
     if min(height, width) < config.size:
@@ -107,7 +106,7 @@ def prepare(config: ConfigDict, photos: list[coco.Photo], directory: Path) -> Jo
             f"config.size={config.size} exceeds the model's pictures of {width}×{height}, which are "
             "reduced to it and never enlarged: lower it, or raise config.height and config.width"
         )
-    dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, config.kind)
+    dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, config.dynamics)
     solve = sampling.make_solve(pipe.nets["unet"].apply, dynamics, config.solver, config.N, config.alpha)
     settings = ("kind", "solver", "N", "alpha", "negative", "dtype", "seed", "size")
     recipe = {name: config[name] for name in settings} | {
@@ -205,6 +204,6 @@ def report(job: Job, results: Mapping[str, Any]) -> None:
     write_json(job.directory / "results.json", {"results": results, "recipe": job.recipe, "about": about})
     size = job.config.size
     text = measure.table(f"COCO, {job.config.data.source}, {size}×{size} pixels", results, job.config)
-    with files.whole(job.directory / "results.md") as temporary:
+    with files.atomic_write(job.directory / "results.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(f"{text}\nwrote {job.directory / 'results.json'}", flush=True)

@@ -129,7 +129,7 @@ def recipe(source: Source, config: ConfigDict) -> str:
         "Weights": f"running mean, decay {run['ema_decay']}"
         if source.step is None or config.weights == "ema"
         else "the parameters themselves, not their running mean",
-        "Learning rate": f"{run['schedule']['peak']:g}, {run['schedule']['kind']}, after {run['schedule']['warmup_steps']} "
+        "Learning rate": f"{run['schedule']['peak']:g}, {run['schedule']['name']}, after {run['schedule']['warmup_steps']} "
         "steps of warm-up",
         "Compute type": run["dtype"],
     }

@@ -13,8 +13,8 @@ from jax import export
 from ml_collections import ConfigDict
 
 from instaflow_jax import pipeline, sampling
-from instaflow_jax.infra import checkpoint
-from instaflow_jax.stages.common.flow_training import CLOCK
+from instaflow_jax.infra import checkpoint, images
+from instaflow_jax.stages.common.flow_training import NUM_TIMESTEPS
 from instaflow_jax.stages.common.loading import read_prompts
 from instaflow_jax.stages.export.source import Source, scaled
 
@@ -34,7 +34,7 @@ def write_diffusers(source: Source, directory: Path, config: ConfigDict) -> None
     """A flow as `convention` says; a teacher as it is."""
     pipe = as_teacher(source.pipe)
     if isinstance(source.dynamics, sampling.Flow):
-        pipe = (as_stock if config.convention == "stock" else as_released)(pipe, source.dynamics.steps)
+        pipe = (as_stock if config.convention == "stock" else as_released)(pipe, source.dynamics.num_timesteps)
     pipeline.save(pipe, directory)
 
 
@@ -42,7 +42,7 @@ def write_msgpack(source: Source, directory: Path, config: ConfigDict) -> None:
     """What diffusers' Flax classes read; these have no scheduler for a flow, so its convention is the released one."""
     pipe = as_teacher(source.pipe)
     if isinstance(source.dynamics, sampling.Flow):
-        pipe = as_released(pipe, source.dynamics.steps)
+        pipe = as_released(pipe, source.dynamics.num_timesteps)
     pipeline.save(pipe, directory, form="flax")
 
 
@@ -77,9 +77,9 @@ def as_teacher(pipe: pipeline.Pipeline) -> pipeline.Pipeline:
 
 def as_released(pipe: pipeline.Pipeline, steps: int) -> pipeline.Pipeline:
     """X1 − X0 and the scheduler file of the model it came from, as in the authors' checkpoints."""
-    if steps != CLOCK:
+    if steps != NUM_TIMESTEPS:
         raise ValueError(
-            f"the released convention has a clock of {CLOCK}, but this flow's counts {steps}: "
+            f"the released convention has a clock of {NUM_TIMESTEPS}, but this flow's counts {steps}: "
             "use config.convention='stock' and leave 'msgpack' out of config.formats"
         )
     return dataclasses.replace(pipe, index=pipe.index | {"_class_name": "RectifiedFlowPipeline"})
@@ -140,7 +140,7 @@ def make_one_step(source: Source) -> Callable[..., jax.Array]:
             params[net][name] = array
         text = nets["text_encoder"].apply(params["text_encoder"], ids).last_hidden_state
         X1 = solve(params["unet"], X0, text, text[:1])
-        return sampling.to_uint8(nets["vae"].apply(params["vae"] | unused, X1, method="decode"))
+        return images.to_uint8(nets["vae"].apply(params["vae"] | unused, X1, method="decode"))
 
     return draw
 

@@ -9,8 +9,7 @@ from ml_collections import ConfigDict
 
 from instaflow_jax import pipeline, sampling
 from instaflow_jax.arrays import Params
-from instaflow_jax.infra import checkpoint, files
-from instaflow_jax.infra import devices as parallel
+from instaflow_jax.infra import checkpoint, devices, files
 from instaflow_jax.stages import distill
 from instaflow_jax.stages.common import flow_training as straighten
 from instaflow_jax.stages.common import loading
@@ -48,14 +47,14 @@ def load(config: ConfigDict, workdir: str) -> Source:
     name = config.model or need_distill(config, workdir)
     if (Path(name) / CHECKPOINTS).is_dir():
         return load_run(config, Path(name))
-    pipe = loading.load(config, name)
-    dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, config.kind)
+    pipe = loading.load(name, loading.read_weight_options(config))
+    dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, config.dynamics)
     return canonical(Source(name, pipe, dynamics, run_config(name), None))
 
 
 def need_distill(config: ConfigDict, workdir: str) -> str:
     """The run in `workdir` that `config.distill` makes; it is made first if it is not there."""
-    run = Path(workdir) / config.distill.into
+    run = Path(workdir) / config.distill.output
     if not (run / CHECKPOINTS).is_dir() and not (run / straighten.EXPORT / "model_index.json").is_file():
         print(f"{run} is not there\n→ distill first", flush=True)
         distill.run(config.distill, workdir)
@@ -77,10 +76,10 @@ def load_run(config: ConfigDict, run: Path) -> Source:
         )
     pipe = surroundings(config, run, saved)
     loaded = checkpoint.load_weights(
-        run / CHECKPOINTS, config.weights, parallel.make_mesh(fsdp=1), step=step, like=pipe.nets["unet"].shapes
+        run / CHECKPOINTS, config.weights, devices.make_mesh(fsdp=1), step=step, like=pipe.nets["unet"].shapes
     )
     pipe = dataclasses.replace(pipe, params=pipe.params | {"unet": jax.device_get(loaded)})
-    return Source(str(run), pipe, sampling.Flow(1, straighten.CLOCK), saved, step)
+    return Source(str(run), pipe, sampling.Flow(1, straighten.NUM_TIMESTEPS), saved, step)
 
 
 def surroundings(config: ConfigDict, run: Path, saved: dict[str, Any]) -> pipeline.Pipeline:
@@ -113,7 +112,9 @@ def canonical(source: Source) -> Source:
         return source
     params = source.pipe.params | {"unet": scaled(source.pipe.params["unet"], source.dynamics.factor)}
     return dataclasses.replace(
-        source, pipe=dataclasses.replace(source.pipe, params=params), dynamics=sampling.Flow(1, source.dynamics.steps)
+        source,
+        pipe=dataclasses.replace(source.pipe, params=params),
+        dynamics=sampling.Flow(1, source.dynamics.num_timesteps),
     )
 
 

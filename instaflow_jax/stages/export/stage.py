@@ -10,8 +10,8 @@ import jax
 from ml_collections import ConfigDict
 
 from instaflow_jax import sampling
-from instaflow_jax.infra import devices as parallel
-from instaflow_jax.stages.common.loading import check_dtype, read_prompts
+from instaflow_jax.infra import devices
+from instaflow_jax.stages.common.loading import read_prompts, read_weight_options
 from instaflow_jax.stages.export import card as export_card
 from instaflow_jax.stages.export import formats as export_formats
 from instaflow_jax.stages.export import source as export_source
@@ -19,7 +19,7 @@ from instaflow_jax.stages.export.source import MANIFEST
 
 
 def run(config: ConfigDict, workdir: str) -> None:
-    """Writes `config.model` to `workdir`/`config.into`: a folder for each of `config.formats`, README.md, export.json.
+    """Writes `config.model` to `workdir`/`config.output`: a folder for each of `config.formats`, README.md, export.json.
 
     The directory appears when all of it is written; until then one that it replaces stays.
 
@@ -28,16 +28,16 @@ def run(config: ConfigDict, workdir: str) -> None:
       FileExistsError: the directory is there.
     """
     check(config)
-    target = Path(workdir) / config.into
+    target = Path(workdir) / config.output
     check_target(target, config.replace)
-    parallel.barrier("export begins")
+    devices.barrier("export begins")
     source = export_source.load(config, workdir)
     check_formats(config, source)
     if jax.process_index() == 0:
         with whole_directory(target) as directory:
             write(config, source, directory, workdir)
         print(f"wrote {target}: {', '.join(config.formats)}, README.md", flush=True)
-    parallel.barrier("exported")
+    devices.barrier("exported")
 
 
 def write(config: ConfigDict, source: export_source.Source, directory: Path, workdir: str) -> None:
@@ -68,8 +68,8 @@ def check(config: ConfigDict) -> None:
     Raises:
       ValueError: naming field, value and rule.
     """
-    check_dtype(config)
-    known = {"weights": export_source.WEIGHTS, "convention": export_formats.CONVENTIONS, "kind": sampling.KINDS}
+    read_weight_options(config)
+    known = {"weights": export_source.WEIGHTS, "convention": export_formats.CONVENTIONS, "kind": sampling.DYNAMICS}
     for field, allowed in known.items():
         if config[field] not in allowed:
             raise ValueError(f"config.{field}={config[field]!r} is not one of {', '.join(allowed)}")
@@ -91,10 +91,10 @@ def check_target(target: Path, replace: bool) -> None:
     if not target.exists():
         return
     if not (target / MANIFEST).is_file():
-        raise FileExistsError(f"{target} is there and is no export of this stage: choose another config.into")
+        raise FileExistsError(f"{target} is there and is no export of this stage: choose another config.output")
     if not replace:
         raise FileExistsError(
-            f"{target} is there: --config.replace=true puts the new export in its place, config.into chooses another"
+            f"{target} is there: --config.replace=true puts the new export in its place, config.output chooses another"
         )
 
 
@@ -103,7 +103,7 @@ def check_formats(config: ConfigDict, source: export_source.Source) -> None:
     if "stablehlo" in config.formats and not isinstance(source.dynamics, sampling.Flow):
         raise ValueError(
             f"{source.name} is a teacher, and the format 'stablehlo' is the program of one step of a flow: "
-            "leave it out of config.formats (config.kind='flow' if the directory does not say what it is)"
+            "leave it out of config.formats (config.dynamics='flow' if the directory does not say what it is)"
         )
 
 

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instaflow_jax import pipeline, sampling
+from instaflow_jax import pipeline
 from instaflow_jax.arrays import Params
 from instaflow_jax.data.pairs import store as pairs_store
-from instaflow_jax.data.pairs.manifest import sha256_of_params
 from instaflow_jax.data.pairs.reader import Pairs
 from instaflow_jax.infra import images
+from instaflow_jax.infra.files import sha256_of_params
 from instaflow_jax.models.net import Net
 
 PREVIEW = "preview.png"
@@ -56,7 +56,7 @@ def autoencoder(manifest) -> tuple[Net, Params]:
 def draw(net: Net, params: Params, prompts: Sequence[str], X0, X1, path: Path) -> None:
     """A row a pair: the noise and the image, both decoded, with the prompt at the left."""
     latents = jnp.asarray(np.stack([X0, X1], axis=1).reshape(-1, *X0.shape[1:]), jnp.float32)
-    decode = jax.jit(lambda params, Z: sampling.to_uint8(net.apply(params, Z, method="decode")))
+    decode = jax.jit(lambda params, Z: images.to_uint8(net.apply(params, Z, method="decode")))
     pictures = np.asarray(decode(params, latents))
     grid = images.grid(
         pictures,

@@ -12,12 +12,12 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from instaflow_jax import __version__, pipeline, sampling
-from instaflow_jax.arrays import Latent, Params, Tokens
+from instaflow_jax.arrays import Latent, Params, TokenIds
 from instaflow_jax.data import noise, prompts
-from instaflow_jax.data.pairs.manifest import sha256_of_json, sha256_of_params
-from instaflow_jax.stages.common.loading import latent_shape, load
+from instaflow_jax.infra.files import sha256_of_json, sha256_of_params
+from instaflow_jax.stages.common.loading import latent_shape, load, read_weight_options
 
-Rows = Callable[[Mapping[str, Params], Tokens, Tokens, Latent], Latent]
+Rows = Callable[[Mapping[str, Params], TokenIds, TokenIds, Latent], Latent]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +45,9 @@ def prepare(config: ConfigDict) -> Job:
     Raises:
       ValueError, FileNotFoundError: a field of the config, or a file, is wrong.
     """
-    pipe = load(config, config.model)
+    pipe = load(config.model, read_weight_options(config))
     shape = latent_shape(pipe, config.height, config.width)
-    dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, config.kind)
+    dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, config.dynamics)
     flow = isinstance(dynamics, sampling.Flow)
     solver = ("euler" if flow else "dpm_solver") if config.solver == "auto" else config.solver
     solve = sampling.make_solve(pipe.nets["unet"].apply, dynamics, solver, config.N, config.alpha)
@@ -103,7 +103,7 @@ def make_rows(nets: Mapping[str, Any], solve: sampling.Solve) -> Rows:
     """
 
     def rows(params, null_ids, ids, X0):
-        return solve(params["unet"], X0.astype(jnp.float32), *sampling.read_text(nets, params, ids, null_ids)).astype(
+        return solve(params["unet"], X0.astype(jnp.float32), *sampling.encode_text(nets, params, ids, null_ids)).astype(
             jnp.float16
         )
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from instaflow_jax.data.pairs import manifest as pairs_manifest
 from instaflow_jax.data.pairs import store as pairs_store
-from instaflow_jax.infra.speed import peak_flops, step_flops
+from instaflow_jax.infra.cost import peak_flops, step_flops
 from instaflow_jax.stages.generate.job import Job, tokens
 from instaflow_jax.stages.generate.program import Sampler, draw_noise
 

@@ -15,8 +15,9 @@ from ml_collections import ConfigDict
 from instaflow_jax.data import prompts
 from instaflow_jax.data.pairs import manifest as pairs_manifest
 from instaflow_jax.data.pairs import store as pairs_store
-from instaflow_jax.infra.speed import clock_time
-from instaflow_jax.stages.common.loading import check_dtype, check_guidance
+from instaflow_jax.infra import files
+from instaflow_jax.infra.progress import clock_time
+from instaflow_jax.stages.common.loading import read_solve_options, read_weight_options
 from instaflow_jax.stages.generate import inspect as generate_inspect
 from instaflow_jax.stages.generate import plan as generate_plan
 from instaflow_jax.stages.generate.job import Job, about, prepare, prompt
@@ -41,7 +42,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     if config.plan:
         return generate_plan.run(job)
     pairs_manifest.begin(directory, job.recipe, about(job))
-    pairs_store.remove_stale(directory)
+    files.remove_stale(directory)
     process, count = processes(config)
     mine = range(process, pairs_manifest.shard_count(job.recipe), count)
     left = [shard for shard in mine if pairs_store.finished(directory, job.recipe, shard) is None]
@@ -57,7 +58,7 @@ def check(config: ConfigDict) -> None:
     Raises:
       ValueError: naming field, value and rule.
     """
-    check_dtype(config)
+    read_weight_options(config)
     for name, least in (
         ("batch", 1),
         ("shard_size", 1),
@@ -71,7 +72,7 @@ def check(config: ConfigDict) -> None:
     process, count = processes(config)
     if not 0 <= process < count:
         raise ValueError(f"config.process={process} must be one of 0 to {count - 1}, as config.processes={count}")
-    check_guidance(config)
+    read_solve_options(config)
 
 
 def processes(config: ConfigDict) -> tuple[int, int]:

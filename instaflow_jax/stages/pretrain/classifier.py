@@ -38,7 +38,7 @@ def make(config: ConfigDict, workdir: str) -> Recipe:
         lpips = LPIPS.from_config(config.model.to_dict())
         lpips.save_pretrained(with_heads(params, lpips.shapes), directory / "lpips", dtype=np.float16)
         net.save_pretrained(params, directory / "classifier", dtype=np.float16)
-        with files.whole(directory / "classifier" / "classes.json") as temporary:
+        with files.atomic_write(directory / "classifier" / "classes.json") as temporary:
             temporary.write_text(json.dumps(CLASSES, indent=1) + "\n")
 
     loss = pretraining.make_classifier_loss(net, make_augment(config), **config.loss)

@@ -49,7 +49,7 @@ def make(config: ConfigDict, workdir: str) -> Recipe:
 
     def export(params, directory: Path) -> None:
         net.save_pretrained(params, directory / "clip", dtype=np.float16)
-        with files.whole(directory / "clip" / "preprocessor_config.json") as temporary:
+        with files.atomic_write(directory / "clip" / "preprocessor_config.json") as temporary:
             temporary.write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")
 
     loss = pretraining.make_clip_loss(

@@ -102,9 +102,9 @@ def latents(config: ConfigDict, vae: Net, params, pictures, row, moved) -> np.nd
 
 def make_watch(config: ConfigDict, nets: dict[str, Net], whole, schedule: teacher.Schedule, tokenizer):
     """A grid of teacher samples, a row a prompt, always from the same noise."""
-    solve = sampling.make_solve(nets["unet"].apply, schedule, "dpm_solver", config.watch.N, config.watch.alpha)
+    solve = sampling.make_solve(nets["unet"].apply, schedule, "dpm_solver", config.eval.N, config.eval.alpha)
     generate = jax.jit(sampling.make_generate(nets, solve))
-    prompts, seeds = list(config.watch.prompts), config.watch.seeds
+    prompts, seeds = list(config.eval.prompts), config.eval.seeds
     ids, null = np.repeat(tokenizer(prompts), seeds, 0), tokenizer([""])
     shape = (nets["unet"].config.sample_size,) * 2 + (nets["unet"].config.in_channels,)
 
@@ -112,7 +112,7 @@ def make_watch(config: ConfigDict, nets: dict[str, Net], whole, schedule: teache
         X0 = sampling.noise(np.tile(np.arange(seeds), len(prompts)), shape)
         pictures = np.asarray(generate(whole(params), ids, null, X0))
         grid = images.grid(pictures, columns=seeds, row_labels=prompts, column_labels=(), scale=2)
-        images.save_png(path, grid, {"prompts": "|".join(prompts), "alpha": str(config.watch.alpha)})
+        images.save_png(path, grid, {"prompts": "|".join(prompts), "alpha": str(config.eval.alpha)})
         return {"spread": float(pictures.reshape(len(prompts), seeds, -1).std(1).mean() / 255)}
 
     return watch

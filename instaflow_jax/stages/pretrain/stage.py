@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from instaflow_jax.infra import devices as parallel
+from instaflow_jax.infra import devices
 from instaflow_jax.stages.common import fit as training
 from instaflow_jax.stages.pretrain.recipe import Recipe
 from instaflow_jax.train.batches import ArrayBatches
@@ -42,11 +42,11 @@ def run(config: ConfigDict, workdir: str) -> None:
         watch=watch,
         batches=ArrayBatches(recipe.arrays, batch_size=config.batch_size, seed=config.seed),
     )
-    ema = parallel.to_host(state.ema)  # every process gathers, the first writes
+    ema = devices.to_host(state.ema)  # every process gathers, the first writes
     if jax.process_index() == 0:
         recipe.export(ema, export)
         print(f"exported the running mean of step {int(state.step)} to {export}", flush=True)
-    parallel.barrier("export")
+    devices.barrier("export")
 
 
 def check(config: ConfigDict) -> None:
@@ -57,5 +57,5 @@ def check(config: ConfigDict) -> None:
     """
     if config.recipe not in RECIPES:
         raise ValueError(f"config.recipe={config.recipe!r} is not one of {', '.join(RECIPES)}")
-    if config.watch_every < 1:
-        raise ValueError(f"config.watch_every={config.watch_every} must be 1 or more steps")
+    if config.eval_every < 1:
+        raise ValueError(f"config.eval_every={config.eval_every} must be 1 or more steps")

@@ -93,12 +93,12 @@ def check(config: ConfigDict) -> None:
       ValueError: a field is wrong, or gradio is not installed.
       OSError: nothing can listen at that host and port.
     """
-    loading.check_dtype(config)
+    loading.read_weight_options(config)
     for name in ("max_chars", "max_pictures", "queue", "teacher_N"):
         if config[name] < 1:
             raise ValueError(f"config.{name}={config[name]} must be at least 1")
-    if not config.steps or min(config.steps) < 1:
-        raise ValueError(f"config.steps={config.steps} must name at least one number of steps, each at least 1")
+    if not config.N or min(config.N) < 1:
+        raise ValueError(f"config.N={config.N} must name at least one number of steps, each at least 1")
     if importlib.util.find_spec("gradio") is None:
         raise ValueError("the web page needs gradio, which is not installed: pip install -e .[serve]")
     with socket.socket() as probe:
@@ -124,8 +124,10 @@ def load_painters(config: ConfigDict, workdir: str) -> tuple[list[Painter], str]
     source, notice = find_model(config, workdir)
     painters = []
     if source:
-        pipe = loading.load(config, source)
-        painters.append(make_painter(pipe, source, kind=config.kind, alpha=config.alpha, counts=tuple(config.steps)))
+        pipe = loading.load(source, loading.read_weight_options(config))
+        painters.append(
+            make_painter(pipe, source, dynamics=config.dynamics, alpha=config.alpha, counts=tuple(config.N))
+        )
     if config.teacher:
         pipe = pipeline.load(
             config.teacher,
@@ -136,7 +138,11 @@ def load_painters(config: ConfigDict, workdir: str) -> tuple[list[Painter], str]
         )
         painters.append(
             make_painter(
-                pipe, config.teacher, kind=config.teacher_kind, alpha=config.teacher_alpha, counts=(config.teacher_N,)
+                pipe,
+                config.teacher,
+                dynamics=config.teacher_dynamics,
+                alpha=config.teacher_alpha,
+                counts=(config.teacher_N,),
             )
         )
     return painters, notice
@@ -155,13 +161,15 @@ def find_model(config: ConfigDict, workdir: str) -> tuple[str, str]:
     return "", notice
 
 
-def make_painter(pipe: pipeline.Pipeline, title: str, *, kind: str, alpha: float, counts: tuple[int, ...]) -> Painter:
+def make_painter(
+    pipe: pipeline.Pipeline, title: str, *, dynamics: str, alpha: float, counts: tuple[int, ...]
+) -> Painter:
     """Puts a pipeline on the device, compiles it for each number of steps, and runs each once.
 
     The batch is 1 everywhere: then the seconds shown are those of one picture, as the paper's table counts them.
     """
     shape = pipe.latent_shape
-    dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, kind)
+    model_dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, dynamics)
     params, null = jax.device_put(pipe.params), pipe.tokenizer([""])
     noise = jax.jit(functools.partial(sampling.noise, shape=shape))
 
@@ -171,8 +179,8 @@ def make_painter(pipe: pipeline.Pipeline, title: str, *, kind: str, alpha: float
     programs = {}
     for N in counts:
         print(f"{title}, N={N}: ", end="", flush=True)
-        solve = sampling.make_solve(pipe.nets["unet"].apply, dynamics, "auto", N, alpha)
-        programs[N] = loading.compile_aloud(sampling.make_generate(pipe.nets, solve), inputs("", 0))
+        solve = sampling.make_solve(pipe.nets["unet"].apply, model_dynamics, "auto", N, alpha)
+        programs[N] = loading.compile_and_log(sampling.make_generate(pipe.nets, solve), inputs("", 0))
         programs[N](*inputs("", 0))[0].block_until_ready()
 
     def draw(prompt: str, seed: int, N: int) -> UInt8[np.ndarray, "H W 3"]:

@@ -1,0 +1,60 @@
+"""THE progress reporter, on tqdm: a bar on a terminal, elsewhere a plain line every half minute."""
+
+import os
+import sys
+from typing import TextIO
+
+import jax
+from tqdm import tqdm
+
+_FORMAT = "{desc}{n_fmt}/{total_fmt} ({percentage:.0f} %) · {rate_fmt} · {elapsed} elapsed, {remaining} left{postfix}"
+
+
+class Progress:
+    """Shows finished and total units, rate, elapsed and remaining time; the first process alone shows anything."""
+
+    def __init__(self, total: int, unit: str, *, title: str = "", done: int = 0, file: TextIO | None = None):
+        """
+        Args:
+          total: units of the whole work.
+          unit: what is counted, in the plural: "pairs", "steps".
+          title: what stands before the numbers.
+          done: units that an earlier run finished.
+          file: where to write; standard error by default.
+        """
+        self._file = sys.stderr if file is None else file
+        self._terminal = self._file.isatty()
+        self._total, self._done = total, done
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            unit=f" {unit}",
+            desc=title and f"{title}: ",
+            file=self._file if self._terminal else open(os.devnull, "w"),  # noqa: SIM115 (tqdm holds it)
+            disable=jax.process_index() > 0,
+            mininterval=0.5 if self._terminal else 30.0,
+            miniters=1,
+            dynamic_ncols=self._terminal,
+            bar_format=_FORMAT,
+        )
+
+    def advance(self, count: int = 1, **numbers: float | str) -> bool:
+        """Counts finished units and shows `numbers` (loss=0.1) beside them; returns whether it wrote anything."""
+        self._done += count
+        if numbers:
+            self._bar.set_postfix(numbers, refresh=False)
+        refreshed = bool(self._bar.update(count))
+        if self._done >= self._total and not refreshed and not self._bar.disable:
+            refreshed = bool(self._bar.refresh())  # the last unit is always shown
+        if refreshed and not self._terminal:
+            print(self._bar, file=self._file, flush=True)
+        return refreshed
+
+    def close(self) -> None:
+        """Leaves a terminal's cursor below the bar."""
+        self._bar.close()
+
+
+def clock_time(seconds: float) -> str:
+    """1:02:03, or 02:03 below the hour."""
+    return tqdm.format_interval(round(seconds))
