@@ -11,6 +11,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("USE_TF", "0")  # transformers imports TensorFlow where it finds it
 
+from jaxtyping import install_import_hook
+
+install_import_hook("instaflow_jax", "typechecker.checked")  # annotations are checked while the tests run
+
 import helpers
 import pytest
 

@@ -6,7 +6,7 @@ The networks that the paper's figures rest on are OpenCLIP's ViT-g/14, `laion/CL
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -65,7 +65,7 @@ class Preprocessor:
     std: tuple[float, ...]
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
+    def from_dict(cls, raw: Mapping[str, Any]) -> "Preprocessor":
         """From the keys of the file; absent ones mean what they mean to transformers' CLIPImageProcessor.
 
         Raises:
@@ -92,7 +92,7 @@ class Preprocessor:
         )
 
     @classmethod
-    def for_plain(cls, image_size: int) -> Self:
+    def for_plain(cls, image_size: int) -> "Preprocessor":
         """For a directory without the file: the whole picture resized to a square, values in [-1, 1]."""
         return cls(0, (image_size,) * 2, (), 3, (0.5,) * 3, (0.5,) * 3)
 

@@ -8,7 +8,6 @@ All on the host and in float64, since both terms are small differences of large 
 import dataclasses
 import zipfile
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 from jaxtyping import Float, Real
@@ -31,11 +30,11 @@ class Moments:
     covariance: Float[np.ndarray, "D D"]
 
     @classmethod
-    def empty(cls, dim: int) -> Self:
+    def empty(cls, dim: int) -> "Moments":
         """Of no features, each of which will have `dim` numbers."""
         return cls(0, np.zeros(dim), np.zeros((dim, dim)))
 
-    def add(self, features: Real[np.ndarray, "N D"]) -> Self:
+    def add(self, features: Real[np.ndarray, "N D"]) -> "Moments":
         """With `features` too.
 
         Raises:
@@ -56,7 +55,7 @@ class Moments:
         centred = features - mean
         return self.merge(type(self)(len(features), mean, centred.T @ centred / max(len(features) - 1, 1)))
 
-    def merge(self, other: Self) -> Self:
+    def merge(self, other: "Moments") -> "Moments":
         """Of both sets together (Chan et al., 1979): deviations from the means are summed, never squares of raw
         features, so that features far from zero lose no digits.
 
@@ -81,7 +80,7 @@ class Moments:
             np.savez(file, mu=self.mean, sigma=self.covariance, **count)
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path) -> "Moments":
         """Reads a `.npz` of `save` or of pytorch-fid; the count of the latter is not known.
 
         Raises:

@@ -1,7 +1,6 @@
 """Being asked to stop: SIGTERM becomes a question that the loop asks once a step."""
 
 import signal
-from typing import Self
 
 import jax
 from jax.experimental import multihost_utils
@@ -24,7 +23,7 @@ class Preemption:
     def __init__(self):
         self._told = False
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Preemption":
         if jax.process_count() == 1:
             self._previous = signal.signal(signal.SIGTERM, self._tell)
         return self

@@ -3,7 +3,7 @@ and text and image towers together for the CLIP score.
 """
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -57,7 +57,7 @@ class CLIPConfig(Config):
     logit_scale_init_value: float = 2.6592
 
     @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> Self:
+    def from_dict(cls, raw: dict[str, Any]) -> "CLIPConfig":
         """Older files hold `text_config_dict` and `vision_config_dict` too; where these are, they count (transformers)."""
         towers = {}
         for key, tower in (("text_config", CLIPTextConfig), ("vision_config", CLIPVisionConfig)):

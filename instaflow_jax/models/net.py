@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ class Config:
     fixed: ClassVar[dict[str, Any]] = {}  # keys a file may hold, but only with these values
 
     @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> Self:
+    def from_dict(cls, raw: dict[str, Any]) -> "Config":
         """Takes the known keys of a `config.json`.
 
         Raises:

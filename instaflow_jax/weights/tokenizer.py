@@ -9,7 +9,7 @@ and knows the Greek final sigma.
 import json
 import warnings
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -62,7 +62,7 @@ class Tokenizer:
         )
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, subfolder: str = "tokenizer") -> Self:
+    def from_pretrained(cls, source: str | Path, subfolder: str = "tokenizer") -> "Tokenizer":
         """Reads `vocab.json` and `merges.txt`, or else `tokenizer.json`, and their configs, from a folder or hub id.
 
         Raises:
