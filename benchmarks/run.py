@@ -3,9 +3,10 @@
     python -m benchmarks.run --suite=cpu [--only=sd15,training] [--repeats=5] [--compile] [--huge_pages] [--out=FILE.md]
     python -m benchmarks.run --suite=gpu
 
-Groups of the CPU suite: sd15 (full size, about 12 GB of memory), flax, gradient (full size, 18 GB), training, pairs,
-reading, compiling, start. Those of the GPU suite: image, gradient; in bfloat16 with cuDNN attention, against
-torch.compile. The table goes to stdout and to --out; what each repeat took, to stderr as it happens.
+Groups of the CPU suite: sd15 (full size, about 12 GB of memory), flax, kernels (kernels=auto beside kernels=xla),
+gradient (full size, 18 GB), training, pairs, reading, compiling, start. Groups of the GPU suite: image, gradient; in
+bfloat16 with cuDNN attention, against torch.compile. The table goes to stdout and to --out, the seconds of each
+repeat to stderr.
 """
 
 import argparse
@@ -19,17 +20,17 @@ from typing import Any
 from benchmarks.references import CLIP_L_TEXT, SD15_UNET, SD15_VAE
 from benchmarks.table import render
 from benchmarks.timing import Row, Side, Spec, compare
-from instaflow_jax.infra import huge_pages
 
 CONFIGS = {"unet": SD15_UNET, "vae": SD15_VAE, "text_encoder": CLIP_L_TEXT}
 FLOPS = {"unet": 0.803e12, "vae": 2.51e12, "text_encoder": 0.013e12}  # forward, batch 1, 64×64 latents, 77 tokens
 FULL = {"configs": CONFIGS, "latent": 64}
-STEPS = 25  # of the guided teacher
+STEPS = 25  # solver steps of the guided teacher
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # as launch/env.sh sets it
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Our side, and the peers that stand against it one after the other, by name."""
+    """Our side, and the peers it is compared with, by name."""
 
     ours: Spec
     peers: dict[str, Spec]
@@ -49,6 +50,7 @@ def cpu(compiled: bool) -> dict[str, Group]:
     groups = {
         "sd15": Group(ours, {"PyTorch eager": spec("peers.pytorch", **peer)}),
         "flax": Group(ours, {"diffusers' Flax": spec("peers.flax", batches=[1], steps=1, **FULL)}),
+        "kernels": Group(ours, {"kernels=xla": spec("sd15.ours", flops=FLOPS, attention="xla", kernels="xla", **size)}),
         "gradient": Group(
             spec("training.gradient", attention="xla", remat="none", **slope),
             {"PyTorch": spec("twins.gradient", device="cpu", **slope)},
@@ -67,7 +69,7 @@ def cpu(compiled: bool) -> dict[str, Group]:
             {"TFDS' data source": spec("startup.reading", ours=False, count=4096)},
         ),
         "compiling": Group(
-            spec("startup.compiling", cached=True), {"from nothing": spec("startup.compiling", cached=False)}
+            spec("startup.compiling", cached=True), {"without cache": spec("startup.compiling", cached=False)}
         ),
         "start": Group(spec("startup.ours", cached=False), {"PyTorch": spec("startup.theirs")}),
         "warm": Group(spec("startup.ours", cached=True), {"PyTorch": spec("startup.theirs")}),
@@ -103,20 +105,20 @@ SUITES = {"cpu": cpu, "gpu": gpu}
 
 
 def measure(name: str, group: Group, repeats: int) -> tuple[list[Row], list[str]]:
-    """A group's rows, and a line on each side that did not run. Our side asks for huge pages, as every stage does."""
+    """A group's rows, and a line for each side that did not run. Our side uses huge pages, as the launch scripts do."""
     rows, failed = [], []
     try:
-        with Side(dataclasses.replace(group.ours, environment=huge_pages.wish())) as ours:
+        with Side(dataclasses.replace(group.ours, environment=HUGE_PAGES)) as ours:
             for peer, theirs in group.peers.items():
-                found, told = against(ours, name, peer, theirs, repeats)
-                rows, failed = rows + found, failed + told
+                found, ended = against(ours, name, peer, theirs, repeats)
+                rows, failed = rows + found, failed + ended
     except EOFError:
         failed.append(f"{name}: our side ended early")
     return rows, failed
 
 
 def against(ours: Side, name: str, peer: str, theirs: Spec, repeats: int) -> tuple[list[Row], list[str]]:
-    """The rows of one peer, or a line that says it ended."""
+    """The rows of one peer, or a line that says that its process ended."""
     try:
         with Side(theirs) as side:
             rows = compare(ours, side, peer, repeats)
@@ -126,15 +128,15 @@ def against(ours: Side, name: str, peer: str, theirs: Spec, repeats: int) -> tup
 
 
 def label(group: str, title: str) -> str:
-    """Two groups tell in their names what their titles do not."""
+    """Adds what the names of two groups say and their titles do not."""
     return {"training": f"{title}, 2 devices", "training1": f"{title}, 1 device"}.get(group, title)
 
 
 def choose(groups: dict[str, Group], only: str) -> dict[str, Group]:
-    """The groups whose names are listed, separated by commas; "" is all.
+    """The groups listed by name, separated by commas; "" means all.
 
     Raises:
-      ValueError: there is no such group.
+      ValueError: an unknown name.
     """
     wanted = only.split(",") if only else list(groups)
     if unknown := [name for name in wanted if name not in groups]:
@@ -143,7 +145,7 @@ def choose(groups: dict[str, Group], only: str) -> dict[str, Group]:
 
 
 def teacher_image(rows: Sequence[Row]) -> str:
-    """A line that adds up the 25-step guided image from its measured parts; "" without them."""
+    """A line that adds up the 25-step guided image from its measured parts; "" if they are missing."""
     parts = {(row.title, row.peer): row for row in rows}
     peer = "PyTorch eager"
     wanted = [("CLIP text", 1), ("1 guided teacher step", STEPS), ("VAE decoder", 1)]
@@ -163,10 +165,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--suite", required=True, choices=list(SUITES))
     parser.add_argument("--only", default="", help="groups, separated by commas; all without it")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="CPU: also torch.compile, which compiles for minutes")
-    parser.add_argument(
-        "--huge_pages", action="store_true", help="the peers' processes ask for huge pages too, as ours do"
-    )
+    parser.add_argument("--compile", action="store_true", help="CPU: also torch.compile (minutes of compiling)")
+    parser.add_argument("--huge_pages", action="store_true", help="the peers' processes use huge pages too, as ours do")
     parser.add_argument("--out", type=Path, help="file for the table")
     options = parser.parse_args(arguments)
     try:
@@ -180,22 +180,22 @@ def main(arguments: Sequence[str]) -> None:
             "TRANSFORMERS_VERBOSITY": "error",
             "JAX_ENABLE_COMPILATION_CACHE": "false",
         }
-    )  # first runs compile; "compiling" and "warm" turn it on
+    )  # first runs compile; the groups "compiling" and "warm" turn the cache on
     if options.suite == "gpu":
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the peer needs memory too
     if options.huge_pages:
-        os.environ.update(huge_pages.wish())
+        os.environ.update(HUGE_PAGES)
     rows, failed = [], []
     for name, group in groups.items():
-        found, told = measure(name, group, options.repeats)
-        rows, failed = rows + found, failed + told
+        found, ended = measure(name, group, options.repeats)
+        rows, failed = rows + found, failed + ended
         text = (
             render(rows, options.suite, options.repeats)
             + teacher_image(rows)
             + "".join(f"\n{line}\n" for line in failed)
         )
         if options.out:
-            options.out.write_text(text)  # after each group: a run takes long, and may be stopped
+            options.out.write_text(text)  # after each group, because a run takes long and may be stopped
     print(text)
 
 

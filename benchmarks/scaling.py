@@ -1,14 +1,14 @@
-"""Memory, work and exchanged bytes of the training steps, as XLA plans them for 8 devices, without any weights.
+"""Memory, FLOPs and communication of the training steps, as XLA plans them for 8 devices, from shapes alone.
 
     python -m benchmarks.scaling [--size=sd15] [--recipes reflow:sd15 distill:sd15_l2 distill:sd15_lpips]
                                  [--fsdp 1 8 4] [--remat blocks] [--micro_batch=8]
 
-Takes the recipes of `configs/`, gives the networks their SD 1.5 (or, with --size=openmoji, their embedded) shapes,
-compiles the step that `train.loop` would run on simulated devices and prints Markdown tables. State and batch are shapes
-only, so full size needs no more memory than the compiler does. Fails if the program gathers or moves what it should not.
+Takes the recipes of `configs/` with SD 1.5's shapes (or the embedded ones with --size=openmoji), compiles the step that
+`train.loop` would run on simulated devices, and prints a Markdown table. State and batch are shapes only, so full size
+needs only the compiler's memory. Fails if the program gathers or moves what it should not.
 
-The plan is that of XLA's CPU compiler. Arguments and outputs are the same everywhere; temporaries are not a GPU's: there
-bf16 stays bf16 (the CPU computes in float32), fused attention keeps no probabilities, libraries need workspace.
+The plan is that of XLA's CPU compiler. Arguments and outputs are the same on any device. Temporaries are not: a GPU
+keeps bf16 (the CPU computes in float32), fused attention stores no probabilities, and libraries need workspace.
 """
 
 import argparse
@@ -40,17 +40,20 @@ from instaflow_jax.train import state as train_state
 from instaflow_jax.train import step as train_step
 
 DEVICES = 8
-# The CPU compiler takes the barriers of jax.checkpoint away before it plans memory, and then computes again at once what
-# was to be computed late; GPU and TPU keep them until then. So does the CPU with this.
+# XLA:CPU removes jax.checkpoint's barriers before it plans memory, so that rematerialised values are computed early.
+# GPU and TPU keep the barriers, and so does the CPU with this option.
 PLAN = {"xla_disable_hlo_passes": "cse_barrier_expander"}
-UNRUN = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # nobody runs the machine code
+NO_CODEGEN = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}  # the machine code is never run
 CLASSES = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel, "lpips": LPIPS}
 FULL = {"unet": SD15_UNET, "vae": SD15_VAE, "text_encoder": CLIP_L_TEXT, "lpips": PUBLISHED["vgg"]}
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One compiled step: bytes a device, FLOP of all devices, what it sends, and what of that is unexpected."""
+    """One compiled step: bytes per device, FLOPs of all devices, bytes sent, and unexpected collectives."""
 
     title: str
     fsdp: int
@@ -62,7 +65,7 @@ class Row:
 
 
 def make_nets(size: str, dtype: str) -> dict[str, Net]:
-    """The networks by part, without weights."""
+    """The networks, without weights."""
     embedded = Path(pipeline.EMBEDDED) / "openmoji"
     raw = (
         FULL
@@ -81,7 +84,7 @@ def read_recipe(name: str):
 
 
 def make_loss(config, nets: dict[str, Net]):
-    """The loss as the stage builds it, and the shapes of what it reads and nobody trains."""
+    """The loss as the stage builds it, and the shapes of its frozen arrays."""
     unet, text = nets["unet"].with_remat(config.remat.unet), nets["text_encoder"]
     frozen = {
         "text_encoder": text.shapes,
@@ -108,7 +111,7 @@ def make_loss(config, nets: dict[str, Net]):
 
 
 def abstract_batch(nets: dict[str, Net], batch_size: int, mesh: Mesh):
-    """Pairs as the reader gives them: latents in float16, token ids."""
+    """Pairs as the reader returns them: float16 latents and token ids."""
     unet, length = nets["unet"].config, nets["text_encoder"].config.max_position_embeddings
     latent = jax.ShapeDtypeStruct((batch_size, unet.sample_size, unet.sample_size, unet.in_channels), jnp.float16)
     ids = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
@@ -116,9 +119,9 @@ def abstract_batch(nets: dict[str, Net], batch_size: int, mesh: Mesh):
 
 
 def replicated(tree, mesh: Mesh):
-    """The same shapes, whole on every device."""
-    whole = devices.replicated(mesh)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), tree)
+    """The same shapes, replicated on every device."""
+    sharding = devices.replicated(mesh)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
 def abstract_key(mesh: Mesh) -> Key:
@@ -139,19 +142,19 @@ def lower(config, nets: dict[str, Net], mesh: Mesh) -> tuple[jax.stages.Lowered,
 
 
 def measure(name: str, size: str, fsdp: int, remat: str, micro_batch: int) -> Row:
-    """Compiles one recipe for all devices, cut into micro-batches of so many samples a device.
+    """Compiles one recipe for all devices, with `micro_batch` samples per device and micro-batch.
 
     Raises:
-      ValueError: the recipe's batch cannot be cut so.
+      ValueError: the recipe's batch size is not a multiple of that.
     """
     config, mesh = read_recipe(name), devices.make_mesh(fsdp=fsdp)
     config.remat.update(dict.fromkeys(config.remat, remat))
     config.accumulate = max(1, config.batch_size // (micro_batch * mesh.size))
     devices.check_batch_size("batch_size", config.batch_size, mesh, config.accumulate)
-    nets, began = make_nets(size, config.dtype), time.monotonic()
+    nets, start = make_nets(size, config.dtype), time.monotonic()
     lowered, state = lower(config, nets, mesh)
-    compiled = lowered.compile(compiler_options=PLAN | UNRUN)
-    seconds, memory, sent = time.monotonic() - began, compiled.memory_analysis(), collectives.read(compiled.as_text())
+    compiled = lowered.compile(compiler_options=PLAN | NO_CODEGEN)
+    seconds, memory, sent = time.monotonic() - start, compiled.memory_analysis(), collectives.read(compiled.as_text())
     sharded = [leaf.shape for leaf in state.params.values() if not leaf.sharding.is_fully_replicated]
     return Row(
         f"{name}, {config.batch_size} as {config.accumulate} × {config.batch_size // config.accumulate}, remat {remat}",
@@ -159,20 +162,20 @@ def measure(name: str, size: str, fsdp: int, remat: str, micro_batch: int) -> Ro
         {
             "arguments": memory.argument_size_in_bytes,
             "outputs": memory.output_size_in_bytes,
-            "in place": memory.alias_size_in_bytes,
+            "donated": memory.alias_size_in_bytes,
             "temporaries": memory.temp_size_in_bytes,
         },
         cost.step_flops(lowered, config.accumulate),
-        collectives.sent_by_kind(sent),
+        collectives.sent_by_operation(sent),
         collectives.unexpected(sent, sharded, config.accumulate),
         seconds,
     )
 
 
 def describe(row: Row) -> str:
-    """A Markdown row: GiB a device, TFLOP a step of all devices, MiB that a device sends a step."""
+    """A Markdown row: GiB per device, TFLOP of all devices and MiB sent per device, each per step."""
     memory = row.memory
-    total = memory["arguments"] + memory["outputs"] - memory["in place"] + memory["temporaries"]
+    total = memory["arguments"] + memory["outputs"] - memory["donated"] + memory["temporaries"]
     layout = "data-parallel" if row.fsdp == 1 else f"FSDP {DEVICES // row.fsdp} × {row.fsdp}"
     gib = (f"{size / 2**30:.2f}" for size in (*memory.values(), total))
     mib = (f"{size / 2**20:,.0f}" for size in row.sent.values())
@@ -187,27 +190,27 @@ def main(arguments: Sequence[str]) -> None:
         "--fsdp", nargs="+", type=int, default=[1, 8, 4], help="devices that share one copy of the state"
     )
     parser.add_argument("--remat", nargs="+", default=["blocks"], choices=("none", "attention", "blocks"))
-    parser.add_argument("--micro_batch", type=int, default=8, help="samples that a device takes at a time")
+    parser.add_argument("--micro_batch", type=int, default=8, help="samples per device and micro-batch")
     options = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES)
     print(
-        "| step | layout | arguments GiB | outputs GiB | in place GiB | temporaries GiB | all GiB | TFLOP a step | "
-        + " | ".join(f"{kind} MiB" for kind in collectives.KINDS)
+        "| step | layout | arguments GiB | outputs GiB | donated GiB | temporaries GiB | total GiB | TFLOP per step | "
+        + " | ".join(f"{name} MiB" for name in collectives.OPERATIONS)
         + " |\n"
         + "|---" * 13
         + "|",
         flush=True,
     )
-    told = []
+    unexpected = []
     for name, remat, fsdp in ((n, r, f) for n in options.recipes for r in options.remat for f in options.fsdp):
         row = measure(name, options.size, fsdp, remat, options.micro_batch)
         print(describe(row), flush=True)
         print(f"compiled in {row.seconds:.0f} s", file=sys.stderr, flush=True)
-        told += [f"{row.title}, fsdp={fsdp}: {line}" for line in row.unexpected]
+        unexpected += [f"{row.title}, fsdp={fsdp}: {line}" for line in row.unexpected]
         gc.collect()
-    if told:
-        sys.exit("error: unexpected exchanges\n" + "\n".join(told))
+    if unexpected:
+        sys.exit("error: unexpected collectives\n" + "\n".join(unexpected))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Our side of inference at the size of SD 1.5 (or any other), with random weights."""
+"""Our inference at SD 1.5's size (or any other), with random weights."""
 
 from typing import Any
 
@@ -36,18 +36,19 @@ def ours(
     steps: int,
     dtype: str,
     attention: str,
+    kernels: str = "auto",
 ) -> dict[str, Call]:
     """The calls: each network, the one-step image at each batch, and the guided teacher's first steps.
 
     Args:
       configs: "unet", "vae" and "text_encoder", their config.json.
-      flops: of a forward pass of each, batch 1.
-      latent: latents a side.
-      steps: of the guided teacher.
-      attention: "xla" or "cudnn".
+      flops: of a forward pass of each at batch 1.
+      latent: height and width of the latents.
+      steps: solver steps of the guided teacher.
+      attention, kernels: see `configs/common.py`.
     """
     nets = {
-        name: cls.from_config(configs[name], dtype=jnp.dtype(dtype), attention=attention)
+        name: cls.from_config(configs[name], dtype=jnp.dtype(dtype), attention=attention, kernels=kernels)
         for name, cls in CLASSES.items()
     }
     params = jax.block_until_ready({name: net.init(jax.random.key(0)) for name, net in nets.items()})
@@ -76,7 +77,7 @@ def networks(nets: dict[str, Net], params, flops: dict[str, float], latent: int,
 
 
 def image(nets: dict[str, Net], params, flops: dict[str, float], latent: int, batch: int, rng) -> Call:
-    """Token ids to pixels by one Euler step, as the stage `sample` does it."""
+    """Token ids to pixels in one Euler step, as the stage `sample` does it."""
     solve = sampling.make_solve(nets["unet"].apply, sampling.Flow(1, 1000), "euler", 1, 1.0)
     generate = jax.jit(sampling.make_generate(nets, solve))
     X0 = noise(rng, batch, latent, latent, nets["unet"].config.in_channels)
@@ -84,7 +85,7 @@ def image(nets: dict[str, Net], params, flops: dict[str, float], latent: int, ba
 
 
 def teacher(nets: dict[str, Net], params, flops: dict[str, float], latent: int, steps: int, rng) -> Call:
-    """The first steps of DPM-Solver++(2M), text and null prompt in one batch; neither text encoder nor decoder."""
+    """The first steps of DPM-Solver++(2M) with guidance; without text encoder and decoder."""
     dynamics = sampling.read_dynamics(SCHEDULER, {}, "teacher")
     solve = jax.jit(sampling.make_solve(nets["unet"].apply, dynamics, "dpm_solver", steps, ALPHA))
     X0 = noise(rng, 1, latent, latent, nets["unet"].config.in_channels)
@@ -97,9 +98,9 @@ def call(run, flops: float, count: int = 1) -> Call:
 
 
 def memory() -> int:
-    """The device's peak where it keeps count (a GPU does, since the start of the process), else the process's."""
-    told = jax.local_devices()[0].memory_stats()
-    return told["peak_bytes_in_use"] if told else peak_memory()
+    """The device's peak since the start of the process if it counts (a GPU does), else the process's peak."""
+    stats = jax.local_devices()[0].memory_stats()
+    return stats["peak_bytes_in_use"] if stats else peak_memory()
 
 
 def noise(rng: np.random.Generator, *shape: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What one waits for before the first result: imports, compilation, the first picture; and the reading of pairs."""
+"""The time before the first result: imports, compilation, the first image; and reading pairs."""
 
 import os
 import sys
@@ -17,11 +17,11 @@ pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
 pipe.set_progress_bar_config(disable=True)
 pipe("red apple", num_inference_steps=25, guidance_scale=3.0, height=32, width=32).images[0].save({to!r})
 """
-_PLAIN = "import benchmarks.references as r; r.references()\n"  # makes a torchvision of another build importable
+_PLAIN = "import benchmarks.references as r; r.references()\n"  # makes torchvision importable
 
 
 def ours(*, cached: bool) -> dict[str, Call]:
-    """Fresh processes of ours; `cached`: with the compiled programs of an earlier run, as the launch scripts keep them."""
+    """New processes of ours; `cached`: with the compilation cache of an earlier run, as with the launch scripts."""
     scratch = tempfile.mkdtemp()
     draw = [
         sys.executable,
@@ -34,10 +34,10 @@ def ours(*, cached: bool) -> dict[str, Call]:
     ]
     kept = {"JAX_COMPILATION_CACHE_DIR": f"{scratch}/compiled", **_DEFAULTS}
     cold = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
-    what = "compiled programs kept" if cached else "nothing kept"
-    calls = {f"first picture of a process, {what}": process(draw, kept if cached else cold)}
+    what = "with compilation cache" if cached else "without cache"
+    calls = {f"first image of a process, {what}": process(draw, kept if cached else cold)}
     if not cached:
-        calls["import the pipeline"] = process([sys.executable, "-c", "from instaflow_jax.models import pipeline"], {})
+        calls["import the pipeline"] = process([sys.executable, "-c", "from instaflow_jax import pipeline"], {})
     return calls
 
 
@@ -45,12 +45,12 @@ _DEFAULTS = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1.0", "JAX_ENABLE_CO
 
 
 def theirs() -> dict[str, Call]:
-    """Fresh processes of PyTorch diffusers with the same model, prompt and steps."""
+    """New processes of PyTorch diffusers with the same model, prompt and number of steps."""
     scratch = tempfile.mkdtemp()
     draw = process([sys.executable, "-c", _PLAIN + _DRAW.format(model=str(MODEL), to=f"{scratch}/apple.png")], _OFFLINE)
     return {
-        "first picture of a process, nothing kept": draw,
-        "first picture of a process, compiled programs kept": draw,
+        "first image of a process, without cache": draw,
+        "first image of a process, with compilation cache": draw,
         "import the pipeline": process(
             [sys.executable, "-c", _PLAIN + "from diffusers import StableDiffusionPipeline"], _OFFLINE
         ),
@@ -61,7 +61,7 @@ _OFFLINE = {"HF_HUB_OFFLINE": "1", "USE_TF": "0", "TRANSFORMERS_VERBOSITY": "err
 
 
 def compiling(*, cached: bool) -> dict[str, Call]:
-    """Lowering and compiling the embedded programs: with `cached` after another process has done it, else from nothing."""
+    """Lowering and compiling the embedded programs; `cached`: with the compilation cache filled by the first run."""
     import jax
 
     os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
@@ -73,13 +73,13 @@ def compiling(*, cached: bool) -> dict[str, Call]:
 
 
 def fresh(jax, lower):
-    """Forgets what this process has compiled, so that only the disk can help."""
+    """Clears the caches of this process, so that only the cache on disk can help."""
     jax.clear_caches()
     return lower().compile()
 
 
 def programs(jax) -> dict:
-    """What stages compile: the sampler of 25 guided steps, and the reflow step."""
+    """Programs that stages compile: the sampler with 25 guided steps, and the reflow step."""
     from benchmarks.training import pairs
     from configs import reflow
     from instaflow_jax import pipeline, sampling
@@ -102,7 +102,7 @@ def programs(jax) -> dict:
             pipe.nets["unet"],
             pipe.nets["text_encoder"],
             prompt_dropout=config.prompt_dropout,
-            steps=1000,
+            num_timesteps=1000,
             **config.loss,
         )
         update = step.make_train_step(loss, optimizer, ema_decay=config.ema_decay, accumulate=1).update
@@ -113,7 +113,7 @@ def programs(jax) -> dict:
 
 
 def reading(*, ours: bool, count: int) -> dict[str, Call]:
-    """A shuffled pass over stored pairs: by the reader that training uses, or by TFDS' own."""
+    """A shuffled pass over stored pairs, with the reader that training uses or with TFDS' own."""
     from benchmarks import pairs
     from instaflow_jax import pipeline
 

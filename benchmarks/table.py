@@ -1,4 +1,4 @@
-"""Rows as a Markdown table, under a line that names the machine and every version."""
+"""Rows as a Markdown table, below a line with the machine and all versions."""
 
 import datetime
 import importlib.metadata
@@ -27,15 +27,17 @@ HEAD = (
 
 
 def machine(suite: str) -> str:
-    """The processor's name, its cores and the memory; the card's where the suite is for one."""
+    """The processor's name, cores and memory; and the GPU's for the GPU suite."""
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     named = [line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    told = f"{platform.node()}, {os.cpu_count()} cores, {named[0] if named else platform.processor()}, {memory:.0f} GiB"
+    found = (
+        f"{platform.node()}, {os.cpu_count()} cores, {named[0] if named else platform.processor()}, {memory:.0f} GiB"
+    )
     if suite == "gpu":
         query = ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
-        told += "; " + subprocess.run(query, check=True, capture_output=True, text=True).stdout.strip()
-    return told
+        found += "; " + subprocess.run(query, check=True, capture_output=True, text=True).stdout.strip()
+    return found
 
 
 def versions() -> str:
@@ -45,11 +47,12 @@ def versions() -> str:
 
 
 def render(rows: Sequence[Row], suite: str, repeats: int) -> str:
-    """The table; a ratio above 1 says that we are faster."""
+    """The table; a ratio above 1 means that we are faster."""
     today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     head = (
-        f"Suite {suite}, {today}. Machine: {machine(suite)}. {versions()}.\n\nMedians of {repeats} repeats taken in turn; "
-        "ratio: the peer's median time by ours; core seconds: what\nall cores together spent, and their ratio; spread: slowest minus fastest, of the median.\n\n"
+        f"Suite {suite}, {today}. Machine: {machine(suite)}. {versions()}.\n\nMedians of {repeats} repeats in turn. "
+        "Ratio: the peer's median time / ours. Core seconds: CPU time of all\n"
+        "cores, and their ratio. Spread: (slowest - fastest) / median.\n\n"
     )
     lines = [HEAD, ["---"] * len(HEAD), *(cells(row) for row in rows)]
     return head + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
@@ -74,13 +77,13 @@ def cells(row: Row) -> list[str]:
 
 
 def pace(timing: Timing) -> str:
-    """The median, and how many a second where a run makes several."""
+    """The median, and the rate if a run makes several."""
     rate = f" ({timing.count / timing.median:.3g}/s)" if timing.count > 1 else ""
     return seconds(timing.median) + rate
 
 
 def work(row: Row) -> str:
-    """Medians of what all cores together spent, and their ratio."""
+    """Medians of the CPU time of all cores, and their ratio."""
     ours, theirs = (statistics.median(side.core_seconds) for side in (row.ours, row.theirs))
     return f"{ours:.3g} / {theirs:.3g} ({theirs / ours:.2f})"
 

@@ -1,6 +1,6 @@
-"""Two sides of a comparison, each in a process of its own, timed in turn.
+"""Two sides of a comparison, each in its own process, timed in turn.
 
-A process a side gives each its own peak of memory and threads; taking turns lets both meet the same disturbances.
+Separate processes have separate memory peaks and threads; taking turns exposes both to the same disturbances.
 """
 
 import contextlib
@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 from unittest import mock
 
 
 def peak_memory() -> int:
-    """Bytes: the most this process has held since `forget_peak`, or in its life where the system cannot forget."""
+    """Peak bytes of this process since `forget_peak`, or since its start if the system cannot reset the peak."""
     status = Path("/proc/self/status")
     if status.is_file():
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
@@ -37,10 +37,10 @@ class Call:
     """Something to time.
 
     Attributes:
-      run: does it, and returns when it is done.
-      count: what one run makes: images, samples, pairs.
-      flops: floating-point operations of a run, 0 where nobody counted.
-      memory: bytes that the last run needed at most.
+      run: runs it and waits until it is done.
+      count: images, samples or pairs that one run makes.
+      flops: floating-point operations of a run; 0 if unknown.
+      memory: peak bytes of the last run.
     """
 
     run: Callable[[], object]
@@ -51,10 +51,10 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """How a side is made: `function(**options)` of a module, called in the side's own process, gives its calls by title.
+    """How a side is made: `module.function(**options)`, called in the side's own process, returns its calls by title.
 
-    A name and not the function, so that one side's process never imports what the other needs. `environment` is added to
-    that process' own.
+    It is a name, not a function, so that one side's process never imports what the other needs. `environment` is
+    added to that process's environment.
     """
 
     module: str
@@ -68,7 +68,7 @@ class Spec:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """One side of a row: seconds of the first run (compilation included), wall and core seconds of each repeat, bytes at most."""
+    """One side of a row: seconds of the first run (with compilation), wall and core seconds per repeat, peak bytes."""
 
     first: float
     seconds: tuple[float, ...]
@@ -83,13 +83,13 @@ class Timing:
 
     @property
     def spread(self) -> float:
-        """Slowest minus fastest repeat, as a share of the median."""
+        """(slowest − fastest repeat) / median."""
         return (max(self.seconds) - min(self.seconds)) / self.median
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What was timed, and against whom."""
+    """One comparison with one peer."""
 
     title: str
     peer: str
@@ -98,12 +98,12 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """How many times as fast as the peer we are: its median time over ours."""
+        """The peer's median time / ours."""
         return self.theirs.median / self.ours.median
 
 
 class Side:
-    """A process that holds one side's models and runs a call when told to."""
+    """A process that holds one side's models and runs calls on request."""
 
     def __init__(self, spec: Spec):
         context = multiprocessing.get_context("spawn")
@@ -123,7 +123,7 @@ class Side:
         self._line.send(title)
         return self._line.recv()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Side":
         return self
 
     def __exit__(self, *_) -> None:
@@ -133,18 +133,18 @@ class Side:
 
 
 def serve(spec: Spec, line: Connection) -> None:
-    """What a side's process does: makes its calls, then runs whichever it is sent the title of, until it is sent None."""
+    """The loop of a side's process: makes its calls, then runs each title it receives until it receives None."""
     calls = spec.make()
     line.send({title: (call.count, call.flops) for title, call in calls.items()})
     while (title := line.recv()) is not None:
         forget_peak()
-        began, cores = time.perf_counter(), core_seconds()
+        start, cores = time.perf_counter(), core_seconds()
         calls[title].run()
-        line.send((time.perf_counter() - began, core_seconds() - cores, calls[title].memory()))
+        line.send((time.perf_counter() - start, core_seconds() - cores, calls[title].memory()))
 
 
 def compare(ours: Side, theirs: Side, peer: str, repeats: int) -> list[Row]:
-    """A row for each call that both sides have, `repeats` of each in turn after a first run; EOFError if a side ends."""
+    """A row per call that both sides have: a first run, then `repeats` in turn. Raises EOFError if a side ends."""
     return [
         Row(title, peer, *take_turns((ours, theirs), title, repeats)) for title in ours.titles if title in theirs.titles
     ]
@@ -168,7 +168,7 @@ def take_turns(sides: tuple[Side, Side], title: str, repeats: int) -> tuple[Timi
 
 
 def core_seconds() -> float:
-    """What all threads of this process and its finished children have used: on a shared machine steadier than the clock."""
+    """CPU time of this process and its finished children; steadier than wall time on a shared machine."""
     return sum(
         used.ru_utime + used.ru_stime
         for used in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -176,10 +176,10 @@ def core_seconds() -> float:
 
 
 def process(arguments: list[str], environment: Mapping[str, str]) -> Call:
-    """A program started afresh in each run, its memory its own.
+    """A program that each run starts as a new process.
 
     Raises:
-      RuntimeError: it failed; with the end of what it said.
+      RuntimeError: it failed.
     """
     peaks = []
 

@@ -1,4 +1,4 @@
-"""Our side of training: the steps of reflow and of distillation by LPIPS, the full-size gradient, and pair generation."""
+"""Our training: the steps of reflow and of LPIPS distillation, the full-size gradient, and pair generation."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,14 +17,14 @@ from instaflow_jax.infra import devices as parallel
 from instaflow_jax.models.clip import CLIPTextModel
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.stages.common import flow_training as straighten
-from instaflow_jax.stages.distill import make_distance
-from instaflow_jax.stages.generate import job as generate_job
-from instaflow_jax.stages.generate import program as generate_program
+from instaflow_jax.stages.distill import make_lpips_distance
+from instaflow_jax.stages.generate.job import compile_program
+from instaflow_jax.stages.generate.stage import read_job
 from instaflow_jax.train import loop, losses, optim, state, step
 
 
 def pairs(batch: int, latent: Sequence[int], length: int) -> Batch:
-    """Random pairs, the same for either side: latents float32 [batch, *latent], ids of a short prompt."""
+    """Random pairs, the same for both sides: float32 latents [batch, *latent] and token ids [batch, length]."""
     rng = np.random.default_rng(0)
     X0, X1 = rng.standard_normal((2, batch, *latent), np.float32)
     return {"X0": X0, "X1": X1, "ids": rng.integers(1, 2000, (batch, length)).astype(np.int32)}
@@ -34,12 +34,13 @@ def embedded(*, batch: int, devices: int) -> dict[str, Call]:
     """The steps that configs/reflow.py and configs/distill.py (by LPIPS) run on the embedded model.
 
     Args:
-      batch: of all devices together.
-      devices: that the CPU is split into.
+      batch: size on all devices together.
+      devices: number of CPU devices.
     """
     jax.config.update("jax_num_cpu_devices", devices)
     pipe = pipeline.load("openmoji", variant=None, attention="xla")
-    distance, seen = make_distance(distill.get_config("lpips"), pipe)
+    config = distill.get_config("lpips")
+    distance, seen = make_lpips_distance(pipe, config.dtype, config.remat.to_dict(), **config.lpips)
     unet, text = pipe.nets["unet"], pipe.nets["text_encoder"]
     frozen = seen | {"text_encoder": pipe.params["text_encoder"], "null_ids": pipe.tokenizer([""])}
     recipe = reflow.get_config()
@@ -59,7 +60,7 @@ def embedded(*, batch: int, devices: int) -> dict[str, Call]:
 
 
 def training(loss, config, params, frozen, data: Batch) -> Call:
-    """Steps of `train.loop`'s own program, each from the state that the one before left."""
+    """Steps of `train.loop`'s own program, each from the state that the previous one returned."""
     mesh = parallel.make_mesh(fsdp=1)
     optimizer = optim.make_optimizer(optim.make_schedule(**config.schedule), **config.optim)
     update = step.make_train_step(loss, optimizer, ema_decay=config.ema_decay, accumulate=1)
@@ -84,7 +85,7 @@ def training(loss, config, params, frozen, data: Batch) -> Call:
 def gradient(
     *, configs: dict[str, Any], latent: int, batch: int, dtype: str, attention: str, remat: str
 ) -> dict[str, Call]:
-    """Loss and gradient of reflow at full size; a whole step's state does not fit beside the peer's on a small machine."""
+    """Loss and gradient of reflow at full size; a complete step's state would not fit beside the peer's."""
     options = {"dtype": jnp.dtype(dtype), "attention": attention}
     unet = UNet2DConditionModel.from_config(configs["unet"], **options).with_remat(remat)
     text = CLIPTextModel.from_config(configs["text_encoder"], **options)
@@ -108,7 +109,8 @@ def generation(*, batch: int, devices: int) -> dict[str, Call]:
     jax.config.update("jax_num_cpu_devices", devices)
     config = generate.get_config().unlock()
     config.batch, config.count = batch // devices, batch
-    job = generate_job.prepare(config)
-    sampler, data = generate_program.Sampler(job), pairs(batch, job.recipe["latent_shape"], job.recipe["tokens"])
+    job = read_job(config)
+    runner, fixed, _ = compile_program(job, config.batch)
+    data = pairs(batch, job.recipe["latent_shape"], job.recipe["tokens"])
     X0 = data["X0"].astype(np.float16)
-    return {f"{batch} pairs, embedded": call(lambda: sampler(data["ids"], X0), 0.0, batch)}
+    return {f"{batch} pairs, embedded": call(lambda: runner.start(fixed, data["ids"], X0), 0.0, batch)}

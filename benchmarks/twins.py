@@ -1,4 +1,4 @@
-"""The peers' side of training: the same losses written plainly in PyTorch, on diffusers' and transformers' classes."""
+"""Training by the peer: the same losses written in PyTorch, on diffusers' and transformers' classes."""
 
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def load() -> tuple[Any, Any, Any]:
 
 
 def make_lpips():
-    """LPIPS on the embedded trunk; a stage ends before each pooling."""
+    """LPIPS with the embedded trunk; a stage ends before each pooling."""
     torch = references()
     import json
 
@@ -81,7 +81,7 @@ def make_lpips():
 
 
 def reflow_loss(unet, text, pairs: dict, t, null_ids, drop: float):
-    """Eq. 5 at the times t [B]."""
+    """Eq. 5 at times t [B]."""
     torch = references()
     X0, X1 = pairs["X0"], pairs["X1"]
     with torch.no_grad():
@@ -93,7 +93,7 @@ def reflow_loss(unet, text, pairs: dict, t, null_ids, drop: float):
 
 
 def lpips_loss(unet, text, vae, lpips, pairs: dict):
-    """Eq. 6 by LPIPS of the decoded latents; as ours, the target is decoded in the step."""
+    """Eq. 6 with LPIPS of the decoded latents; like ours, the step decodes the target."""
     torch = references()
     X0, X1 = pairs["X0"], pairs["X1"]
     with torch.no_grad():
@@ -104,7 +104,7 @@ def lpips_loss(unet, text, vae, lpips, pairs: dict):
 
 
 def embedded(*, batch: int) -> dict[str, Call]:
-    """The same steps as `training.embedded`: gradient, clip, AdamW, running mean."""
+    """The same steps as `training.embedded`: gradient, clipping, AdamW, EMA."""
     torch = references()
     (unet, text, vae), lpips = load(), make_lpips()
     length = text.config.max_position_embeddings
@@ -134,7 +134,7 @@ def training(unet, loss, batch: int) -> Call:
 
 
 def gradient(*, configs: dict[str, Any], latent: int, batch: int, dtype: str, device: str) -> dict[str, Call]:
-    """Loss and gradient of reflow on a UNet of this config; on a GPU by autocast, parameters float32 as ours."""
+    """Loss and gradient of reflow on a UNet of this config; with autocast on a GPU; float32 parameters, like ours."""
     torch = references()
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -157,7 +157,7 @@ def gradient(*, configs: dict[str, Any], latent: int, batch: int, dtype: str, de
 
 
 def generation(*, batch: int, steps: int = 25, alpha: float = 3.0) -> dict[str, Call]:
-    """The teacher's pairs by diffusers' own solver."""
+    """The teacher's pairs with diffusers' own solver."""
     torch = references()
     from diffusers import DPMSolverMultistepScheduler
 

@@ -1,11 +1,11 @@
-"""The whole method on the embedded world, from the teacher's pairs to a report that explains itself.
+"""The complete method on the embedded world, from the teacher's pairs to a report.
 
-    launch/demo.sh                                                       # installs, then this:
+    launch/demo.sh                                                       # installs, then runs this:
     python -m instaflow_jax.main --config=configs/demo.py --workdir=DIR --cpu_devices=2
 
-Pairs → reflow → distillation → distillation without reflow, the paper's baseline → evaluation → export → DIR/report.html.
-It may be killed at any moment: started again it goes on, and what is finished is not made again. Every stage's own config
-is in here: `--config.reflow.loop.steps=2000`, `--config.generate.count=8192`.
+Pairs → reflow → distillation → distillation without reflow (the paper's baseline) → evaluation → export →
+DIR/report.html. It may be killed at any moment; started again it continues and reuses what has finished. The config of
+every stage is part of this one: `--config.reflow.loop.steps=2000`, `--config.generate.count=8192`.
 Measured on two CPU cores: 25 min 27 s, installation included; README.md has the table.
 """
 
@@ -24,6 +24,6 @@ def get_config() -> ConfigDict:
     config.evaluate = evaluate.get_config()
     config.export = export.get_config()
     config.export.replace = True
-    # What the first line promises, on two CPU cores; about what each stage took there.
+    # Expected time of each stage on two CPU cores; the progress lines add them up.
     config.minutes = {"generate": 3.3, "reflow": 6.4, "distill": 5.7, "direct": 3.5, "evaluate": 5.2, "export": 0.1}
     return config.lock()

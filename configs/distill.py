@@ -1,17 +1,18 @@
-"""Distillation: make the straightened flow one step (paper, Eq. 6), by L2 first, then by LPIPS.
+"""Distillation: turn the straightened flow into a one-step model (paper, Eq. 6), by L2 first, then by LPIPS.
 
     python -m instaflow_jax.main --config=configs/distill.py --workdir=DIR
     python -m instaflow_jax.main --config=configs/distill.py:lpips --workdir=DIR --config.init_from=DIR/distill/export
     python -m instaflow_jax.main --config=configs/distill.py:direct --workdir=DIR     # the paper's failing baseline
     python -m instaflow_jax.main --config=configs/distill.py:sd15_l2 --workdir=DIR
-    python -m instaflow_jax.main --config=configs/distill.py:sd15_lpips --workdir=DIR --config.init_from=DIR/distill/export
+    python -m instaflow_jax.main --config=configs/distill.py:sd15_lpips --workdir=DIR \\
+        --config.init_from=DIR/distill/export
 
-Needs nothing: the flow and its pairs are made first where absent. Writes DIR/distill/export, a one-step generator
-(DIR/direct, DIR/distill_lpips for those variants).
-Measured on two CPU cores with --cpu_devices=2 (by configs/demo.py): 12,288 pairs of the flow and 900 steps of 32 in 5 min
-42 s. Fréchet distance to real emoji at one step 3.4 (the flow 3.7, direct distillation 3.3, the teacher at 25 steps 3.1);
-when only kinds are prompted, 22.0 (35.2, 26.2, 12.7). With --config.loop.steps=300 for both, 3.5 and 25.2, direct distillation
-3.9 and 31.5 (README.md). The paper's variants have not been run.
+Needs nothing: a missing flow and missing pairs are made first. Writes a one-step generator to DIR/distill/export
+(or DIR/direct/export, DIR/distill_lpips/export).
+Measured on two CPU cores with --cpu_devices=2 (by configs/demo.py): 12,288 pairs of the flow and 900 steps of 32 in
+5 min 42 s. Fréchet distance to real emoji at one step: 3.4 (the flow 3.7, direct distillation 3.3, the teacher at 25
+steps 3.1); for prompts that name only a kind of emoji: 22.0 (35.2, 26.2, 12.7). With --config.loop.steps=300 for both:
+3.5 and 25.2, direct distillation 3.9 and 31.5 (README.md). Not yet measured: the paper's variants.
 """
 
 from ml_collections import ConfigDict
@@ -23,20 +24,15 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
     config = reflow.training()
     config.stage = "distill"
     config.model = ""  # the flow that makes the pairs; "" is DIR/reflow/export
-    config.init_from = ""  # whose weights it starts from; "" is config.model
+    config.init_from = ""  # weights to start from; "" is config.model
     config.pairs_folder = "reflow"  # folder of the workdir that holds pairs/
     config.output = "distill"  # folder of the workdir to train in
-    config.prompt_dropout = 0.0  # a one-step model is not guided
+    config.prompt_dropout = 0.0  # because a one-step model is not guided
     config.distance = "l2"  # or lpips
-    config.lpips = {
-        "model": "openmoji",  # embedded name, or a directory with lpips/
-        "trunk": "",
-        "heads": "",
-        "net": "vgg",  # or torchvision's vgg16 or alexnet .pth, and the lpips package's heads
-        "l2": 0.0,  # weight of the squared error added to it
-        "crop": 0,
-        "margin": 0,  # latents a side of the random piece compared, and around it; 0 for the whole picture
-    }
+    # model: embedded name or directory with lpips/. trunk, heads, net: instead of it, torchvision's vgg16 or alexnet
+    # .pth and the lpips package's heads. l2: weight of the squared error that is added. crop, margin: latents per side
+    # of the random crop that is compared, and around it; 0 compares the complete image.
+    config.lpips = {"model": "openmoji", "trunk": "", "heads": "", "net": "vgg", "l2": 0.0, "crop": 0, "margin": 0}
     config.remat.update({"vae": "none", "lpips": "none"})  # or attention, blocks
     config.match = 0.0  # share of each batch that keeps matching velocities at t > 0, for use at 2 and 4 steps
     config.reflow = reflow.get_config("sd15" if variant.startswith("sd15") else "openmoji")
@@ -47,13 +43,13 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
 
 def openmoji(config: ConfigDict) -> None:
     config.pairs = generate.get_config("openmoji")
-    config.pairs.update({"dynamics": "flow", "alpha": 1.0})  # the teacher's pairs were guided already
-    config.pairs.update({"N": 8, "count": 12288})  # straight paths take few steps, which leaves time for more of them
+    config.pairs.update({"dynamics": "flow", "alpha": 1.0})  # the teacher's pairs were already guided
+    config.pairs.update({"N": 8, "count": 12288})  # straight paths need few steps, which leaves time for more pairs
     reflow.emoji_budget(config, steps=900)
 
 
 def lpips(config: ConfigDict) -> None:
-    """The second phase of a model that L2 made, which is `config.init_from`: 400 × 32, LPIPS of the whole pictures."""
+    """The second phase: 400 steps of 32 on LPIPS of complete images, from the L2 model `config.init_from`."""
     openmoji(config)
     config.distance, config.output = "lpips", "distill_lpips"
     config.loop.steps = 400
@@ -61,7 +57,7 @@ def lpips(config: ConfigDict) -> None:
 
 
 def direct(config: ConfigDict) -> None:
-    """The teacher's own pairs, distilled without reflow."""
+    """Distillation of the teacher's own pairs, without reflow."""
     openmoji(config)
     config.model = "openmoji"
     config.pairs = config.reflow.pairs
@@ -69,16 +65,16 @@ def direct(config: ConfigDict) -> None:
 
 
 def sd15_l2(config: ConfigDict) -> None:
-    """1024 × 21,500 from the 2-rectified flow, 25 Euler steps, alpha 1.5."""
+    """21,500 steps of 1024 from the 2-rectified flow, whose pairs take 25 Euler steps at alpha 1.5."""
     config.pairs = generate.get_config("rf2")
     config.dtype = "bfloat16"
     config.remat.unet = "blocks"
-    config.batch_size, config.accumulate = 1024, 16  # 8 samples a device and micro-batch on 8 devices
+    config.batch_size, config.accumulate = 1024, 16  # 8 samples per device and micro-batch on 8 devices
     config.loop.update({"steps": 21_500, "save_every": 1000})
 
 
 def sd15_lpips(config: ConfigDict) -> None:
-    """1024 × 18,000 on the same pairs. LPIPS' trunk and resolution are not published: VGG16, on crops of 32 latents.
+    """18,000 steps of 1024 on the same pairs, with VGG16 on crops of 32 latents (the paper names neither).
 
     Needs torchvision's vgg16 state dict and the lpips package's weights/v0.1/vgg.pth: `--config.lpips.trunk`, `.heads`.
     """

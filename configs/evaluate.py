@@ -1,17 +1,18 @@
-"""How good, how fast and how straight: teacher, 2-rectified flow and one-step models, on one table.
+"""Quality, speed and straightness of teacher, 2-rectified flow and one-step models, in one table.
 
     python -m instaflow_jax.main --config=configs/evaluate.py --workdir=DIR --cpu_devices=2
     python -m instaflow_jax.main --config=configs/evaluate.py --workdir=DIR --config.extra='distill300|direct300'
-    python -m instaflow_jax.main --config=configs/evaluate.py:coco5k --workdir=DIR       # the paper's protocols,
+    python -m instaflow_jax.main --config=configs/evaluate.py:coco5k --workdir=DIR       # the paper's protocols:
     python -m instaflow_jax.main --config=configs/evaluate.py:coco30k --workdir=DIR      # see configs/evaluate_coco.py
 
-The first judges the embedded world: the teacher and whichever of DIR/reflow/export, DIR/distill/export,
-DIR/distill_lpips/export and DIR/direct/export is there. It writes DIR/evaluate/: results.json, table.md, few_steps.png,
-guidance.png, trajectories.png and grid.png. Started again it measures only what is new: another model, another number of steps.
+The first command evaluates the embedded world: the teacher, and those of DIR/reflow/export, DIR/distill/export,
+DIR/distill_lpips/export and DIR/direct/export that exist. It writes DIR/evaluate/: results.json, table.md,
+few_steps.png, guidance.png, trajectories.png and grid.png. A second run measures only what is new, such as
+another model or another number of steps.
 
-All rows draw the same prompts (full emoji names, without replacement) from the same noise, of a seed that no pairs used.
-Needs the package `matplotlib` (extra "demo"), as well as those that draw the emoji.
-Measured by configs/demo.py on two CPU cores: 5 min 13 s for 512 prompts of names and as many of kinds; README.md has the table.
+All rows use the same prompts (full emoji names, without replacement) and the same noise, of a seed that no pairs used.
+Needs the package `matplotlib` (extra "demo") and the packages that draw the emoji.
+Measured by configs/demo.py on two CPU cores (version 0.1): 5 min 13 s for 512 prompts of names and as many of kinds.
 """
 
 from ml_collections import ConfigDict
@@ -34,20 +35,20 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
 def openmoji() -> ConfigDict:
     config = ConfigDict()
     config.stage = "evaluate"
-    config.teacher = {"model": "openmoji", "alpha": 0.0, "N": (25, 8, 4, 2, 1)}  # alpha 0 is that of DIR/pairs
+    config.teacher = {"model": "openmoji", "alpha": 0.0, "N": (25, 8, 4, 2, 1)}  # alpha 0: that of DIR/pairs
     config.reflow = {"alpha": 1.0, "N": (25, 8, 4, 2, 1)}
     config.distill = {"alpha": 1.0, "N": (1, 2, 4, 8)}
     config.distill_lpips = {"alpha": 1.0, "N": (1, 2, 4)}
     config.direct = {"alpha": 1.0, "N": (1,)}
-    config.extra = ""  # other folders of the workdir, NAME|NAME, each with export/; judged as distill is
+    config.extra = ""  # other folders of the workdir, NAME|NAME, each with export/; evaluated like distill
     config.judge = "openmoji"  # embedded model or directory with clip/
-    config.data_dir = ""  # where the emoji are, or are drawn to; "" is WORKDIR/data
+    config.data_dir = ""  # holds the emoji, or they are drawn there; "" is WORKDIR/data
     config.count = 512  # prompts; a Fréchet distance depends on it
-    config.seed = 101  # of the noise, and of the choice of prompts; the next two are of other noise
+    config.seed = 101  # draws the prompts and the noise; the next two draw other noise
     config.neighbours = 3  # k of precision and recall
-    config.straightness = {"N": 25, "count": 128}  # Euler steps and samples of S
-    config.guidance = {"N": 4, "alphas": (1.0, 1.5, 2.0, 3.0, 4.0)}  # of the 2-rectified flow
-    config.show = {"prompts": PROMPTS, "path": "woman astronaut", "points": 6}  # of the grid, and of the trajectories
-    config.batch = 16  # pictures a device and call of the compiled program
-    config.repeats = 51  # runs that the seconds per image are the median of
+    config.straightness = {"N": 25, "count": 128}  # Euler steps and samples for S
+    config.guidance = {"N": 4, "alphas": (1.0, 1.5, 2.0, 3.0, 4.0)}  # for the 2-rectified flow
+    config.show = {"prompts": PROMPTS, "path": "woman astronaut", "points": 6}  # for the grid; for the trajectories
+    config.batch = 16  # images a device and call of the compiled program
+    config.repeats = 51  # runs; the seconds per image are their median
     return config

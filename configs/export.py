@@ -1,19 +1,20 @@
-"""Export: a trained flow in forms that others run without this package, with a model card.
+"""Export: a trained flow in formats that run without this package, with a model card.
 
     python -m instaflow_jax.main --config=configs/export.py --workdir=DIR
-    python -m instaflow_jax.main --config=configs/export.py --workdir=DIR --config.model=DIR/reflow --config.output=export_flow
+    python -m instaflow_jax.main --config=configs/export.py --workdir=DIR --config.model=DIR/reflow \\
+        --config.output=export_flow
     python -m instaflow_jax.main --config=configs/export.py:sd15 --workdir=DIR --config.model=DIR/distill_lpips
 
-Writes DIR/export, whole or not at all:
+Writes DIR/export, all or nothing:
 
-    orbax/      the weights alone, restored by orbax-checkpoint in three lines
-    diffusers/  what PyTorch diffusers' stock StableDiffusionPipeline.from_pretrained runs
-    stablehlo/  the program (token ids, noise → pictures) for cpu, cuda and tpu, and draw.py, which runs it with jax and
-                numpy alone
-    msgpack/    what diffusers' Flax classes (until 0.39) read
-    README.md   the model card, with the lines to type for each
+    orbax/      the weights; orbax-checkpoint restores them in three lines
+    diffusers/  for StableDiffusionPipeline.from_pretrained of PyTorch diffusers
+    stablehlo/  the program (token ids, noise → images) for cpu, cuda and tpu, and draw.py, which runs it with only jax
+                and numpy
+    msgpack/    for the Flax classes of diffusers (up to 0.39)
+    README.md   the model card, with the code that loads each format
 
-Needs nothing: the flow is distilled first where it is absent.
+Needs nothing: a missing flow is distilled first.
 """
 
 from ml_collections import ConfigDict
@@ -25,15 +26,15 @@ VARIANTS = {"openmoji": {}, "sd15": {"dtype": "bfloat16", "prompts": "a hyper-re
 
 
 def get_config(variant: str = "openmoji") -> ConfigDict:
-    config = common.weights()  # .model may be a run directory too; "" is what distill left in WORKDIR
+    config = common.weights()  # .model may also be a run directory; "" is the run that distill makes in WORKDIR
     config.stage = "export"
-    config.weights = "ema"  # of a run directory; or params
-    config.dynamics = "auto"  # flow or teacher, where a directory in diffusers layout does not say it right
+    config.weights = "ema"  # or params; which weights of a run directory
+    config.dynamics = "auto"  # flow or teacher, if a directory in diffusers layout does not state it correctly
     config.formats = FORMATS
-    config.convention = "stock"  # of diffusers/; or released, the authors' sign and scheduler, for their own code
-    config.prompts = "woman astronaut|red apple|cat face"  # whose token ids go beside that program
-    config.output = "export"  # folder of the workdir to write
-    config.replace = False  # puts the new export in the place of one that is there
+    config.convention = "stock"  # of diffusers/; or released: the authors' sign and scheduler, for their own code
+    config.prompts = "woman astronaut|red apple|cat face"  # whose token ids are written beside the program
+    config.output = "export"  # folder of the workdir to write to
+    config.replace = False  # whether to replace an existing export
     config.distill = distill.get_config("sd15_l2" if variant == "sd15" else "openmoji")
     config.update(common.pick(VARIANTS, variant))
     return config.lock()

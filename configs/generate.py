@@ -4,23 +4,23 @@
     python -m instaflow_jax.main --config=configs/generate.py:sd15 --config.prompts.source='laion/*.parquet' \\
         --config.prompts.column=TEXT --config.count=3200000 --config.plan=true
 
-Writes DIR/pairs, which TFDS opens (`tfds.builder_from_directory`) and training reads. It may be killed at any moment:
-started again with the same config it makes the shards that are missing. Several machines share the work with
+Writes DIR/pairs, which TFDS (`tfds.builder_from_directory`) and training read. The run can be killed at any time;
+started again with the same config, it makes the missing shards. Several machines can share the work with
 `--config.processes=4 --config.process=0` (to 3) and one directory.
 
-Noise, prompts and token ids of pair i depend on the seed, the prompts and i alone. So does X1, to the byte, for any number
-of CPU devices and processes; another batch size, kind of device or version of XLA may change its last bit of float16.
+Noise, prompt and token ids of pair i depend only on the seed, the prompts and i. So do the bytes of X1, on any number
+of CPU devices and processes; another batch size, device type or XLA version may change the last bit of float16.
 
-Measured with the first command on two CPU cores: 4,096 pairs in 3 min 36 s, start and compilation included (19.5 pairs/s;
-10.9 with the CPU left whole). A pair is 7.03 GFLOP and 0.10 core-seconds, almost all of it in the UNet's convolutions and
-products at 65 GFLOP/s a core, which bound it. Not measured on a GPU.
+Measured with the first command on two CPU cores (version 0.1): 4,096 pairs in 3 min 36 s with start-up and compilation
+(19.5 pairs/s; 10.9 without --cpu_devices=2). A pair takes 7.03 GFLOP and 0.10 core-seconds, nearly all in the UNet's
+convolutions and matrix products, which run at 65 GFLOP/s per core. Not yet measured on a GPU.
 """
 
 from ml_collections import ConfigDict
 
 from configs import common
 
-# Stable Diffusion as in the paper; 2-rectified flow as the teacher of distillation
+# sd15: the paper's teacher; rf2: 2-rectified flow, the teacher of distillation
 _LARGE = {"shard_size": 8192, "dtype": "bfloat16"}
 VARIANTS = {
     "openmoji": {"model": "openmoji", "N": 25, "alpha": 3.0, "count": 4096},
@@ -32,23 +32,23 @@ VARIANTS = {
 def get_config(variant: str = "openmoji") -> ConfigDict:
     config = common.solving()
     config.stage = "generate"
-    config.count = 0  # pairs; 0 is one for each prompt, and more than there are prompts begins them again
-    config.seed = 0  # with a pair's number, all that its noise depends on
+    config.count = 0  # number of pairs; 0 means one per prompt; prompts repeat if there are fewer
+    config.seed = 0  # seed and pair number determine the noise
     config.prompts = {
         "source": "openmoji",  # or a .txt, .jsonl or .parquet file, a glob of them, or tfds:NAME
-        "column": "",  # where the text is in JSONL, Parquet or TFDS: "TEXT", "captions.text"
-        "split": "train",  # of a TFDS set
-        "data_dir": "",  # of TFDS; "" is its default
-        "cleaning": {"normalize": True, "min_chars": 1, "max_chars": 0, "unique": False},  # data/prompts.py explains
+        "column": "",  # column of the text in JSONL, Parquet or TFDS: "TEXT", "captions.text"
+        "split": "train",  # TFDS split
+        "data_dir": "",  # directory of TFDS sets; "" means TFDS's default
+        "cleaning": {"normalize": True, "min_chars": 1, "max_chars": 0, "unique": False},  # see data/prompts.py
     }
-    config.batch = 16  # pairs a device and call of the compiled program
-    config.shard_size = 128  # pairs a file, what a kill can cost; a multiple of batch × devices wastes nothing
-    config.store_noise = True  # False keeps a checksum of X0 in its place and draws it again when read
-    config.processes = 0  # that share the work; 0 takes what jax.distributed knows
-    config.process = 0  # this one
+    config.batch = 16  # pairs per device and call of the compiled program
+    config.shard_size = 128  # pairs per file; a kill loses at most one file; best a multiple of batch × devices
+    config.store_noise = True  # False stores a checksum of X0 instead, and regenerates X0 when reading
+    config.processes = 0  # number of processes that share the work; 0 takes it from jax.distributed
+    config.process = 0  # number of this process
     config.preview = 8  # pairs drawn in preview.png
-    config.inspect = False  # only check and show what is there
-    config.plan = False  # only say what it would cost,
-    config.plan_devices = 8  # ... on so many devices
+    config.inspect = False  # only check and show existing pairs
+    config.plan = False  # only print what the run would cost,
+    config.plan_devices = 8  # ... also on this many devices
     config.update(common.pick(VARIANTS, variant))
     return config.lock()

@@ -1,14 +1,16 @@
-"""Pictures from prompts, by a teacher or a flow in diffusers layout.
+"""Images from prompts, by a teacher or a flow in diffusers layout.
 
     python -m instaflow_jax.main --config=configs/sample.py --config.prompts='red apple|cat face'
     python -m instaflow_jax.main --config=configs/sample.py:instaflow --config.prompts=prompts.txt
     python -m instaflow_jax.main --config=configs/sample.py:sd15 --config.model=DIR_OR_HUB_ID
-    python -m instaflow_jax.main --config=configs/sample.py:sd15 --config.model=FILE.safetensors --config.base=DIR_OR_HUB_ID
-    python -m instaflow_jax.main --config=configs/sample.py:instaflow --config.delta.custom=DIR --config.loras='FILE=0.8|FILE2=0.5'
+    python -m instaflow_jax.main --config=configs/sample.py:sd15 --config.model=FILE.safetensors \\
+        --config.base=DIR_OR_HUB_ID
+    python -m instaflow_jax.main --config=configs/sample.py:instaflow --config.delta.custom=DIR \\
+        --config.loras='FILE=0.8|FILE2=0.5'
 
 Variants: openmoji (embedded, the default; runs on a laptop), sd15, sd21, rf2 (the released 2-rectified flow) and
 instaflow (the released one-step model). Writes WORKDIR/sample/*.png, each with its prompt, seed and settings in its
-metadata, and a grid with a row a prompt and a column a seed.
+metadata, and grid.png with one row per prompt and one column per seed.
 """
 
 from ml_collections import ConfigDict
@@ -28,8 +30,8 @@ VARIANTS = {
 def get_config(variant: str = "openmoji") -> ConfigDict:
     config = common.solving()
     config.stage = "sample"
-    config.prompts = "woman astronaut|red apple|cat face|house"  # split at |, or a text file with a prompt a line
-    config.seeds = (0, 1, 2, 3)  # a picture for each prompt and seed
-    config.batch = 8  # pictures a call of the compiled program
+    config.prompts = "woman astronaut|red apple|cat face|house"  # separated by |, or a text file with one per line
+    config.seeds = (0, 1, 2, 3)  # one image for each prompt and seed
+    config.batch = 8  # images per device and call of the compiled program
     config.update(common.pick(VARIANTS, variant))
     return config.lock()

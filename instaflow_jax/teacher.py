@@ -15,8 +15,8 @@ import numpy as np
 
 from instaflow_jax.arrays import Latent, Predict, Timestep, Velocity
 
-# The fields that shape the ODE, with the value diffusers' schedulers take where a file is silent.
-# A timestep spacing left out is the solver's own: leading for DDIM, linspace for DPM-Solver++.
+# The fields that shape the ODE, with the value that diffusers' schedulers use for a field missing from the file.
+# A missing timestep spacing means the solver's own: leading for DDIM, linspace for DPM-Solver++.
 DEFAULTS = MappingProxyType(
     {
         "num_train_timesteps": 1000,
@@ -32,11 +32,13 @@ DEFAULTS = MappingProxyType(
         "final_sigmas_type": "zero",
     }
 )
-# What a file may say. Fields of solvers we lack are here so that a file which asks for them is refused.
+# The values a file may have. Fields of solvers that are not here are listed so that a file with them is refused.
 SUPPORTED = MappingProxyType(
     {
-        "_class_name": ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler")
-        + ("EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler", "PNDMScheduler"),
+        "_class_name": (
+            *("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"),
+            *("EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler", "PNDMScheduler"),
+        ),
         "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
         "prediction_type": ("epsilon", "v_prediction", "sample"),
         "timestep_spacing": ("leading", "trailing", "linspace", None),
@@ -54,7 +56,7 @@ SUPPORTED = MappingProxyType(
         **dict.fromkeys(["use_lu_lambdas", "use_flow_sigmas"], (False, None)),
     }
 )
-# Fields that change nothing once those above hold.
+# Fields that have no effect under the values above.
 INERT = frozenset(["clip_sample_range", "dynamic_thresholding_ratio", "flow_shift", "interpolation_type"]) | frozenset(
     ["sample_max_value", "sigma_max", "sigma_min", "skip_prk_steps", "time_shift_type"]
 )
@@ -62,9 +64,9 @@ INERT = frozenset(["clip_sample_range", "dynamic_thresholding_ratio", "flow_shif
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """What a teacher was trained on, and how its file wants the time grid laid. See `read_schedule`."""
+    """A teacher's noise schedule, and the time grid that its file asks for; see `read_schedule`."""
 
-    abar: np.ndarray  # [T] float64, DDPM's cumulated alpha-bar at tau = 0 .. T-1; falls
+    abar: np.ndarray  # [T] float64, DDPM's cumulative product at tau = 0 .. T-1; decreases
     prediction_type: str
     timestep_spacing: str | None
     steps_offset: int
@@ -73,16 +75,16 @@ class Schedule:
 
 
 def read_schedule(config: Mapping[str, Any]) -> Schedule:
-    """The schedule a diffusers `scheduler_config.json` (parsed) describes.
+    """The schedule that a diffusers `scheduler_config.json` (parsed) describes.
 
-    A field left out takes the value diffusers' `from_config` would give the solver, whichever class wrote the
-    file. One exception: `clip_sample` left out means no clipping, as latents are never clipped.
+    A missing field gets the value that diffusers' `from_config` would give the solver, whichever class wrote the file.
+    One exception: a missing `clip_sample` means no clipping, since latents are never clipped.
 
     Raises:
-      ValueError: an unknown field, or a field whose value is not supported; names field, value and choices.
+      ValueError: an unknown field or an unsupported value; names the field, the value and the choices.
     """
-    silent = set(config["_use_default_values"]) if "_use_default_values" in config else set()
-    given = {k: v for k, v in config.items() if k not in silent}
+    unset = set(config["_use_default_values"]) if "_use_default_values" in config else set()
+    given = {k: v for k, v in config.items() if k not in unset}
     for field, value in given.items():
         _check_field(field, value)
     if "_class_name" not in given:
@@ -111,7 +113,7 @@ def _abar(fields):
     T = fields["num_train_timesteps"]
     if betas.shape != (T,):
         raise ValueError(f"scheduler config: trained_betas has shape {betas.shape}, but num_train_timesteps={T}")
-    if not np.all((0 < betas) & (betas < 1)):
+    if not np.all((betas > 0) & (betas < 1)):
         raise ValueError(f"scheduler config: betas run from {betas.min():g} to {betas.max():g}, but must lie in (0, 1)")
     abar = np.cumprod(1 - betas)
     if fields["rescale_betas_zero_snr"]:
@@ -149,16 +151,16 @@ def positive_abar(schedule: Schedule) -> np.ndarray:
 
 
 def teacher_velocity(predict: Predict, schedule: Schedule) -> Velocity:
-    """The teacher's ODE in the clothes of a rectified flow: v(Z, t), t in [0, 1] from noise to data.
+    """The teacher's ODE as a rectified flow: its velocity v(Z, t), t in [0, 1] from noise to data.
 
-    Put Z = x / (alpha + sigma) and t = alpha / (alpha + sigma). Then Z = t X1 + (1 - t) eps, the straight
+    Let Z = x / (alpha + sigma) and t = alpha / (alpha + sigma). Then Z = t X1 + (1 - t) eps, the straight
     interpolation. Along the ODE, d(x / alpha) = eps d(sigma / alpha); with x / alpha = Z / t and
     sigma / alpha = (1 - t) / t that is dZ/dt = (Z - eps) / t = D - eps, the predicted data less the predicted noise.
     In a variance-preserving schedule alpha + sigma = 1 / sqrt(t^2 + (1 - t)^2).
 
-    The network's real-valued tau comes from log-SNR, lambda = log(t / (1 - t)), interpolated in the schedule's own.
-    Beyond the schedule's ends the field is that of the end: t is clipped, so it takes Z_0 = XT as the solvers do,
-    and a last step from the upper end arrives at D. `predict` must take a float tau.
+    The network's real-valued tau is found by interpolating lambda = log(t / (1 - t)) in the schedule's own lambda.
+    Beyond the schedule's ends the velocity is the one at the end: t is clipped. So Z_0 = XT is a valid start, as it is
+    for the solvers, and a last step from the upper end lands on D. `predict` must accept a float tau.
     """
     alpha, sigma = alpha_sigma(positive_abar(schedule))
     ends = (alpha / (alpha + sigma))[[-1, 0]]
@@ -183,13 +185,13 @@ def _data_minus_noise(prediction_type, x, out, alpha, sigma):
 
 
 def add_noise(schedule: Schedule, X1: Latent, eps: Latent, tau: Timestep) -> Latent:
-    """x = sqrt(abar) X1 + sqrt(1 - abar) eps at integer times tau [B] in 0 .. T-1 (DDPM's forward process)."""
+    """x = sqrt(abar) X1 + sqrt(1 - abar) eps at integer timesteps tau [B] in 0 .. T-1 (DDPM's forward process)."""
     alpha, sigma = _levels(schedule, tau)
     return alpha * X1 + sigma * eps
 
 
 def training_target(schedule: Schedule, X1: Latent, eps: Latent, tau: Timestep) -> Latent:
-    """What the network is to say at `add_noise(schedule, X1, eps, tau)`: eps, v = alpha eps - sigma X1, or X1."""
+    """The network's target at `add_noise(schedule, X1, eps, tau)`: eps, v = alpha eps - sigma X1, or X1."""
     if schedule.prediction_type == "epsilon":
         return eps
     if schedule.prediction_type == "sample":

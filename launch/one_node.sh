@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# A run on this machine's GPUs, one process for all of them. Arguments go to the stage, e.g.
+# Runs a stage on this machine's GPUs, in one process. Arguments go to the stage, e.g.
 #   launch/one_node.sh --config=configs/reflow.py:sd15 --workdir=runs/sd15
-# Killed, or told to stop by SIGTERM, on which training saves: the same line started again resumes. On a machine that may
-# be taken away, let it be started at boot (a systemd unit, a start-up script).
+# On SIGTERM, training saves and stops. The same command resumes a run that was stopped or killed. On a machine that
+# may be preempted, start it at boot (a systemd unit, a start-up script).
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-install gpu
+install gpu,train
 exec python -m instaflow_jax.main "$@"

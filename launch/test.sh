@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
-# Sets everything up and runs the tests on the CPU. Arguments go to pytest, e.g. launch/test.sh tests/test_flow.py
+# Installs everything and runs the tests on the CPU. Arguments go to pytest, e.g.
+#   launch/test.sh -m "not slow"          # about a minute
+#   launch/test.sh tests/test_flow.py
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 install test
-exec env JAX_PLATFORMS=cpu python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "$@" # compiling keeps one core busy a process
+# Two processes: compiling keeps one core busy in each.
+exec env JAX_PLATFORMS=cpu python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "$@"

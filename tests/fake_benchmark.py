@@ -1,11 +1,11 @@
-"""Sides without a model for the tests of the benchmarks' harness: a module that their processes import quickly."""
+"""Sides without a model, for the tests of the benchmark harness; their processes import this module quickly."""
 
 import numpy as np
 
 from benchmarks.timing import Call
 
 
-def pretended(*, memory: int, done: str = "") -> dict[str, Call]:
+def fake(*, memory: int, done: str = "") -> dict[str, Call]:
     """A side without a model."""
     held = []
 

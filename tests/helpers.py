@@ -1,5 +1,6 @@
 """Builders and helpers that several test files share."""
 
+import inspect
 import io
 import json
 import re
@@ -410,7 +411,7 @@ def small_inception(path) -> features.FeatureNet:
     return look, weights
 
 
-# ---------------------------------------------------------------- single files in the original naming, by its own constructors
+# ---------------------------------------------------------------- single files in the original naming
 
 
 def unet_modules(config):
@@ -544,13 +545,16 @@ def to_openclip(text):
     return {prefix + key: tensor for key, tensor in state.items()}
 
 
-# ---------------------------------------------------------------- README's commands
+# ---------------------------------------------------------------- commands in README and docs/
 
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
+    (ROOT / "docs").glob("*.md")
+)
+TEXT = "\n".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
 
 
-FENCES = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+FENCES = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
 
 
 MAIN = ["python", "-m", "instaflow_jax.main"]
@@ -565,7 +569,7 @@ def commands_of(text: str, begin: list[str]) -> list[list[str]]:
 def commands(*begin: str) -> list[list[str]]:
     """Words of the commands that begin so, in shell blocks and in running text, each once."""
     text = "\n".join(
-        [text for language, text in FENCES if language == "bash"] + re.findall(r"`(python -m [^`\n]+)`", README)
+        [text for language, text in FENCES if language == "bash"] + re.findall(r"`(python -m [^`\n]+)`", TEXT)
     )
     return [list(words) for words in dict.fromkeys(tuple(words) for words in commands_of(text, list(begin)))]
 
@@ -597,3 +601,8 @@ def free_port():
 def normal(seed: int, *shape: int) -> np.ndarray:
     """Standard normal float32 numbers, the same for torch and JAX."""
     return np.asarray(jax.random.normal(jax.random.key(seed), shape), np.float32)
+
+
+def unchecked(function):
+    """The function without the run-time type checker, for tests of what it does with a wrong type."""
+    return inspect.unwrap(function)

@@ -1,4 +1,4 @@
-"""The embedded models: whole, small, open in the reference libraries, and the same pictures there as here."""
+"""The embedded models: complete, small, readable by the reference libraries, with the same images there as here."""
 
 import json
 
@@ -31,17 +31,18 @@ def test_every_part_has_a_card_with_licence_and_attribution(part):
     assert "CC BY-SA 4.0" in card and "OpenMoji" in card
 
 
-def test_autoencoder_gives_back_discs_that_it_was_never_shown(pipe):
+def test_autoencoder_reconstructs_discs_that_it_was_not_trained_on(pipe):
     net, params = pipe.nets["vae"], pipe.params["vae"]
     colors = np.array([[1, -0.7, -0.7], [-0.4, -0.2, 0.9], [0.9, 0.8, -0.5]], np.float32)
     y, x = np.mgrid[:32, :32] - 15.5
     pixels = np.where((x**2 + y**2 < 100)[None, :, :, None], colors[:, None, None], 1.0).astype(np.float32)
-    made = np.asarray(net.apply(params, pixels))
-    assert 10 * np.log10(4 / np.mean((made - pixels) ** 2)) > 18
+    output = np.asarray(net.apply(params, pixels))
+    assert 10 * np.log10(4 / np.mean((output - pixels) ** 2)) > 18
 
 
+@pytest.mark.slow
 def test_prompts_make_a_difference(pipe):
-    """Pictures of two prompts from the same noise differ by more than guidance noise would make them."""
+    """Images of two prompts from the same noise differ by more than noise in the guidance would explain."""
     solve = sampling.make_solve(
         pipe.nets["unet"].apply, sampling.read_dynamics(pipe.scheduler, pipe.index, "auto"), "auto", 8, 3.0
     )
@@ -53,7 +54,7 @@ def test_prompts_make_a_difference(pipe):
     assert np.abs(apple - tree).mean() > 15
 
 
-def test_the_judges_open_and_their_trunk_is_one(pipe):
+def test_classifier_and_lpips_share_one_trunk_and_clip_fits_the_tokenizer(pipe):
     clip, _ = CLIPModel.from_pretrained(DIRECTORY, "clip")
     assert clip.config.text_config.vocab_size == pipe.nets["text_encoder"].config.vocab_size
     _, trunk = VGGClassifier.from_pretrained(DIRECTORY, "classifier")
@@ -63,7 +64,8 @@ def test_the_judges_open_and_their_trunk_is_one(pipe):
     assert all((params[name] >= 0).all() for name in params if name.startswith("lin"))
 
 
-def test_diffusers_makes_the_same_pictures_from_the_same_noise(pipe, torch):
+@pytest.mark.slow
+def test_diffusers_gives_the_same_images_from_the_same_noise(pipe, torch):
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
     N, alpha = 10, 3.0
@@ -89,7 +91,7 @@ def test_diffusers_makes_the_same_pictures_from_the_same_noise(pipe, torch):
     np.testing.assert_allclose(ours.clip(0, 1), theirs, atol=1e-4)
 
 
-def test_transformers_embeds_as_we_do(pipe, torch):
+def test_transformers_gives_the_same_embeddings(pipe, torch):
     from transformers import CLIPModel as Reference
     from transformers import CLIPTokenizer
 

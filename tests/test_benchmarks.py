@@ -1,4 +1,4 @@
-"""The harness of the benchmarks: arithmetic of the table, two processes in turn, and both sides computing the same."""
+"""The benchmark harness: the table's arithmetic, two processes in turn, and both sides computing the same."""
 
 import dataclasses
 import time
@@ -79,11 +79,12 @@ def test_the_table_names_machine_and_versions():
     assert len(rows) == 3 and len({line.count("|") for line in rows}) == 1
 
 
+@pytest.mark.slow
 def test_sides_take_turns_and_keep_their_own_memory(tmp_path):
     log = tmp_path / "log"
     with (
-        Side(Spec("fake_benchmark", "pretended", {"memory": 2**26, "done": str(log)})) as ours,
-        Side(Spec("fake_benchmark", "pretended", {"memory": 2**28, "done": str(log)})) as theirs,
+        Side(Spec("fake_benchmark", "fake", {"memory": 2**26, "done": str(log)})) as ours,
+        Side(Spec("fake_benchmark", "fake", {"memory": 2**28, "done": str(log)})) as theirs,
     ):
         rows = timing.compare(ours, theirs, "the other", 2)
     assert [row.title for row in rows] == ["work"]  # what only one side has is left out
@@ -93,26 +94,27 @@ def test_sides_take_turns_and_keep_their_own_memory(tmp_path):
     assert 2**27 < theirs.peak - ours.peak < 2**28
 
 
-def test_a_peer_that_fails_is_told_and_the_rest_goes_on(capfd):
+@pytest.mark.slow
+def test_a_peer_that_fails_is_reported_and_the_rest_goes_on(capfd):
     group = run.Group(
-        Spec("fake_benchmark", "pretended", {"memory": 8}),
-        {"broken": Spec("fake_benchmark", "failing"), "whole": Spec("fake_benchmark", "pretended", {"memory": 9})},
+        Spec("fake_benchmark", "fake", {"memory": 8}),
+        {"broken": Spec("fake_benchmark", "failing"), "working": Spec("fake_benchmark", "fake", {"memory": 9})},
     )
     rows, failed = run.measure("some", group, 1)
-    assert [row.peer for row in rows] == ["whole"]
+    assert [row.peer for row in rows] == ["working"]
     assert failed == ["some: broken ended early"]
     assert "ZeroDivisionError" in capfd.readouterr().err
 
 
-def test_a_process_started_afresh_is_timed_with_its_memory():
+def test_a_new_process_is_timed_with_its_memory():
     import sys
 
     call = timing.process(
         [sys.executable, "-c", "import os; assert os.environ['WANTED'] == '1'; b = bytes(2**27)"], {"WANTED": "1"}
     )
-    began = time.perf_counter()
+    start = time.perf_counter()
     call.run()
-    assert time.perf_counter() > began and call.memory() > 2**27
+    assert time.perf_counter() > start and call.memory() > 2**27
     with pytest.raises(RuntimeError, match="ended with 3"):
         timing.process([sys.executable, "-c", "raise SystemExit(3)"], {}).run()
 
@@ -140,6 +142,7 @@ def test_the_teachers_image_is_added_up_from_its_parts():
     assert run.teacher_image(rows[1:]) == ""
 
 
+@pytest.mark.slow
 def test_every_call_of_inference_runs_on_both_sides():
     references()
     flops = dict.fromkeys(TINY, 1.0)
@@ -157,6 +160,7 @@ def test_every_call_of_inference_runs_on_both_sides():
         torch.set_grad_enabled(True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2])
 def test_the_old_flax_classes_run_every_call_too(steps):
     size = {"configs": TINY, "latent": 8, "batches": [2], "steps": steps}
@@ -168,6 +172,7 @@ def test_the_old_flax_classes_run_every_call_too(steps):
     assert solved.shape == (1, 4, 8, 8) and np.isfinite(solved).all()
 
 
+@pytest.mark.slow
 def test_the_twin_computes_the_same_losses():
     torch = references()
     pipe = pipeline.load("openmoji", variant=None, attention="xla")

@@ -21,7 +21,7 @@ def mesh():
 
 
 def some_state(seed=0):
-    """A state whose every array is random, so that it neither compresses nor hides a mix-up."""
+    """A state of random arrays, so that it does not compress and exchanged arrays are noticed."""
     made = state.create(toy.params(jax.random.key(seed)), toy.optimizer())
     leaves, structure = jax.tree.flatten(made)
     random = np.random.default_rng(seed)
@@ -51,7 +51,7 @@ def assert_equal(a, b):
         np.testing.assert_array_equal(values, b[name], err_msg=name)
 
 
-def test_everything_comes_back(tmp_path, mesh):
+def test_a_saved_state_is_restored(tmp_path, mesh):
     save(tmp_path, [3, 7])
     found, position = restore(tmp_path, devices.abstract(some_state(), mesh))
     assert_equal(found, some_state(7))
@@ -59,61 +59,61 @@ def test_everything_comes_back(tmp_path, mesh):
     assert checkpoint.load_config(tmp_path, step=3) == CONFIG
 
 
-def test_names_and_bfloat16_come_back(tmp_path, mesh):
-    """Dotted names that are beginnings of one another, and a dtype that numpy does not have."""
+def test_dotted_names_and_bfloat16_are_restored(tmp_path, mesh):
+    """Names that are prefixes of one another, and a dtype that numpy does not have."""
     params = {"a": jnp.ones(3), "a.b": jnp.ones(2, jnp.bfloat16), "a.b.c": jnp.float32(4), "0.a/b": jnp.ones(1)}
     made = state.create(params, toy.optimizer())
     save(tmp_path, [1], item=made)
     assert_equal(restore(tmp_path, devices.abstract(made, mesh))[0], made)
 
 
-def test_ema_is_read_alone(tmp_path, mesh):
+def test_only_ema_is_read(tmp_path, mesh):
     save(tmp_path, [3, 7])
     for item in ("params", "optimizer"):
         for path in sorted((tmp_path / "7" / item).rglob("*")):
             if path.is_file():
                 path.unlink()
-    assert_equal(checkpoint.load_ema(tmp_path, mesh, step=None, like=None), some_state(7).ema)
-    assert_equal(checkpoint.load_ema(tmp_path, mesh, step=3, like=some_state().ema), some_state(3).ema)
+    assert_equal(checkpoint.load_weights(tmp_path, "ema", mesh, step=None, like=None), some_state(7).ema)
+    assert_equal(checkpoint.load_weights(tmp_path, "ema", mesh, step=3, like=some_state().ema), some_state(3).ema)
 
 
 def test_the_newest_and_every_nth_are_kept(tmp_path):
     save(tmp_path, range(1, 8), keep_last=2, keep_every=3)
-    assert checkpoint.whole_steps(tmp_path) == [3, 6, 7]
+    assert checkpoint.complete_steps(tmp_path) == [3, 6, 7]
     with pytest.raises(ValueError, match="keep_last=0"):
         Checkpoints(tmp_path, keep_last=0, keep_every=0)
 
 
-def test_a_checkpoint_broken_off_is_not_seen_and_is_cleared_away(tmp_path, mesh):
+def test_an_incomplete_checkpoint_is_ignored_and_deleted(tmp_path, mesh):
     save(tmp_path, [3])
     (tmp_path / "9.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
-    assert checkpoint.whole_steps(tmp_path) == [3]
+    assert checkpoint.complete_steps(tmp_path) == [3]
     assert_equal(restore(tmp_path, devices.abstract(some_state(), mesh))[0], some_state(3))
     save(tmp_path, [9])
-    assert checkpoint.whole_steps(tmp_path) == [3, 9]
+    assert checkpoint.complete_steps(tmp_path) == [3, 9]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "9"]
 
 
-def test_what_is_not_there_is_named(tmp_path, mesh):
+def test_a_missing_checkpoint_is_named(tmp_path, mesh):
     with pytest.raises(FileNotFoundError, match="no checkpoint yet"):
         restore(tmp_path, devices.abstract(some_state(), mesh))
     save(tmp_path, [3])
     with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 4, only of \[3\]"):
-        checkpoint.load_ema(tmp_path, mesh, step=4, like=None)
+        checkpoint.load_weights(tmp_path, "ema", mesh, step=4, like=None)
 
 
-def test_arrays_that_do_not_match_are_all_named(tmp_path, mesh):
+def test_all_arrays_that_do_not_match_are_named(tmp_path, mesh):
     save(tmp_path, [3])
     params = some_state().params
     bias = params["up.bias"]
     wanted = {"up.kernel": params["up.kernel"].T, "up.bias": bias.astype(jnp.bfloat16), "new": bias}
-    with pytest.raises(ValueError, match="not those asked for") as refused:
-        checkpoint.load_ema(tmp_path, mesh, step=None, like=wanted)
+    with pytest.raises(ValueError, match="not the expected ones") as refused:
+        checkpoint.load_weights(tmp_path, "ema", mesh, step=None, like=wanted)
     for offender in (
         "missing: new",
-        "not wanted: down.kernel",
-        "up.kernel: saved (128, 256) float32, wanted (256, 128) float32",
-        "up.bias: saved (256,) float32, wanted (256,) bfloat16",
+        "unexpected: down.kernel",
+        "up.kernel: saved (128, 256) float32, expected (256, 128) float32",
+        "up.bias: saved (256,) float32, expected (256,) bfloat16",
     ):
         assert offender in str(refused.value)
     assert len(str(refused.value).splitlines()) == 5
@@ -126,7 +126,7 @@ def test_another_optimizer_is_refused(tmp_path, mesh):
         restore(tmp_path, devices.abstract(like, mesh))
 
 
-def test_the_state_may_be_donated_while_it_is_being_written(tmp_path, mesh):
+def test_the_state_may_be_donated_during_the_write(tmp_path, mesh):
     advance = jax.jit(lambda state: jax.tree.map(lambda a: a + 1, state), donate_argnums=0)
     checkpoints = Checkpoints(tmp_path, keep_last=1, keep_every=0)
     current = some_state(5)
@@ -141,11 +141,16 @@ def test_the_state_may_be_donated_while_it_is_being_written(tmp_path, mesh):
         np.testing.assert_array_equal(values, saved[name], err_msg=name)
 
 
+def save_and_wait(checkpoints):
+    checkpoints.save(9, some_state(), {}, {})
+    checkpoints.wait()
+
+
 @contextlib.contextmanager
 def full_disk():
-    """No file may grow beyond 20 kB in here, which the system reports as it does a full disk.
+    """Limits files to 20 kB, which the system reports like a full disk.
 
-    Nor may pytest's own output, if it goes to a file: hence as short as can be.
+    The limit also applies to pytest's own output if that goes to a file, so use it for as few lines as possible.
     """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
@@ -155,12 +160,11 @@ def full_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_is_one_error_and_older_checkpoints_stay_good(tmp_path, mesh):
+def test_a_full_disk_is_one_error_and_older_checkpoints_stay_readable(tmp_path, mesh):
     save(tmp_path, [3, 6])
     checkpoints = Checkpoints(tmp_path, keep_last=1, keep_every=0)
-    with full_disk():  # to the end: what is written in the background must not find room again
-        with pytest.raises(OSError, match=r"could not be written.*steps \[3, 6\] are whole"):
-            checkpoints.save(9, some_state(), {}, {})
-            checkpoints.wait()
-        assert checkpoint.whole_steps(tmp_path) == [3, 6]
+    with full_disk():  # to the end, because the background thread must not find space again
+        with pytest.raises(OSError, match=r"cannot write a checkpoint.*steps \[3, 6\] are complete"):
+            save_and_wait(checkpoints)
+        assert checkpoint.complete_steps(tmp_path) == [3, 6]
         assert_equal(restore(tmp_path, devices.abstract(some_state(), mesh))[0], some_state(6))

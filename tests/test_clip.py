@@ -130,7 +130,7 @@ def weights(reference):
     ],
     ids=["safetensors", "sharded", "bin", "fp16", "bin-sharded"],
 )
-def test_every_form_that_transformers_writes_is_read(form, tmp_path):
+def test_every_file_format_of_transformers_is_read(form, tmp_path):
     reference = clip_model("gelu")
     half = "variant" in form
     (reference.half() if half else reference).save_pretrained(tmp_path / "theirs", **form)
@@ -138,8 +138,8 @@ def test_every_form_that_transformers_writes_is_read(form, tmp_path):
     net.save_pretrained(params, tmp_path / "ours", **({"dtype": np.float16, "variant": "fp16"} if half else {}))
     from transformers import CLIPModel as Reference
 
-    again = Reference.from_pretrained(tmp_path / "ours", variant=form.get("variant"))
-    want, got = weights(reference), weights(again)
+    restored = Reference.from_pretrained(tmp_path / "ours", variant=form.get("variant"))
+    want, got = weights(reference), weights(restored)
     assert got.keys() == want.keys()
     for key, array in want.items():
         assert got[key].shape == array.shape, key  # assert_array_equal would take (1,) for ()
@@ -153,17 +153,17 @@ def test_every_form_that_transformers_writes_is_read(form, tmp_path):
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "stream"])
 def test_both_containers_of_torch_save_give_the_same_weights(legacy, torch, tmp_path):
     reference = clip_model("gelu")
-    reference.save_pretrained(tmp_path / "whole")
+    reference.save_pretrained(tmp_path / "safetensors")
     reference.config.save_pretrained(tmp_path / "pickled")
     torch.save(
         reference.state_dict(), tmp_path / "pickled" / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy
     )
-    want, got = (CLIPModel.from_pretrained(tmp_path / name)[1] for name in ("whole", "pickled"))
+    want, got = (CLIPModel.from_pretrained(tmp_path / name)[1] for name in ("safetensors", "pickled"))
     assert {k: (p.shape, p.tobytes()) for k, p in got.items()} == {k: (p.shape, p.tobytes()) for k, p in want.items()}
 
 
-def test_configs_mean_what_transformers_takes_them_for():
-    """Absent keys, and the older `*_config_dict`, which overrule `*_config` even where they are silent."""
+def test_configs_mean_the_same_as_in_transformers():
+    """Absent keys, and the older `*_config_dict`, which replace `*_config` even where they lack a key."""
     references()
     from transformers import CLIPConfig
 
@@ -207,10 +207,10 @@ def test_flax_files_go_both_ways(tmp_path):
     net.save_pretrained(params, tmp_path / "ours", form="flax")
     FlaxCLIPTextModel.from_pretrained(str(tmp_path / "ours")).save_pretrained(str(tmp_path / "theirs"))
     assert not list((tmp_path / "theirs").glob("*.safetensors"))
-    again = CLIPTextModel.from_pretrained(tmp_path / "theirs")[1]
-    assert again.keys() == params.keys()
+    restored = CLIPTextModel.from_pretrained(tmp_path / "theirs")[1]
+    assert restored.keys() == params.keys()
     for name, p in params.items():
-        np.testing.assert_array_equal(again[name], p, err_msg=name)
+        np.testing.assert_array_equal(restored[name], p, err_msg=name)
 
 
 def test_text_encoders_with_and_without_prefix_and_with_buffers_are_read(torch, tmp_path):
@@ -241,5 +241,5 @@ def test_wrong_inputs_and_configs_are_named(tmp_path):
     text_model().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 40, "num_attention_heads": 4}))
-    with pytest.raises(ValueError, match="misshapen.*the config asks for"):
+    with pytest.raises(ValueError, match=r"misshapen.*the config asks for"):
         CLIPTextModel.from_pretrained(tmp_path)

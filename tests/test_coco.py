@@ -2,7 +2,6 @@
 
 import io
 import json
-import runpy
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from helpers import COCO_COUNT, COCO_IDS, COCO_WORDS, captions_of, drawn, jpeg, small_inception
+from helpers import COCO_COUNT, COCO_IDS, COCO_WORDS, ROOT, captions_of, drawn, jpeg, read_config, small_inception
 from PIL import Image
 
 from instaflow_jax import main
@@ -19,16 +18,14 @@ from instaflow_jax.data import coco, records
 from instaflow_jax.evals import features
 from instaflow_jax.infra import images
 from instaflow_jax.models.inception import InceptionV3
-from instaflow_jax.stages.evaluate_coco import measures as evaluate_coco_measure
+from instaflow_jax.stages.evaluate_coco import measures
 from instaflow_jax.stages.evaluate_coco import stage as evaluate_coco
 from instaflow_jax.weights.tokenizer import Tokenizer
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
-    """The same photographs as TFDS's own coco_captions stores them, in two splits."""
+    """The same photographs in the format of TFDS's own coco_captions, in two splits."""
     f = tfds.features
     root = tmp_path_factory.mktemp("tfds") / "coco_captions" / "2014" / "1.1.0"
     root.mkdir(parents=True)
@@ -100,7 +97,7 @@ def test_a_photograph_is_resized_by_lanczos_and_cut_from_the_middle(width, heigh
     got = coco.square(Image.fromarray(pixels), 16)
     assert got.shape == (16, 16, 3) and got.dtype == np.uint8
     assert abs(got.mean() - pixels.mean()) < 0.5 * 155 / 16 + 1  # an odd margin cannot be halved
-    slope = 155 / (width * 16 / min(width, height))  # the whole width's, so that both sides are scaled alike
+    slope = 155 / (width * 16 / min(width, height))  # the full width's, so that both sides are scaled alike
     assert np.diff(got[8, 3:-3, 0].astype(float)).mean() == pytest.approx(slope, rel=0.15)
     if (width, height) == (64, 48):
         want = np.asarray(Image.fromarray(pixels).resize((21, 16), Image.Resampling.LANCZOS))[:, 2:18]
@@ -109,7 +106,7 @@ def test_a_photograph_is_resized_by_lanczos_and_cut_from_the_middle(width, heigh
         np.testing.assert_array_equal(got, pixels)
 
 
-def test_choosing_gives_everybody_the_same_captions(coco_folder):
+def test_everybody_gets_the_same_captions(coco_folder):
     photos = official(coco_folder)
     some = coco.choose(photos, 6)
     assert [p.id for p in some] == [p.id for p in coco.choose(photos, 6)] == sorted(p.id for p in some)
@@ -148,7 +145,7 @@ def test_a_file_that_is_not_of_captions_is_named(content, words, tmp_path):
         ({"source": "tfds:SET", "split": "val"}, ValueError, "has its captions in itself"),
     ],
 )
-def test_a_source_that_is_not_there_says_where_it_is_to_be_had(fields, error, words, coco_folder, prepared):
+def test_a_missing_source_says_where_to_download_it(fields, error, words, coco_folder, prepared):
     right = {
         "source": str(coco_folder / "val"),
         "captions": str(coco_folder / "annotations" / "captions_val.json"),
@@ -165,11 +162,11 @@ def test_a_source_that_is_not_there_says_where_it_is_to_be_had(fields, error, wo
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(features, "load_inception", small_inception)
-    monkeypatch.setattr(evaluate_coco_measure, "sha256_of_params", lambda weights: "of the six numbers")
+    monkeypatch.setattr(measures, "sha256_of_params", lambda weights: "of the six numbers")
 
 
 def config(coco_folder, coco_models, **fields):
-    config = runpy.run_path(str(ROOT / "configs" / "evaluate_coco.py"))["get_config"]()
+    config = read_config("evaluate_coco")
     (coco_models / "inception.pth").touch()
     config.update(
         {
@@ -196,21 +193,22 @@ def results(workdir: Path) -> dict:
     return json.loads((workdir / "evaluate" / "coco" / "results.json").read_text())["results"]
 
 
-def pictures(workdir: Path) -> dict[str, bytes]:
+def drawn_images(workdir: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (workdir / "evaluate" / "coco" / "pictures").iterdir()}
 
 
 @pytest.fixture(scope="module")
 def done(coco_folder, coco_models, tmp_path_factory):
-    """A run from beginning to end."""
+    """A complete run."""
     workdir = tmp_path_factory.mktemp("done")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(features, "load_inception", small_inception)
-        patch.setattr(evaluate_coco_measure, "sha256_of_params", lambda weights: "of the six numbers")
+        patch.setattr(measures, "sha256_of_params", lambda weights: "of the six numbers")
         main.run(config(coco_folder, coco_models), str(workdir))
     return workdir
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_the_files_it_wrote(done, coco_folder, torch):
     from pytorch_fid.fid_score import calculate_frechet_distance
 
@@ -233,7 +231,8 @@ def test_the_numbers_are_those_of_the_files_it_wrote(done, coco_folder, torch):
     assert notes["prompt"] == official(coco_folder)[0].caption
 
 
-def test_clip_score_belongs_picture_to_caption(done, coco_folder, coco_models):
+@pytest.mark.slow
+def test_clip_score_pairs_each_image_with_its_caption(done, coco_folder, coco_models):
     """By transformers' own classes, from the files."""
     import torch
     from transformers import CLIPImageProcessor
@@ -250,7 +249,8 @@ def test_clip_score_belongs_picture_to_caption(done, coco_folder, coco_models):
     assert results(done)["clip_score"] == pytest.approx(want, abs=1e-5)
 
 
-def test_a_killed_run_goes_on_and_ends_the_same_in_either_layout(
+@pytest.mark.slow
+def test_a_killed_run_continues_to_the_same_result_in_either_layout(
     done, coco_folder, prepared, coco_models, small, tmp_path, monkeypatch
 ):
     settings = config(
@@ -267,30 +267,32 @@ def test_a_killed_run_goes_on_and_ends_the_same_in_either_layout(
     monkeypatch.setattr(images, "save_png", dying)
     with pytest.raises(KeyboardInterrupt):
         main.run(settings, str(tmp_path))
-    assert len(pictures(tmp_path)) == 6 and not (tmp_path / "evaluate" / "coco" / "results.json").exists()
+    assert len(drawn_images(tmp_path)) == 6 and not (tmp_path / "evaluate" / "coco" / "results.json").exists()
     monkeypatch.setattr(images, "save_png", lambda path, *rest: (written.append(path), save(path, *rest)))
-    monkeypatch.setattr(coco, "pixels", None)  # photographs are not looked at again
+    monkeypatch.setattr(coco, "pixels", None)  # photographs are not read again
     main.run(settings, str(tmp_path))
     assert len(written) == len(set(written)) == COCO_COUNT
-    assert pictures(tmp_path) == pictures(done) and results(tmp_path) == results(done)
+    assert drawn_images(tmp_path) == drawn_images(done) and results(tmp_path) == results(done)
 
 
-def test_pictures_are_reduced_as_photographs_are(coco_models, tmp_path):
+def test_images_are_reduced_as_photographs_are(coco_models, tmp_path):
     photo = coco.Photo(7, "red apple", "", lambda: True, bytes)
-    job = evaluate_coco.Job(config(tmp_path, coco_models, size=8), None, [photo], None, {}, tmp_path)
-    picture = np.random.default_rng(0).integers(0, 255, (16, 24, 3), np.uint8)
-    evaluate_coco.write(job, [photo], picture[None])
+    options = evaluate_coco.read_options(config(tmp_path, coco_models, size=8))
+    job = evaluate_coco.Job(options, None, [photo], None, {}, tmp_path)
+    image = np.random.default_rng(0).integers(0, 255, (16, 24, 3), np.uint8)
+    evaluate_coco.write(job, [photo], image[None])
     got, _ = images.load_png(tmp_path / "pictures" / "000000000007.png")
-    np.testing.assert_array_equal(got, coco.square(Image.fromarray(picture), 8))
+    np.testing.assert_array_equal(got, coco.square(Image.fromarray(image), 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields,error,words",
     [
         ({"data": {"count": 15}}, ValueError, "15 captions were asked for, but there are only 14"),
         ({"data": {"count": 3}}, ValueError, "config.data.count=3 must be at least 4"),
         ({"data": {"source": "nowhere"}}, FileNotFoundError, "nowhere is missing"),
-        ({"size": 20}, ValueError, "config.size=20 exceeds the model's pictures of 16×16"),
+        ({"size": 20}, ValueError, "config.size=20 exceeds the model's images of 16×16"),
         ({"height": 17}, ValueError, "config.height=17 is not divisible"),
         (
             {"inception": "nowhere.pth"},
@@ -317,6 +319,7 @@ def test_what_cannot_be_measured_ends_before_anything_is_written(
     assert not (tmp_path / "work").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "harm,error,words",
     [
@@ -336,7 +339,10 @@ def test_a_missing_or_damaged_photograph_is_named_before_anything_is_written(
     assert str(path) in str(raised.value) and not (tmp_path / "work").exists()
 
 
-def test_other_pictures_are_refused_and_missing_ones_made_again(done, coco_folder, coco_models, small, tmp_path):
+@pytest.mark.slow
+def test_images_of_another_recipe_are_refused_and_missing_ones_made_again(
+    done, coco_folder, coco_models, small, tmp_path
+):
     workdir = Path(shutil.copytree(done, tmp_path / "work"))
     for fields, words in (
         ({"N": 2}, r"another recipe \(N differs\)"),
@@ -364,13 +370,14 @@ def test_other_pictures_are_refused_and_missing_ones_made_again(done, coco_folde
         str(workdir),
     )
     got, want = results(workdir), results(done)
-    assert pictures(workdir) == pictures(done) and got["kid"] is None
+    assert drawn_images(workdir) == drawn_images(done) and got["kid"] is None
     assert "| – |" in (path.parents[1] / "results.md").read_text()
     assert got["fid"] == want["fid"] and got["clip_score"] == want["clip_score"]
 
 
+@pytest.mark.slow
 def test_the_command_on_two_devices_with_the_real_inception(done, coco_folder, coco_models, tmp_path):
-    """Random weights; the pictures are those of one device."""
+    """Random weights; the images are those of one device."""
     net = InceptionV3.from_config({})
     net.save_pretrained(drawn(net), tmp_path / "inception", dtype=np.float32)
     settings = {
@@ -394,8 +401,8 @@ def test_the_command_on_two_devices_with_the_real_inception(done, coco_folder, c
     ]
     ran = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    assert "| FID |" in ran.stdout and "batches of 8 pictures" in ran.stdout
-    for name in pictures(tmp_path):
+    assert "| FID |" in ran.stdout and "batches of 8 images" in ran.stdout
+    for name in drawn_images(tmp_path):
         one, two = (Image.open(root / "evaluate" / "coco" / "pictures" / name) for root in (done, tmp_path))
         assert np.abs(np.asarray(one, int) - np.asarray(two, int)).max() <= 1
     found = results(tmp_path)

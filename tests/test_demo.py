@@ -1,4 +1,4 @@
-"""Stage `demo` on a tiny random teacher: from nothing to a report, and again."""
+"""Stage `demo` on a tiny random teacher: the first run, later runs, and the report."""
 
 import json
 import re
@@ -33,7 +33,7 @@ def run(tiny, no_drawing, tmp_path_factory):
 
 
 class Page(HTMLParser):
-    """Everything that a page would fetch, and its text."""
+    """The URLs that a page would fetch, and its text."""
 
     def __init__(self, page):
         super().__init__()
@@ -48,7 +48,8 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_the_report_is_whole_and_fetches_nothing(run):
+@pytest.mark.slow
+def test_the_report_is_complete_and_fetches_nothing(run):
     page = Page((run / "report.html").read_text())
     assert len(page.sources) == 4 and all(source.startswith("data:image/png;base64,") for source in page.sources)
     assert "url(" not in (run / "report.html").read_text() and "$" not in page.text
@@ -60,8 +61,8 @@ def test_the_report_is_whole_and_fetches_nothing(run):
         "reflow + distil, 1 step",
         "direct distil, 1 step",
         "InstaFlow-0.9B",
-        "8 pairs (noise, prompt, picture) by the teacher: 2 steps",
-        "2 training steps of 4",
+        "8 pairs (noise, prompt, image) from the teacher: 2 steps",
+        "2 training steps of batch size 4",
         "CC BY-SA 4.0",
         f"{rows['distill', 1]['fd_emoji']:.1f}",
         f"{rows['teacher', 3]['S']:.4f}",
@@ -69,62 +70,79 @@ def test_the_report_is_whole_and_fetches_nothing(run):
         assert words in page.text, words
 
 
-def test_every_step_left_its_product_and_its_time(run):
+@pytest.mark.slow
+def test_every_step_has_its_product_and_its_time(run):
     steps = json.loads((run / "demo.json").read_text())["steps"]
     assert list(steps) == [step.name for step in demo.STEPS]
-    assert all(note["seconds"] > 0 and note["runs"] == 1 for note in steps.values())
+    assert all(entry["seconds"] > 0 and entry["runs"] == 1 for entry in steps.values())
     assert all((run / step.product).is_file() for step in demo.STEPS)
 
 
+@pytest.mark.slow
 def test_a_second_run_reuses_everything(run, tiny, monkeypatch, capsys):
     def never(config, workdir):
-        raise AssertionError("this was finished before")
+        raise AssertionError("this step had finished")
 
     monkeypatch.setattr(demo, "STEPS", tuple(step._replace(run=never) for step in demo.STEPS))
     (run / "report.html").unlink()
     main.run(configured(tiny), str(run))
-    said = capsys.readouterr().out
-    assert len(re.findall(r"\[\d/7\] .*: finished before, in ", said)) == 6 and "everything is there" in said
-    assert said.rstrip().endswith(str((run / "report.html").absolute())) and (run / "report.html").is_file()
+    output = capsys.readouterr().out
+    assert len(re.findall(r"\[\d/7\] .*: finished before, in ", output)) == 6 and "everything is finished" in output
+    assert output.rstrip().endswith(str((run / "report.html").absolute())) and (run / "report.html").is_file()
 
 
-def test_a_run_that_was_broken_off_goes_on_where_it_was(run, tiny, tmp_path, monkeypatch, capsys):
-    """Killed in evaluation: that and what comes after it are done, and counted as a second run of the step."""
+@pytest.mark.slow
+def test_an_interrupted_run_continues(run, tiny, tmp_path, monkeypatch, capsys):
+    """Killed during evaluation: that step and those after it run, and it counts as a second run of the step."""
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
     ledger = json.loads((copy / "demo.json").read_text())
     del ledger["steps"]["evaluate"]["seconds"], ledger["steps"]["export"]
     (copy / "demo.json").write_text(json.dumps(ledger))
-    taken = []
-    monkeypatch.setattr(
-        demo,
-        "STEPS",
-        tuple(step._replace(run=lambda config, workdir: taken.append(config.stage)) for step in demo.STEPS),
-    )
+    ran = []
+    record = lambda config, workdir: ran.append(config.stage)  # noqa: E731
+    monkeypatch.setattr(demo, "STEPS", tuple(step._replace(run=record) for step in demo.STEPS))
     main.run(configured(tiny), str(copy))
-    assert taken == ["evaluate", "export"]
+    assert ran == ["evaluate", "export"]
     assert "in the last of 2 runs" in (copy / "report.html").read_text()
-    assert "[5/7] evaluation of all of them  (00:00 gone, about " in capsys.readouterr().out
+    assert "[5/7] evaluation of all models  (00:00 passed, about " in capsys.readouterr().out
 
 
-def test_other_training_settings_are_refused_by_name(run, tiny):
+@pytest.mark.slow
+def test_other_training_settings_raise_an_error_that_names_them(run, tiny):
     config = configured(tiny)
     config.distill.loop.steps = 3
     config.generate.N = 1
-    with pytest.raises(ValueError, match="begun with another generate.N.*take another --workdir"):
+    with pytest.raises(ValueError, match=r"made with another generate\.N.*use another --workdir"):
         main.run(config, str(run))
     config.generate.N = 2
-    with pytest.raises(ValueError, match="begun with another distill.loop.steps"):
+    with pytest.raises(ValueError, match=r"made with another distill\.loop\.steps"):
         main.run(config, str(run))
 
 
-def test_a_network_that_is_gone_is_not_made_again_beside_what_came_of_it(run, tiny, tmp_path):
+@pytest.mark.slow
+def test_a_workdir_of_version_0_1_raises_one_clear_error(run, tiny, tmp_path):
+    """Its settings have other field names, and its ledger has no version."""
+    ledger = json.loads((run / "demo.json").read_text())
+    del ledger["version"]
+    settings = ledger["steps"]["reflow"]["settings"]
+    settings["drop"] = settings.pop("prompt_dropout")
+    (tmp_path / "demo.json").write_text(json.dumps(ledger))
+    with pytest.raises(
+        ValueError, match=r"was made by another version of instaflow_jax \(0\.1, not .*--workdir"
+    ) as raised:
+        main.run(configured(tiny), str(tmp_path))
+    assert "prompt_dropout" not in str(raised.value)
+
+
+@pytest.mark.slow
+def test_a_deleted_model_is_not_trained_again_beside_models_that_came_from_it(run, tiny, tmp_path):
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
     shutil.rmtree(copy / "reflow" / "export")
-    with pytest.raises(ValueError, match="reflow/export/model_index.json is not there, but .*distill/export"):
+    with pytest.raises(ValueError, match=r"reflow/export/model_index\.json is missing, but .*distill/export"):
         main.run(configured(tiny), str(copy))
 
 
-def test_the_promise_names_every_step():
+def test_every_step_has_an_expected_time():
     config = config_file.get_config()
     assert set(config.minutes) == {step.name for step in demo.STEPS}
     assert config.generate is config.reflow.pairs

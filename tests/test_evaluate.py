@@ -1,8 +1,6 @@
-"""Stage `evaluate` on a tiny random teacher: its programs, its judge, and what it writes, once and again."""
+"""Stage `evaluate` on a tiny random teacher: its programs, its judge, and what it writes in a first and second run."""
 
-import dataclasses
 import json
-import runpy
 import shutil
 from pathlib import Path
 
@@ -10,23 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import EMOJI_NAMES, make_emoji, make_tiny, normal, relative, shrink_evaluate
+from helpers import EMOJI_NAMES, make_emoji, make_tiny, normal, read_config, relative, shrink_evaluate
 
 from instaflow_jax import flow, main, pipeline, sampling, solvers, teacher
 from instaflow_jax.data.openmoji import dataset as openmoji
 from instaflow_jax.data.openmoji.captions import Emoji
 from instaflow_jax.evals.clip_score import make_clip_score
 from instaflow_jax.infra import images
+from instaflow_jax.infra.images import to_pixels
 from instaflow_jax.models.clip import CLIPModel
-from instaflow_jax.stages.common import flow_training as straighten
+from instaflow_jax.stages.common import flow_training
 from instaflow_jax.stages.evaluate import models as evaluate_models
 from instaflow_jax.stages.evaluate import path as evaluate_path
 from instaflow_jax.stages.evaluate import programs as evaluate_programs
-from instaflow_jax.stages.evaluate.judge import Judge, kinds_of
+from instaflow_jax.stages.evaluate import stage as evaluate
+from instaflow_jax.stages.evaluate.judge import Judge, lookalikes
 from instaflow_jax.stages.evaluate.models import Model
-from instaflow_jax.stages.pretrain.recipe import caption_tokens, to_pixels
-
-ROOT = Path(__file__).parent.parent
+from instaflow_jax.weights.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +32,8 @@ def tiny(tmp_path_factory):
     return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
-def read(**fields):
-    config = runpy.run_path(str(ROOT / "configs" / "evaluate.py"))["get_config"]()
-    config.update(fields)
-    return config
-
-
 def configured(tiny, **fields):
-    config = shrink_evaluate(read(), tiny)
+    config = shrink_evaluate(read_config("evaluate"), tiny)
     config.teacher.alpha = 2.0
     config.update(fields)
     return config
@@ -53,7 +45,8 @@ def run(tiny, no_drawing, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     pipe = pipeline.load(str(tiny), variant=None, attention="xla")
     for seed, name in enumerate(("reflow", "distill"), 5):
-        straighten.export(pipe, jax.device_get(pipe.nets["unet"].init(jax.random.key(seed))), workdir / name / "export")
+        unet = jax.device_get(pipe.nets["unet"].init(jax.random.key(seed)))
+        flow_training.export(pipe, unet, workdir / name / "export")
     main.run(configured(tiny), str(workdir))
     return workdir
 
@@ -65,7 +58,8 @@ def results(workdir):
 # ---------------------------------------------------------------- the stage
 
 
-def test_it_writes_table_numbers_and_pictures(run):
+@pytest.mark.slow
+def test_it_writes_table_numbers_and_figures(run):
     found = results(run)
     rows = {(row["model"], row["N"]): row for row in found["rows"]}
     assert list(rows) == [
@@ -90,71 +84,76 @@ def test_it_writes_table_numbers_and_pictures(run):
     assert all(words in table for words in ("teacher, 3 steps", "reflow + distil, 1 step", "8 prompts", "guidance 2"))
 
 
-def test_its_pictures_are_side_by_side_from_the_same_noise(run):
+@pytest.mark.slow
+def test_the_figures_show_models_side_by_side_from_the_same_noise(run):
     text = images.load_png(run / "evaluate" / "grid.png")[1]
     assert text["columns"] == "teacher, 3|teacher, 1|2-RF, 2|2-RF, 1|reflow + distil, 1"
     assert text["rows"] == "red apple|house"
-    roads, text = images.load_png(run / "evaluate" / "trajectories.png")
+    paths, text = images.load_png(run / "evaluate" / "trajectories.png")
     assert text["rows"].count("on the way") == 3 and text["columns"] == "t = 0.0|t = 0.5|t = 1.0"
-    starts = [roads[16 + row * 98 : 16 + row * 98 + 96, -2 * 98 - 96 : -2 * 98] for row in (0, 2, 4)]
+    starts = [paths[16 + row * 98 : 16 + row * 98 + 96, -2 * 98 - 96 : -2 * 98] for row in (0, 2, 4)]
     assert np.array_equal(starts[0], starts[1]) and np.array_equal(starts[1], starts[2])
     for name in ("few_steps.png", "guidance.png"):
         assert images.load_png(run / "evaluate" / name)[0].shape[2] == 3
 
 
+@pytest.mark.slow
 def test_a_second_run_measures_only_what_is_new(run, tiny, no_drawing, tmp_path, monkeypatch, capsys):
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
-    asked, draw = [], evaluate_programs.Programs.draw
+    drawn, draw = [], evaluate_programs.Programs.draw
 
     def counted(self, model, table, *rest):
-        asked.append(len(table.tau))
+        drawn.append(len(table.tau))
         return draw(self, model, table, *rest)
 
     monkeypatch.setattr(evaluate_programs.Programs, "draw", counted)
     main.run(configured(tiny), str(copy))
-    assert asked == [] and results(copy) == results(run)
+    assert drawn == [] and results(copy) == results(run)
     assert "measured before" in capsys.readouterr().out
     config = configured(tiny)
-    config.reflow.steps = (2, 1, 3)
+    config.reflow.N = (2, 1, 3)
     main.run(config, str(copy))
-    assert asked == [3]
+    assert drawn == [3]
 
 
-def test_other_folders_are_judged_as_distillation_is(run, tiny, no_drawing, tmp_path):
+@pytest.mark.slow
+def test_extra_folders_are_evaluated_like_distill(run, tiny, no_drawing, tmp_path):
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
     shutil.copytree(copy / "distill", copy / "distill300")
-    main.run(configured(tiny, also="distill300"), str(copy))
+    main.run(configured(tiny, extra="distill300"), str(copy))
     rows = {row["model"]: row for row in results(copy)["rows"]}
     assert rows["distill300"] == rows["distill"] | {"model": "distill300", "title": "distill300"}
     assert images.load_png(copy / "evaluate" / "grid.png")[1]["columns"].endswith("reflow + distil, 1|distill300, 1")
     assert "distill300, 1 step" in (copy / "evaluate" / "table.md").read_text()
 
 
-def test_the_teacher_alone_is_a_table_too(tiny, no_drawing, tmp_path, capsys):
+@pytest.mark.slow
+def test_the_teacher_alone_gives_a_table_too(tiny, no_drawing, tmp_path, capsys):
     main.run(configured(tiny), str(tmp_path))
     assert {row["model"] for row in results(tmp_path)["rows"]} == {"real", "decoded", "teacher"}
     assert "goes without 2-RF" in capsys.readouterr().out
     assert not (tmp_path / "evaluate" / "guidance.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change,error,words",
     [
-        (lambda config: config.update({"count": 99}), ValueError, "config.count=99 must be 2 to the 18 emoji"),
+        (lambda config: config.update({"count": 99}), ValueError, "config.count=99 must be from 2 to 18"),
         (lambda config: config.update({"batch": 0}), ValueError, "config.batch=0 must be at least 1"),
-        (lambda config: config.reflow.update({"steps": (0,)}), ValueError, "config.reflow.steps=(0,) must be"),
+        (lambda config: config.reflow.update({"N": (0,)}), ValueError, "config.reflow.N=(0,) must be"),
         (lambda config: config.show.update({"points": 1}), ValueError, "config.show.points=1"),
         (
             lambda config: config.update({"extra": "mine|direct"}),
             ValueError,
-            "config.extra='mine|direct': 'direct' is empty, there",
+            "config.extra='mine|direct': 'direct' is empty, repeated",
         ),
         (lambda config: config.update({"extra": "mine|mine"}), ValueError, "config.extra='mine|mine': 'mine' is"),
-        (lambda config: config.update({"extra": "mine"}), FileNotFoundError, "holds no model: train it with"),
+        (lambda config: config.update({"extra": "mine"}), FileNotFoundError, "holds no model; train it with"),
         (lambda config: config.teacher.update({"alpha": 0.0}), FileNotFoundError, "set --config.teacher.alpha"),
     ],
 )
-def test_bad_settings_end_in_one_clear_message(change, error, words, tiny, no_drawing, tmp_path):
+def test_bad_settings_raise_one_clear_message(change, error, words, tiny, no_drawing, tmp_path):
     config = configured(tiny)
     change(config)
     with pytest.raises(error) as raised:
@@ -163,27 +162,28 @@ def test_bad_settings_end_in_one_clear_message(change, error, words, tiny, no_dr
     assert not (tmp_path / "evaluate" / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_noise_that_was_trained_on_is_refused(tiny, no_drawing, tmp_path):
-    pairs = runpy.run_path(str(ROOT / "configs" / "generate.py"))["get_config"]()
+    pairs = read_config("generate")
     pairs.update({"model": str(tiny), "count": 4, "shard_size": 4, "batch": 4, "N": 1, "seed": 102, "preview": 1})
     main.run(pairs, str(tmp_path))
-    with pytest.raises(ValueError, match="config.seed=101 and the two after it must not be 102"):
+    with pytest.raises(ValueError, match=r"config\.seed=101 and the two seeds after it must not be 102"):
         main.run(configured(tiny), str(tmp_path))
 
 
-def test_a_flow_of_other_networks_is_refused(run, tiny, no_drawing, tmp_path):
+@pytest.mark.slow
+def test_a_flow_with_other_networks_is_refused(run, tiny, no_drawing, tmp_path):
     copy = Path(shutil.copytree(run / "reflow", tmp_path / "reflow"))
     path = copy / "export" / "unet" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"norm_num_groups": 2}))
-    with pytest.raises(ValueError, match="unet is not the network of the teacher it is judged beside"):
+    with pytest.raises(ValueError, match="unet differs from the teacher's network"):
         main.run(configured(tiny), str(tmp_path))
 
 
 def test_variants_are_the_papers_protocols():
-    get_config = runpy.run_path(str(ROOT / "configs" / "evaluate.py"))["get_config"]
-    assert get_config("coco5k").stage == get_config("coco30k").stage == "evaluate_coco"
+    assert all(read_config("evaluate", name).stage == "evaluate_coco" for name in ("coco5k", "coco30k"))
     with pytest.raises(ValueError, match="no variant 'coco'; it has openmoji, coco5k, coco30k"):
-        get_config("coco")
+        read_config("evaluate", "coco")
 
 
 # ---------------------------------------------------------------- programs
@@ -196,6 +196,7 @@ def models(tiny):
     return {name: Model(name, pipe, dynamic, 2.0, (3,), "") for name, dynamic in dynamics.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [1.0, 2.0])
 @pytest.mark.parametrize("name,counts", [("teacher", (1, 2, 5)), ("reflow", (1, 4))])
 def test_programs_draw_what_sampling_draws(name, counts, alpha, models):
@@ -206,18 +207,19 @@ def test_programs_draw_what_sampling_draws(name, counts, alpha, models):
     ids, X0 = pipe.tokenizer(list(EMOJI_NAMES[:6])), normal(0, 6, 4, 4, 4)
     both = pipe.nets["text_encoder"].apply(pipe.params["text_encoder"], np.concatenate([null, ids])).last_hidden_state
     for N in counts:
-        latents, pictures = programs.draw(model, model.table(N), alpha, ids, X0)
+        latents, drawn = programs.draw(model, model.table(N), alpha, ids, X0)
         solve = sampling.make_solve(pipe.nets["unet"].apply, model.dynamics, "auto", N, alpha)
         assert relative(latents, jax.jit(solve)(pipe.params["unet"], X0, both[1:], both[:1])) < 1e-5
         one = programs.draw_one(model, model.table(N), alpha, ids[:1], X0[:1])
-        assert np.abs(one.astype(int) - pictures[:1]).max() <= 1
+        assert np.abs(one.astype(int) - drawn[:1]).max() <= 1
 
 
 def test_a_solver_too_long_for_the_programs_is_refused(models):
-    with pytest.raises(ValueError, match="9 steps does not fit into tables of 8"):
+    with pytest.raises(ValueError, match="9 steps does not fit into a table of 8"):
         evaluate_programs.make_solver(models["reflow"].table(9), 1.0, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["teacher", "reflow"])
 def test_straightness_is_that_of_the_guided_flow(name, models):
     model = models[name]
@@ -236,14 +238,15 @@ def test_straightness_is_that_of_the_guided_flow(name, models):
         if name == "teacher"
         else flow.flow_velocity(network, both[1:], both[:1], 2.0)
     )
-    np.testing.assert_allclose(got, jax.jit(lambda X0: flow.straightness(velocity, X0, 3))(X0), rtol=1e-4)
+    want = jax.jit(lambda X0: flow.straightness(solvers.trajectory(velocity, solvers.euler(3), X0)[1]))(X0)
+    np.testing.assert_allclose(got, want, rtol=1e-4)
 
 
-# ---------------------------------------------------------------- a picture on its way
+# ---------------------------------------------------------------- an image on its way
 
 
 def solve(table, predict, X0):
-    """A table without rows, at the very start, leaves X0."""
+    """A table without rows, at the very start, gives X0."""
     return np.asarray(solvers.integrate(predict, table, X0))
 
 
@@ -254,14 +257,14 @@ def test_a_straight_flow_points_to_its_end_from_everywhere(N, models):
     assert [stop.t for stop in stops] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
     for stop in stops:
         way, end = (
-            solve(kind(models["reflow"], N, stop), lambda Z, tau: v, X0)
-            for kind in (evaluate_path.on_the_way, evaluate_path.foreseen)
+            solve(make(models["reflow"], N, stop), lambda Z, tau: v, X0)
+            for make in (evaluate_path.until, evaluate_path.endpoint)
         )
         np.testing.assert_allclose(way, X0 + stop.t * v, atol=1e-6)
         np.testing.assert_allclose(end, X0 + v, atol=1e-6)
 
 
-def test_a_teacher_sure_of_its_picture_goes_there_on_a_straight_line(models):
+def test_a_teacher_with_one_answer_goes_there_on_a_straight_line(models):
     """Where the data prediction is always X1, Z_t is the straight interpolation (teacher.teacher_velocity)."""
     model, X0, X1 = models["teacher"], normal(0, 1, 2, 2, 4), normal(1, 1, 2, 2, 4)
     alpha, sigma = (
@@ -275,9 +278,9 @@ def test_a_teacher_sure_of_its_picture_goes_there_on_a_straight_line(models):
     stops = evaluate_path.stops(model, 25, 4)
     assert [stop.t for stop in stops] == pytest.approx([0, 1 / 3, 2 / 3, 1], abs=0.07)
     for stop in stops:
-        end = solve(evaluate_path.foreseen(model, 25, stop), predict, X0)
+        end = solve(evaluate_path.endpoint(model, 25, stop), predict, X0)
         np.testing.assert_allclose(end, X1, atol=2e-3)
-        way = solve(evaluate_path.on_the_way(model, 25, stop), predict, X0)
+        way = solve(evaluate_path.until(model, 25, stop), predict, X0)
         np.testing.assert_allclose(way, stop.t * X1 + (1 - stop.t) * eps if stop.k else X0, atol=2e-3)
 
 
@@ -289,7 +292,7 @@ def named(name, tone="", shade=0):
     return Emoji("", full, "people-body", "person-role", tone, "", name), np.full((2, 2, 3), shade, np.uint8)
 
 
-def test_tones_and_twins_are_forgiven_and_nothing_else():
+def test_only_tones_and_identical_images_are_lookalikes():
     people = [
         named("astronaut", shade=1),
         named("man astronaut", shade=1),
@@ -299,25 +302,29 @@ def test_tones_and_twins_are_forgiven_and_nothing_else():
         named("cook", "dark", 2),
         named("farmer", shade=5),
     ]
-    kinds = kinds_of(openmoji.Arrays(np.stack([image for _, image in people]), [emoji for emoji, _ in people]))
-    assert len({*kinds[[0, 1, 2, 3, 5]]}) == 1  # the cook is drawn as the dark astronaut is
-    assert len({*kinds[[0, 4, 6]]}) == 3
+    number = lookalikes(openmoji.Arrays(np.stack([image for _, image in people]), [emoji for emoji, _ in people]))
+    assert len({*number[[0, 1, 2, 3, 5]]}) == 1  # the cook has the dark astronaut's image
+    assert len({*number[[0, 4, 6]]}) == 3
 
 
-def test_the_judge_finds_real_emoji_and_its_score_is_the_clip_score():
+@pytest.mark.slow
+def test_the_judge_finds_real_emoji_and_gives_their_clip_score():
     data, source = make_emoji(), pipeline.locate("openmoji")
     judge, wanted = Judge(source, data), np.arange(len(EMOJI_NAMES))
-    scores = judge.scores(judge.pictures, wanted)
+    scores = judge.scores(judge.real, wanted)
     assert scores["found"] == 1.0
     net, params = CLIPModel.from_pretrained(source, "clip")
-    want = make_clip_score(net)(params, to_pixels(data.images), caption_tokens(data.emoji)[:, 0])
+    ids = openmoji.caption_ids(Tokenizer.from_pretrained(source), data.emoji)[:, 0]
+    want = make_clip_score(net)(params, to_pixels(data.images), ids)
     assert scores["clip_score"] == pytest.approx(float(np.mean(want)), abs=1e-6)
-    assert judge.scores(judge.pictures[::-1], wanted)["found"] == 0.0
+    assert judge.scores(judge.real[::-1], wanted)["found"] == 0.0
 
 
+@pytest.mark.slow
 def test_the_teachers_guidance_is_that_of_its_pairs(tiny, tmp_path):
-    pairs = runpy.run_path(str(ROOT / "configs" / "generate.py"))["get_config"]()
+    pairs = read_config("generate")
     pairs.update({"model": str(tiny), "count": 4, "shard_size": 4, "batch": 4, "N": 1, "alpha": 3.5, "preview": 1})
     main.run(pairs, str(tmp_path))
-    model = evaluate_models.load(shrink_evaluate(read(), tiny), tmp_path)[0]
-    assert model.alpha == 3.5 and dataclasses.is_dataclass(model)
+    config = shrink_evaluate(read_config("evaluate"), tiny)
+    [model] = evaluate_models.load(evaluate.read_entries(config, tmp_path))
+    assert model.alpha == 3.5

@@ -1,12 +1,13 @@
-"""The flow's mathematics: its properties, and the released sampling loop restated in PyTorch."""
+"""The flow's mathematics and its solvers: their properties, and the released sampling loop restated in PyTorch."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from helpers import unchecked
 
-from instaflow_jax import flow
+from instaflow_jax import flow, solvers
 
 B, H, W, C, L, D = 3, 4, 2, 4, 5, 6
 random = np.random.default_rng(0)
@@ -18,7 +19,7 @@ def normal(*shape, seed=1):
 
 
 def twin(xp, as_array):
-    """One small nonlinear network of latents, clock and text, in jax.numpy or in torch."""
+    """One small nonlinear network of latents, timestep and text, in jax.numpy or in torch."""
     mix, time, words, frequency = (as_array(w.astype(np.float32)) for w in (MIX, TIME, TEXT, 0.03 ** np.arange(8)))
 
     def network(Z, tau, context):
@@ -32,7 +33,7 @@ jax_network, torch_network = twin(jnp, jnp.asarray), twin(torch, torch.from_nump
 
 
 def released_loop(X0, text, null, N, alpha):
-    """The released sampler: float clock from 1000, doubled batch [null, text] only if guided, Euler."""
+    """The released sampler: real-valued timesteps from 1000, doubled batch [null, text] only if guided, Euler."""
     latents, guiding = X0, alpha > 1.0
     context = torch.cat([null, text]) if guiding else text
     for tau in [1000.0 * (1 - i / N) for i in range(N)]:
@@ -47,6 +48,18 @@ def released_loop(X0, text, null, N, alpha):
 
 def relative(got, want):
     return np.linalg.norm(np.asarray(got) - want) / np.linalg.norm(want)
+
+
+def euler(velocity, X0, N):
+    return solvers.integrate(velocity, solvers.euler(N), jnp.asarray(X0))
+
+
+def heun(velocity, X0, N):
+    return solvers.integrate(velocity, solvers.heun(N), jnp.asarray(X0))
+
+
+def straightness(velocity, X0, N):
+    return flow.straightness(solvers.trajectory(velocity, solvers.euler(N), jnp.asarray(X0))[1])
 
 
 def rotation(omega):
@@ -68,20 +81,20 @@ def gaussian(mean, std):
 @pytest.mark.parametrize("N", [1, 2, 25])
 def test_sampling_equals_the_released_loop(N, alpha):
     X0, text, negative = normal(B, H, W, C), normal(B, L, D, seed=2), normal(B, L, D, seed=3)
-    got = flow.euler(flow.flow_velocity(jax_network, text, negative, alpha), X0, N)
+    got = euler(flow.flow_velocity(jax_network, text, negative, alpha), X0, N)
     want = released_loop(*map(torch.from_numpy, (X0, text, negative)), N, alpha)
     assert relative(got, want) < 1e-5
 
 
-def test_the_clock_falls_from_1000_at_noise_and_stays_within_float32_rounding():
+def test_timesteps_fall_from_1000_at_noise_and_stay_within_float32_rounding():
     def asks(Z, t):
         return jnp.broadcast_to(flow.timestep(t), Z.shape)
 
-    _, v = jax.jit(lambda X0: flow.euler_path(asks, X0, 25))(normal(1, 1, 1, 1))
+    _, v = jax.jit(lambda X0: solvers.trajectory(asks, solvers.euler(25), X0))(normal(1, 1, 1, 1))
     tau = np.asarray(v).ravel()
     assert tau[0] == 1000
     np.testing.assert_allclose(tau, np.arange(1000, 0, -40), rtol=0, atol=3.1e-5)  # half a float32 step at 1000
-    assert flow.timestep(jnp.float32(0.5), steps=10) == 5
+    assert flow.timestep(jnp.float32(0.5), num_timesteps=10) == 5
 
 
 def test_the_path_runs_from_noise_to_data_at_the_target_velocity():
@@ -134,21 +147,21 @@ def test_a_straight_flow_is_exact_in_any_number_of_steps_and_has_no_s(N):
     def straight(Z, t):
         return X1 - X0
 
-    np.testing.assert_allclose(flow.euler(straight, X0, N), X1, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(flow.heun(straight, X0, N), X1, rtol=1e-5, atol=1e-5)
-    assert np.all(flow.straightness(straight, X0, N) < 1e-10)
+    np.testing.assert_allclose(euler(straight, X0, N), X1, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(heun(straight, X0, N), X1, rtol=1e-5, atol=1e-5)
+    assert np.all(straightness(straight, X0, N) < 1e-10)
 
 
 def test_a_flow_whose_samples_walk_straight_lines_at_constant_speed_has_no_s():
-    def scaling(Z, t):  # Z_t = (1 + 2 t) Z_0: the field bends in space and time, the roads do not
+    def scaling(Z, t):  # Z_t = (1 + 2 t) Z_0: the field bends in space and time, the paths do not
         return 2 * Z / (1 + 2 * t)
 
-    assert np.all(flow.straightness(scaling, normal(B, H, W, C), 50) < 1e-10)
+    assert np.all(straightness(scaling, normal(B, H, W, C), 50) < 1e-10)
 
 
 def test_s_of_a_rotation_is_its_chord_against_its_arc():
     X0, omega = normal(B, H, W, C), 1.0
-    S = flow.straightness(rotation(omega), X0, 1000)
+    S = straightness(rotation(omega), X0, 1000)
     exact = (omega**2 - 4 * np.sin(omega / 2) ** 2) * (X0**2).mean((1, 2, 3))
     assert S.shape == (B,)
     np.testing.assert_allclose(S, exact, rtol=0.01)
@@ -156,7 +169,7 @@ def test_s_of_a_rotation_is_its_chord_against_its_arc():
 
 def test_s_of_an_uneven_speed_on_a_straight_line_counts():
     X0 = normal(B, H, W, C)
-    S = flow.straightness(lambda Z, t: 2 * t * jnp.ones_like(Z), X0, 1000)
+    S = straightness(lambda Z, t: 2 * t * jnp.ones_like(Z), X0, 1000)
     np.testing.assert_allclose(S, np.full(B, 1 / 3), rtol=0.01)  # integral of (1 - 2 t)^2
 
 
@@ -165,10 +178,10 @@ def test_s_of_a_gaussian_flow_is_the_variance_of_its_rate_of_spread():
     t = np.linspace(0, 1, 100_001)
     rate = (t * std**2 - (1 - t)) / np.sqrt((t * std) ** 2 + (1 - t) ** 2)
     exact = (np.mean(rate**2) - (std - 1) ** 2) * (X0**2).mean((1, 2, 3))
-    np.testing.assert_allclose(flow.straightness(gaussian(2.0, std), X0, 2000), exact, rtol=0.01)
+    np.testing.assert_allclose(straightness(gaussian(2.0, std), X0, 2000), exact, rtol=0.01)
 
 
-@pytest.mark.parametrize(("solver", "order"), [(flow.euler, 1), (flow.heun, 2)])
+@pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2)])
 def test_solver_orders_on_a_gaussian_flow(solver, order):
     X0 = normal(B, H, W, C)
     errors = [relative(solver(gaussian(1.0, 0.5), X0, N), 1 + 0.5 * X0) for N in (16, 32, 64)]
@@ -176,12 +189,12 @@ def test_solver_orders_on_a_gaussian_flow(solver, order):
     np.testing.assert_allclose(ratios, 2.0**order, rtol=0.15)
 
 
-def test_the_path_is_the_road_euler_takes():
+def test_the_trajectory_holds_the_states_of_euler():
     X0 = normal(B, H, W, C)
-    Z, v = flow.euler_path(rotation(2.0), X0, 5)
+    Z, v = solvers.trajectory(rotation(2.0), solvers.euler(5), X0)
     assert Z.shape == (6, B, H, W, C)
     np.testing.assert_array_equal(Z[0], X0)
-    np.testing.assert_array_equal(Z[-1], flow.euler(rotation(2.0), X0, 5))
+    np.testing.assert_array_equal(Z[-1], euler(rotation(2.0), X0, 5))
     np.testing.assert_allclose(Z[1:] - Z[:-1], v / 5, atol=1e-6)
 
 
@@ -189,20 +202,37 @@ def test_the_path_is_the_road_euler_takes():
 def test_one_program_serves_every_number_of_steps(N):
     X0, text = normal(B, H, W, C), normal(B, L, D)
     velocity = flow.flow_velocity(jax_network, jnp.asarray(text), jnp.asarray(text), 1.0)
-    again = jax.jit(lambda X0, N: flow.euler_loop(velocity, X0, N))
-    assert relative(again(X0, N), np.asarray(flow.euler(velocity, jnp.asarray(X0), N))) < 1e-6
+    padded = jax.jit(lambda table, X0, N: solvers.integrate(velocity, table, X0, N))
+    assert relative(padded(solvers.pad(solvers.euler(N), 9), X0, N), np.asarray(euler(velocity, X0, N))) < 1e-6
+
+
+@pytest.mark.parametrize("solver", [solvers.euler, solvers.heun])
+def test_a_table_for_the_bare_network_equals_the_one_in_flow_time(solver):
+    """A network of the other sign and half the timesteps, as some directories have it."""
+    X0, text = normal(B, H, W, C), normal(B, L, D, seed=2)
+    network = flow.guided(lambda Z, tau, context: -jax_network(Z, 2 * tau, context), text, text, 1.0)
+    got = solvers.integrate(network, solvers.for_flow_network(solver(4), -1.0, 500), X0)
+    want = solvers.integrate(flow.flow_velocity(jax_network, text, text, 1.0), solver(4), X0)
+    assert relative(got, np.asarray(want)) < 1e-6
+
+
+def test_a_padded_table_that_is_too_short_is_refused():
+    with pytest.raises(ValueError, match="a solver of 5 steps does not fit into a table of 4"):
+        solvers.pad(solvers.euler(5), 4)
 
 
 def test_a_bfloat16_network_does_not_make_a_bfloat16_state():
     X0 = jnp.ones((1, 1, 1, 1), jnp.bfloat16)
-    for solver in (flow.euler, flow.heun):
+    for solver in (euler, heun):
         X1 = solver(lambda Z, t: jnp.ones(Z.shape, jnp.bfloat16), X0, 1000)
         assert X1.dtype == jnp.float32
         np.testing.assert_allclose(X1, 2.0, rtol=1e-4)  # a bfloat16 sum of 0.001s would stay at 1
 
 
 @pytest.mark.parametrize("N", [0, -1, 2.0, True, None])
-@pytest.mark.parametrize("solver", [flow.euler, flow.euler_path, flow.heun, flow.straightness])
-def test_a_wrong_number_of_steps_is_refused(solver, N):
-    with pytest.raises(ValueError, match=f"N={N!r} is no number of solver steps: give a whole number of at least 1"):
-        solver(rotation(1.0), normal(1, 1, 1, 4), N)
+@pytest.mark.parametrize("solver", solvers.FLOW_SOLVERS.values())
+def test_an_invalid_number_of_steps_is_refused(solver, N):
+    with pytest.raises(
+        ValueError, match=f"N={N!r} is not a valid number of solver steps; use an integer of at least 1"
+    ):
+        unchecked(solver)(N)

@@ -27,24 +27,25 @@ def reference():
     net.Mixed_7b, net.Mixed_7c = theirs.FIDInceptionE_1(1280), theirs.FIDInceptionE_2(2048)
     randomize(net, gain=1.4)  # ReLU halves the variance
 
-    class Whole(theirs.InceptionV3):
-        """Its forward pass and blocks around our random network."""
+    class Pooled(theirs.InceptionV3):
+        """Its forward pass and blocks, with our random network."""
 
     original = theirs.fid_inception_v3
     theirs.fid_inception_v3 = lambda: net
     try:
-        return torch, net, Whole([0, 1, 2, 3]).eval()
+        return torch, net, Pooled([0, 1, 2, 3]).eval()
     finally:
         theirs.fid_inception_v3 = original
 
 
+@pytest.mark.slow
 def test_inception_equals_pytorch_fid(reference, tmp_path):
-    torch, net, whole = reference
+    torch, net, pooled = reference
     torch.save(net.state_dict(), tmp_path / "inception.pth")
     ours, params = InceptionV3.from_file(tmp_path / "inception.pth")
     images = 1 / (1 + np.exp(-normal(0, 2, 40, 56, 3)))
     with torch.no_grad():
-        want = [block.numpy() for block in whole(torch.tensor(images.transpose(0, 3, 1, 2)))]
+        want = [block.numpy() for block in pooled(torch.tensor(images.transpose(0, 3, 1, 2)))]
     blocks = jax.jit(functools.partial(ours.apply, method="blocks"))(params, images)
     assert [b.shape[-1] for b in blocks] == [64, 192, 768, 2048] and 0.01 < blocks[-1].std() < 100
     for block, theirs in zip(blocks, want, strict=True):
@@ -65,12 +66,13 @@ def test_resizing_is_torch_bilinear_without_antialias(size, torch):
     assert relative(inception.resize(images, 299), want) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_file_that_is_not_the_fid_network_is_refused(reference, tmp_path):
     torch, net, _ = reference
     state = net.state_dict()
     del state["Mixed_7c.branch_pool.conv.weight"]
     torch.save(state, tmp_path / "x.pth")
-    with pytest.raises(ValueError, match="1 missing: Mixed_7c.branch_pool.conv.weight"):
+    with pytest.raises(ValueError, match=r"1 missing: Mixed_7c\.branch_pool\.conv\.weight"):
         InceptionV3.from_file(tmp_path / "x.pth")
     with pytest.raises(FileNotFoundError):
         InceptionV3.from_file(tmp_path / "nowhere.pth")

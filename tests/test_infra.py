@@ -1,7 +1,10 @@
+import errno
 import io
 import json
+import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,151 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from instaflow_jax.infra import cost, huge_pages, images, metrics
+from instaflow_jax.infra import cost, epochs, files, images, metrics
+from instaflow_jax.infra.progress import Progress, clock_time
+from instaflow_jax.infra.runner import BatchedRunner
+
+# ---------------------------------------------------------------- files
+
+
+def fail_halfway(path):
+    with files.atomic_write(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+
+
+def test_an_atomic_write_appears_complete_or_not_at_all(tmp_path):
+    path = tmp_path / "a.txt"
+    files.write_text(path, "old")
+    with pytest.raises(RuntimeError):
+        fail_halfway(path)
+    assert path.read_text() == "old"
+    with files.atomic_write(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_write_names_the_file(tmp_path):
+    path = tmp_path / "a.txt"
+    with pytest.raises(OSError, match=rf"cannot write {path}: No space left") as failed, files.atomic_write(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert failed.value.errno == errno.ENOSPC
+    with pytest.raises(OSError, match=r"cannot write .*missing/a\.txt"):
+        files.write_text(tmp_path / "missing/a.txt", "")
+
+
+def test_stale_files_of_ended_processes_are_deleted(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    names = files.temporary_name(tmp_path / "a"), tmp_path / f".a.{files.socket.gethostname()}.{os.getppid()}"
+    other = tmp_path / ".a.another-host.1"
+    stale = tmp_path / f".a.{files.socket.gethostname()}.{ended.pid}"
+    for path in (*names, other, stale, tmp_path / "a"):
+        path.touch()
+    files.remove_stale(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([names[1], other, tmp_path / "a"])  # our own id may be reused
+
+
+def test_json_round_trips_and_errors_name_the_file(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"a": ["é", 1.5]})
+    assert files.read_json(path) == {"a": ["é", 1.5]}
+    path.write_text('{"a": ')
+    with pytest.raises(ValueError, match=r"a\.json is not valid JSON .*; delete it"):
+        files.read_json(path, remedy="delete it")
+    with pytest.raises(FileNotFoundError, match=r"b\.json is missing"):
+        files.read_json(tmp_path / "b.json")
+
+
+def test_hashes_depend_on_contents_only(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert files.sha256_of_file(tmp_path / "a").startswith("ba7816bf8f01cfea")
+    assert files.sha256_of_json({"a": 1, "b": 2}) == files.sha256_of_json({"b": 2, "a": 1})
+    params = {"x": np.ones(2, np.float32), "y": np.zeros((2, 2), np.float32)}
+    assert files.sha256_of_params(params) == files.sha256_of_params(dict(reversed(params.items())))
+    assert files.sha256_of_params(params) != files.sha256_of_params(params | {"x": np.ones((1, 2), np.float32)})
+
+
+# ---------------------------------------------------------------- runner
+
+
+def scaled_rows(fixed, rows, offset):
+    return {"y": rows * fixed["scale"] + offset[:, None], "n": rows.sum(1)}
+
+
+def check_runner(runner, count):
+    rows, offset = np.arange(3.0 * count, dtype=np.float32).reshape(count, 3), np.arange(count, dtype=np.float32)
+    found = runner(runner.place({"scale": np.float32(2)}), rows, offset)
+    np.testing.assert_array_equal(found["y"], rows * 2 + offset[:, None])
+    np.testing.assert_array_equal(found["n"], rows.sum(1))
+
+
+@pytest.mark.parametrize("count", [1, 4, 7])
+def test_runner_returns_as_many_rows_as_it_gets(count):
+    runner = BatchedRunner(scaled_rows, per_device=4)
+    assert runner.rows == 4 * len(jax.local_devices())
+    check_runner(runner, count)
+
+
+def test_runner_compiles_once():
+    traced = []
+
+    def function(fixed, rows):
+        traced.append(rows.shape)
+        return rows + fixed
+
+    runner = BatchedRunner(function, per_device=2)
+    assert runner.compile(np.float32(1), jax.ShapeDtypeStruct((runner.rows, 3), jnp.float32)) > 0
+    runner(np.float32(1), np.ones((5, 3), np.float32))
+    assert traced == [(2, 3)]
+
+
+def test_runner_starts_without_waiting_and_fills_missing_rows():
+    runner = BatchedRunner(lambda fixed, rows: rows + fixed, per_device=4)
+    started = [runner.start(np.float32(n), np.arange(3, dtype=np.float32)) for n in range(3)]
+    assert all(isinstance(result, jax.Array) and result.shape == (runner.rows,) for result in started)
+    for n, result in enumerate(started):
+        np.testing.assert_array_equal(result[:3], np.arange(3) + n)
+
+
+@pytest.mark.slow
+def test_runner_uses_every_device():
+    code = (
+        "import jax, numpy as np, test_infra as t; runner = t.BatchedRunner(t.scaled_rows, per_device=2); "
+        "assert runner.rows == 8; [t.check_runner(runner, count) for count in (1, 8, 11)]"
+    )
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    flags["PYTHONPATH"] = ":".join([os.path.dirname(__file__), *sys.path])
+    assert subprocess.run([sys.executable, "-c", code], check=False, env=os.environ | flags).returncode == 0
+
+
+# ---------------------------------------------------------------- epochs
+
+
+def test_epochs_keep_the_order_of_version_0_1():
+    found = epochs.ShuffledEpochs(7, batch_size=3, seed=5)
+    for epoch in range(2):
+        order = np.random.default_rng([5, epoch]).permutation(7)
+        np.testing.assert_array_equal(found[2 * epoch], order[:3])
+        np.testing.assert_array_equal(found[2 * epoch + 1], order[3:6])
+    np.testing.assert_array_equal(found[0], np.random.default_rng([5, 0]).permutation(7)[:3])  # steps in any order
+
+
+def test_processes_share_a_batch(monkeypatch):
+    full = epochs.ShuffledEpochs(16, batch_size=8, seed=0)[3]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    shares = []
+    for index in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        shares.append(epochs.ShuffledEpochs(16, batch_size=8, seed=0)[3])
+    np.testing.assert_array_equal(np.concatenate(shares), full)
+    with pytest.raises(ValueError, match="batch_size=5 must be a multiple of 2, the number of processes"):
+        epochs.ShuffledEpochs(16, batch_size=5, seed=0)
+
+
+# ---------------------------------------------------------------- progress
 
 
 class Terminal(io.StringIO):
@@ -17,60 +164,65 @@ class Terminal(io.StringIO):
         return True
 
 
-class Clock:
-    """Stands in for the time module."""
-
-    def __init__(self):
-        self.now = 100.0
-
-    def monotonic(self):
-        return self.now
-
-
 @pytest.fixture
 def clock(monkeypatch):
-    made = Clock()
-    monkeypatch.setattr(speed, "time", made)
+    """tqdm's time, which a test advances by hand."""
+    made = types.SimpleNamespace(now=100.0)
+    monkeypatch.setattr("tqdm.std.time", lambda: made.now)
     return made
 
 
-def progress(file, steps=1000, start=0):
-    return speed.Progress(start=start, steps=steps, samples_per_step=64, flops_per_step=3e12, file=file)
-
-
-def test_progress_tells_a_file_one_line_now_and_then(clock):
+def test_progress_writes_a_line_to_a_file_every_half_minute(clock):
     file = io.StringIO()
-    bar = progress(file, start=200)
-    for step in range(201, 1001):
+    progress = Progress(1000, "steps", done=200, file=file)
+    shown = []
+    for _ in range(800):
         clock.now += 0.5
-        bar.update(step, loss=0.25)
+        shown.append(progress.advance(loss=0.25))
+    progress.close()
     lines = file.getvalue().splitlines()
-    assert len(lines) == 1 + 800 * 0.5 // 30  # one each 30 s, and the last step
-    assert lines[0] == ("260/1000 (26 %) · loss 0.25 · 2 steps/s · 128 samples/s · 6 TFLOP/s · 00:30 gone, 06:10 left")
-    assert lines[-1].startswith("1000/1000 (100 %)")
-    assert lines[-1].endswith("06:40 gone, 00:00 left")
+    assert len(lines) == sum(shown) == 1 + 800 * 0.5 // 30  # and the last step
+    assert lines[0] == "260/1000 (26 %) · 2.00 steps/s · 00:30 elapsed, 06:10 left, loss=0.25"
+    assert lines[-1].startswith("1000/1000 (100 %) · 2.00 steps/s · 06:40 elapsed, 00:00 left")
 
 
 def test_progress_rewrites_one_line_on_a_terminal(clock):
     file = Terminal()
-    bar = progress(file, steps=4)
-    for step in range(1, 5):
+    progress = Progress(4, "pairs", title="toy", file=file)
+    for _ in range(4):
         clock.now += 1.0
-        assert bar.update(step, loss=1.0)["steps_per_s"] == 1.0
-    bar.close()
+        assert progress.advance()
+    progress.close()
     assert file.getvalue().count("\n") == 1
-    assert file.getvalue().count("\r\x1b[K") == 4
+    assert "\rtoy: 4/4 (100 %) · 1.00 pairs/s" in file.getvalue()
 
 
-def test_progress_can_keep_quiet(clock):
-    bar = progress(None, steps=1)
-    clock.now += 1.0
-    assert bar.update(1, loss=1.0) is not None
-    bar.close()
+def test_the_last_unit_is_always_shown(clock):
+    file = io.StringIO()
+    progress = Progress(10, "images", file=file)
+    assert not progress.advance(9)
+    assert progress.advance(1)
+    assert file.getvalue().startswith("10/10 (100 %)")
+
+
+def test_only_the_first_process_shows_progress(monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    file = io.StringIO()
+    progress = Progress(1, "images", file=file)
+    assert not progress.advance(1)
+    progress.close()
+    assert file.getvalue() == ""
+
+
+def test_clock_time():
+    assert [clock_time(seconds) for seconds in (5.4, 65, 3723)] == ["00:05", "01:05", "1:02:03"]
+
+
+# ---------------------------------------------------------------- cost
 
 
 def test_rates_give_mfu_where_the_peak_is_known(monkeypatch):
-    monkeypatch.setattr(speed, "peak_flops", lambda kind: 100e12)
+    monkeypatch.setattr(cost, "peak_flops", lambda kind: 100e12)
     found = cost.rates(10, 5.0, samples_per_step=32, flops_per_step=20e12)
     assert found == pytest.approx({"steps_per_s": 2, "samples_per_s": 64, "tflop_per_s": 40, "mfu": 0.4})
 
@@ -100,12 +252,11 @@ def test_cost_of_a_step_counts_every_micro_batch():
 
 def test_compiled_step_is_described():
     lowered = jax.jit(lambda a: a @ a).lower(jnp.ones((256, 256)))
-    told = cost.describe(lowered.compile(), flops=2e12, seconds=1.5)
-    assert told.startswith("step compiled in 1.5 s: 2 TFLOP a step; MiB per device: arguments 0.2")
+    line = cost.describe(lowered.compile(), flops=2e12, seconds=1.5)
+    assert line.startswith("step compiled in 1.5 s: 2 TFLOP per step; MiB per device: arguments 0.2")
 
 
-def test_clock_time():
-    assert [speed.clock_time(seconds) for seconds in (5.4, 65, 3723)] == ["00:05", "01:05", "1:02:03"]
+# ---------------------------------------------------------------- metrics
 
 
 def test_metrics_are_strict_json_lines(tmp_path):
@@ -117,9 +268,9 @@ def test_metrics_are_strict_json_lines(tmp_path):
     assert rows == [{"step": 1, "loss": float(np.float32(0.1)), "size": None}, {"step": 2, "loss": None}]
 
 
-def test_resuming_cuts_later_and_broken_rows(tmp_path):
+def test_resuming_deletes_later_and_incomplete_rows(tmp_path):
     writer = metrics.make_writer(tmp_path, tensorboard=False)
-    writer.resume(0)  # nothing there yet
+    writer.resume(0)  # there is no file yet
     for step in range(1, 5):
         writer.write_scalars(step, {"loss": step})
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -130,6 +281,7 @@ def test_resuming_cuts_later_and_broken_rows(tmp_path):
     assert [row["loss"] for row in metrics.read_json_lines(tmp_path / "metrics.jsonl")] == [1, 2, 30]
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_the_same_scalars(tmp_path):
     pytest.importorskip("tensorflow")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -155,21 +307,31 @@ def test_hyper_parameters_are_flat(tmp_path):
     }
 
 
-def test_the_loop_needs_no_tensorflow():
+@pytest.mark.slow
+def test_the_loop_imports_no_tensorflow():
     code = (
         "import sys, instaflow_jax.train.loop; sys.exit(any(m in sys.modules for m in ('tensorflow', 'torch', 'clu')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_pixels_go_to_bytes_and_are_clipped():
-    pixels = np.array([-2, -1, -1 + 0.9 / 255, -1 + 1.1 / 255, 0.999, 1, 3], np.float32)
-    np.testing.assert_array_equal(images.to_uint8(pixels), [0, 0, 0, 1, 255, 255, 255])
+# ---------------------------------------------------------------- images
+
+
+def test_pixels_become_clipped_bytes():
+    values = np.array([-2, -1, -1 + 0.9 / 255, -1 + 1.1 / 255, 0.999, 1, 3], np.float32)
+    pixels = np.broadcast_to(values[:, None, None], (7, 1, 3))
+    np.testing.assert_array_equal(images.to_uint8(pixels)[:, 0, 0], [0, 0, 0, 1, 255, 255, 255])
+
+
+def test_pixels_survive_the_round_trip_as_bytes():
+    values = np.arange(256 * 3, dtype=np.uint8).reshape(16, 16, 3)
+    np.testing.assert_array_equal(images.to_uint8(images.to_pixels(values)), values)
 
 
 def test_grid_lays_out_row_by_row():
-    pictures = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 6, 3), np.uint8)
-    made = images.grid(pictures, columns=3, row_labels=(), column_labels=(), scale=2)
+    pixels = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 6, 3), np.uint8)
+    made = images.grid(pixels, columns=3, row_labels=(), column_labels=(), scale=2)
     assert made.shape == (2 * 8 + images.GAP, 3 * 12 + 2 * images.GAP, 3)
     for number in range(5):
         row, column = divmod(number, 3)
@@ -178,20 +340,20 @@ def test_grid_lays_out_row_by_row():
     assert (made[8 + images.GAP :, 2 * (12 + images.GAP) :] == images.WHITE).all()
 
 
-def test_grid_labels_leave_the_pictures_alone():
-    pictures = np.zeros((2, 20, 30, 3), np.uint8)
-    made = images.grid(pictures, columns=1, row_labels=("one", "a longer one"), column_labels=("x",), scale=1)
+def test_grid_labels_do_not_cover_the_images():
+    pixels = np.zeros((2, 20, 30, 3), np.uint8)
+    made = images.grid(pixels, columns=1, row_labels=("one", "a longer one"), column_labels=("x",), scale=1)
     black = (made == 0).all(-1)
-    assert black[images.LINE : images.LINE + 20, -30:].all()
+    assert black[images.LABEL_HEIGHT : images.LABEL_HEIGHT + 20, -30:].all()
     assert black[-20:, -30:].all()
-    assert (made[:, :-30] < 128).any()  # writing in the margin
-    assert (made[: images.LINE, -30:] < 128).any()  # and above
+    assert (made[:, :-30] < 128).any()  # text in the margin
+    assert (made[: images.LABEL_HEIGHT, -30:] < 128).any()  # and above
 
 
-def test_grid_refuses_what_it_cannot_lay_out():
+def test_grid_refuses_wrong_labels_and_no_images():
     with pytest.raises(ValueError, match="row_labels has 1 labels for a grid of 2"):
         images.grid(np.zeros((2, 4, 4, 3), np.uint8), columns=1, row_labels=("a",), column_labels=(), scale=1)
-    with pytest.raises(ValueError, match="at least one picture"):
+    with pytest.raises(ValueError, match="at least one image"):
         images.grid(np.zeros((0, 4, 4, 3), np.uint8), columns=1, row_labels=(), column_labels=(), scale=1)
 
 
@@ -216,45 +378,3 @@ def test_a_png_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         images.save_png(path, np.ones((2, 2, 3), np.uint8), {})
     assert (images.load_png(path)[0] == 0).all()
-
-
-@pytest.mark.parametrize(
-    "given,said,wish",
-    [
-        ("always [madvise] never", None, "glibc.malloc.hugetlb=1"),
-        ("always [madvise] never", "glibc.malloc.arena_max=2", "glibc.malloc.arena_max=2:glibc.malloc.hugetlb=1"),
-        ("always [madvise] never", "glibc.malloc.hugetlb=0", None),
-        ("[always] madvise never", None, None),
-        ("always madvise [never]", None, None),
-        (None, None, None),
-    ],
-)
-def test_huge_pages_are_asked_for_where_the_system_waits_for_it(given, said, wish, tmp_path, monkeypatch):
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    monkeypatch.setattr(huge_pages, "_GIVEN", tmp_path / "enabled")
-    if given:
-        (tmp_path / "enabled").write_text(given)
-    if said:
-        monkeypatch.setenv("GLIBC_TUNABLES", said)
-    assert huge_pages.wish() == ({"GLIBC_TUNABLES": wish} if wish else {})
-
-
-def test_asking_for_huge_pages_keeps_process_arguments_and_environment(tmp_path):
-    (tmp_path / "enabled").write_text("always [madvise] never")
-    program = f"""if True:
-        import os, pathlib, sys
-        from instaflow_jax.infra import huge_pages
-        print(os.getpid(), sys.argv[1:], os.environ["KEPT"], os.environ.get("GLIBC_TUNABLES"), flush=True)
-        huge_pages._GIVEN = pathlib.Path({str(tmp_path / "enabled")!r})
-        huge_pages.ask()
-        sys.exit(3)
-    """
-    with subprocess.Popen(
-        [sys.executable, "-c", program, "a b", "--c"],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={"PATH": "", "PYTHONPATH": ":".join(sys.path), "KEPT": "yes"},
-    ) as child:
-        lines = child.stdout.read().splitlines()
-    assert lines == [f"{child.pid} ['a b', '--c'] yes None", f"{child.pid} ['a b', '--c'] yes glibc.malloc.hugetlb=1"]
-    assert child.returncode == 3

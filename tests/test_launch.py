@@ -1,7 +1,8 @@
-"""The scripts a fresh machine starts with."""
+"""The command line, and the scripts that a fresh machine starts with."""
 
 import contextlib
 import hashlib
+import importlib
 import itertools
 import json
 import os
@@ -12,9 +13,13 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
+
+from instaflow_jax import main
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted([*(ROOT / "launch").iterdir(), ROOT / ".ci" / "run"])
@@ -34,7 +39,7 @@ def test_ci_runs_what_the_readme_says():
 
 
 def test_demo_works_from_another_folder_and_passes_arguments_on(tmp_path):
-    """With an environment that is there already (this one), so that nothing is downloaded."""
+    """With an existing environment (this one), so that nothing is downloaded."""
     program = f"""
     python() {{ echo "ran in $PWD: $*"; }}
     . {ROOT}/launch/env.sh
@@ -56,14 +61,15 @@ def test_demo_works_from_another_folder_and_passes_arguments_on(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
+    command = "-m instaflow_jax.main --config=configs/demo.py --workdir=runs/demo --cpu_devices=2 --workdir=elsewhere"
     assert done.stdout.splitlines() == [
         "installs demo",
-        f"ran in {ROOT}: -m instaflow_jax.main --config=configs/demo.py --workdir=runs/demo --cpu_devices=2 "
-        "--workdir=elsewhere",
+        f"ran in {ROOT}: {command}",
     ]
 
 
-def test_the_cpu_is_split_into_the_devices_asked_for():
+@pytest.mark.slow
+def test_the_cpu_is_split_into_the_devices_of_the_flag():
     program = """
 import sys
 import jax
@@ -81,9 +87,88 @@ except SystemExit as end:
     assert done.stdout.endswith(" 3\n")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--config=configs/sample.py --config.promts=x", "the config has no field 'promts'; did you mean 'prompts'?"),
+        ("--config=configs/sample.py --config.delta.scal=1", "no field 'delta.scal'; did you mean 'delta.scale'?"),
+        ("--config=configs/sample.py:sd51", "no variant 'sd51'; it has openmoji, sd15"),
+        ("--config=configs/demo.py:sd15", "configs/demo.py has no variants"),
+        ("--config configs/smple.py", "configs/smple.py: no such file; did you mean 'configs/sample.py'?"),
+        ("--workdir=x", "no config is given; use --config=configs/STAGE.py"),
+        (
+            "--config=configs/sample.py --config.kind=flow",
+            "config.kind was renamed in version 0.2; use --config.dynamics",
+        ),
+        ("--config=configs/serve.py --config.teacher_kind=flow", "use --config.teacher_dynamics"),
+        ("--config=configs/serve.py --config.steps=1", "use --config.N"),
+        ("--config=configs/serve.py --config.max_pictures=1", "use --config.max_images"),
+        ("--config=configs/reflow.py --config.schedule.kind=x", "use --config.schedule.name"),
+        ("--config=configs/reflow.py --config.watch_every=1", "use --config.eval_every"),
+        ("--config=configs/reflow.py --config.watch.steps=1", "use --config.eval.N"),
+        ("--config=configs/reflow.py --config.drop=0", "use --config.prompt_dropout"),
+        ("--config=configs/reflow.py --config.pairs.kind=flow", "use --config.pairs.dynamics"),
+        ("--config=configs/demo.py --config.reflow.watch.seeds=1", "use --config.reflow.eval.seeds"),
+        ("--config=configs/distill.py --config.start=x", "use --config.init_from"),
+        ("--config=configs/distill.py --config.pairs_in=x", "use --config.pairs_folder"),
+        ("--config=configs/export.py --config.into=x", "use --config.output"),
+        ("--config=configs/evaluate.py --config.also=x", "use --config.extra"),
+        ("--config=configs/evaluate.py --config.teacher.steps=1", "use --config.teacher.N"),
+    ],
+)
+def test_a_mistake_on_the_command_line_ends_in_one_line(arguments, words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setattr(sys, "argv", ["main", *arguments.split()])
+    with pytest.raises(SystemExit) as end:
+        main.parse_flags(sys.argv)
+    assert str(end.value.code).startswith("error: ") and words in end.value.code and "\n" not in end.value.code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("argument", "line"),
+    [
+        ("--config.N=abc", "invalid literal for int() with base 10: 'abc'; use a value like the default, 25"),
+        ("--config.seeds=1,a", "wrong type; use a value like the default, (0, 1, 2, 3)"),
+        ("--confg=x", "Unknown command line flag 'confg'. Did you mean: config"),
+        ("stray", "unexpected arguments ['stray']"),
+    ],
+)
+def test_a_wrong_value_ends_in_one_line_and_exit_code_1(argument, line):
+    command = [sys.executable, "-m", "instaflow_jax.main", "--config=configs/sample.py", argument]
+    done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and line in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("package", ["tensorflow_datasets", "array_record", "clu"])
+def test_a_missing_optional_package_ends_in_one_line_that_names_its_extra(package, monkeypatch):
+    stage = types.SimpleNamespace(run=lambda config, workdir: importlib.import_module(f"{package}.x"))
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, "instaflow_jax.stages.sample", stage)
+    with pytest.raises(ValueError, match=rf"'sample' needs the package '{package}'.* use pip install -e '\.\[train\]'"):
+        main.run(ConfigDict({"stage": "sample"}), "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("given", "exported"),
+    [
+        (None, "glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.arena_max=2", "glibc.malloc.arena_max=2:glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
+    ],
+)
+def test_scripts_use_huge_pages_unless_the_environment_says_otherwise(place, given, exported):
+    env = {name: value for name, value in environment(place).items() if name != "GLIBC_TUNABLES"}
+    env |= {} if given is None else {"GLIBC_TUNABLES": given}
+    command = ["bash", "-c", f'. {ROOT}/launch/env.sh; echo "$GLIBC_TUNABLES"']
+    assert subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout == f"{exported}\n"
+
+
 @pytest.fixture
 def place(tmp_path):
-    """An environment that is there already, and a folder of stand-ins that comes first on PATH."""
+    """An existing environment, and a folder of stubs that comes first on PATH."""
     (tmp_path / "stubs").mkdir()
     (tmp_path / "log").write_text("")
     binaries = tmp_path / "venv" / "bin"
@@ -91,7 +176,7 @@ def place(tmp_path):
     (binaries / "activate").write_text(f"export PATH={binaries}:$PATH\n")
     write_stub(binaries / "python", 'echo "python $*" >> "$LOG"')
     digest = hashlib.sha256((ROOT / "setup.py").read_bytes()).hexdigest()[:16]
-    for extra in ("gpu", "tpu"):
+    for extra in ("gpu,train", "tpu,train"):
         (tmp_path / "venv" / f"installed-{extra}-{digest}").touch()
     return tmp_path
 
@@ -102,7 +187,7 @@ def write_stub(path, body):
 
 
 def environment(place, **more):
-    """What a script finds; no real gcloud, srun, ... stands behind the stand-ins for those a script calls."""
+    """The variables of a script; PATH finds the stubs of gcloud, srun, ... first."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "TPU_"))}
     return (
         inherited
@@ -160,7 +245,7 @@ def test_one_node_runs_the_stage_from_any_folder(place):
         ("kill -KILL $$", 137),
     ],
 )
-def test_a_stage_that_was_told_to_stop_asks_to_be_started_again(place, python, code):
+def test_a_stage_that_sigterm_stopped_exits_with_the_code_for_another_start(place, python, code):
     write_stub(place / "venv" / "bin" / "python", python)
     done = subprocess.run(
         ["bash", "-c", f". {ROOT}/launch/env.sh; stage --config=x"], env=environment(place), check=False
@@ -171,7 +256,7 @@ def test_a_stage_that_was_told_to_stop_asks_to_be_started_again(place, python, c
 # ---------------------------------------------------------------- TPU
 
 POD = {"TPU_NAME": "flow", "TPU_ZONE": "us-east5-a", "TPU_TYPE": "v5p-32", "TPU_IMAGE": "v2-alpha-tpuv5"}
-# A TPU that is not there at first; the first run on it is broken off with code $1, the others succeed.
+# A TPU that is not there at first; the first run on it ends as {ends} says, the others succeed.
 GCLOUD = """
 shift 3
 echo "gcloud $*" >> "$LOG"
@@ -196,7 +281,7 @@ def pod(place, ends, *arguments, **more):
 
 REMOTE = (
     "--worker=all --command={setup} && mkdir -p instaflow_jax && tar -xzf instaflow_jax.tgz -C instaflow_jax && "
-    "cd instaflow_jax && bash -c '. launch/env.sh; install tpu; stage \"$@\"' stage --processes=0 {arguments} "
+    "cd instaflow_jax && bash -c '. launch/env.sh; install tpu,train; stage \"$@\"' stage --processes=0 {arguments} "
     "--zone=us-east5-a"
 )
 LIST = "gcloud list --filter=name~/nodes/flow$ --format=value(state) --zone=us-east5-a"
@@ -204,7 +289,7 @@ CREATE = "gcloud create flow --accelerator-type=v5p-32 --version=v2-alpha-tpuv5 
 SCP = "gcloud scp CODE flow: --worker=all --zone=us-east5-a"
 
 
-def test_a_pod_is_made_again_when_it_is_taken_away(place):
+def test_a_preempted_pod_is_created_again(place):
     done, log = pod(
         place,
         f"echo PREEMPTED > {place}/state; exit 255",
@@ -279,7 +364,7 @@ def test_a_pod_is_not_made_when_gcloud_does_not_answer(place):
 
 # ---------------------------------------------------------------- Slurm
 
-# Two tasks of one node, each the leader of a process group that scancel signals. Exits with the highest code, as srun does.
+# Two tasks of one node, each the leader of a process group that scancel signals. Exits with their highest code.
 SRUN = """
 echo "srun $*" >> "$LOG"
 while [[ $1 == --* ]]; do shift; done
@@ -319,7 +404,7 @@ def slurm(place, *arguments, job, **more):
 
 
 def end(shell):
-    """Its exit code and what it said."""
+    """Its exit code and output."""
     said, _ = shell.communicate(timeout=240)
     return shell.returncode, said
 
@@ -339,15 +424,16 @@ def started(arguments):
         ("kill -TERM $PPID; exit 0", 0, ["scontrol requeue 4711"]),
     ],
 )
-def test_a_slurm_job_is_queued_again_only_when_it_was_told_to_stop(place, python, code, requeued):
+def test_a_slurm_job_is_queued_again_only_after_sigterm(place, python, code, requeued):
     write_stub(place / "venv" / "bin" / "python", python)
     with slurm(place, "--config=configs/reflow.py", job=4711) as job:
         assert end(job)[0] == code
     assert (place / "log").read_text().splitlines() == [started(["--config=configs/reflow.py"]), *requeued]
 
 
+@pytest.mark.slow
 def test_a_slurm_job_of_two_processes_saves_at_its_time_limit_and_resumes(place, teacher):
-    """Reflow for real, its pairs made first; the batch shell is told that time is nearly up."""
+    """Trains reflow, with its pairs made first; the batch shell gets Slurm's signal before the time limit."""
     write_stub(place / "venv" / "bin" / "python", f'[ "$2" != pip ] && exec {sys.executable} "$@"')  # installs nothing
     workdir, env = (
         place / "run",
@@ -410,7 +496,7 @@ def steps(metrics):
 
 
 def free_job():
-    """A job number whose port, as JAX derives it, nobody listens at."""
+    """A job number whose port, as JAX derives it, is free."""
     for job in itertools.count(1000 + os.getpid()):
         with socket.socket() as probe:
             if probe.connect_ex(("localhost", job % 2**12 + 65535 - 2**12 + 1)):
@@ -429,7 +515,7 @@ def wait_for(happened, process):
 # ---------------------------------------------------------------- Docker
 
 
-def test_the_docker_image_is_made_of_what_is_there():
+def test_the_docker_image_copies_existing_files():
     lines = [line.split() for line in (ROOT / "Dockerfile").read_text().splitlines() if line and line[0] != "#"]
     instructions = {words[0] for words in lines}
     assert lines[0][0] == "FROM" and instructions <= {"FROM", "WORKDIR", "COPY", "RUN", "ENV", "VOLUME", "ENTRYPOINT"}
@@ -437,5 +523,5 @@ def test_the_docker_image_is_made_of_what_is_there():
         if words[0] == "COPY":
             assert all((ROOT / name).exists() for name in words[1:-1]), words
     extras = re.search(r"-e \.\[(.*?)\]", (ROOT / "Dockerfile").read_text())[1].split(",")
-    assert all(f'"{extra}": [' in (ROOT / "setup.py").read_text() for extra in extras)
+    assert all(f'"{extra}": ' in (ROOT / "setup.py").read_text() for extra in extras)
     assert json.loads(" ".join(lines[-1][1:])) == ["python", "-m", "instaflow_jax.main"]

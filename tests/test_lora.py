@@ -1,24 +1,22 @@
-"""LoRA files and delta weights, against PyTorch diffusers and peft that read the same files, and the stages that take them."""
+"""LoRA files and delta weights against PyTorch diffusers and peft, and the stages that use them."""
 
 import json
-import runpy
 import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.torch
-from helpers import load, make_directory, relative, torch_names
+from helpers import load, make_directory, read_config, relative, torch_names
 from PIL import Image
 
 from instaflow_jax import main
 from instaflow_jax.stages.common import loading
-from instaflow_jax.stages.generate import job as generate_job
-from instaflow_jax.weights import delta as merge
+from instaflow_jax.stages.generate.stage import read_job
 from instaflow_jax.weights import lora, port
+from instaflow_jax.weights.delta import Delta, add_delta
 
-ROOT = Path(__file__).parent.parent
-UNET = {  # each kind of layer that files hold: linear, 1×1 and 3×3 convolutions
+UNET = {  # layer → rank; every type of layer that files contain: linear, 1×1 and 3×3 convolutions
     "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": 4,
     "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0": 2,
     "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.0.proj": 3,
@@ -44,7 +42,7 @@ def tiny(tmp_path_factory):
 
 
 def layers(pipe, seed=0):
-    """(network, module, down, up) of a random LoRA of `UNET` and `TEXT`, of weights' own size so that nothing hides."""
+    """(network, module, down, up) of a random LoRA of `UNET` and `TEXT`, as large as the weights, so errors show."""
     import torch
 
     draw = torch.Generator().manual_seed(seed)
@@ -82,7 +80,7 @@ def write(state, path):
 
 
 def fused(tiny, *files):
-    """What PyTorch diffusers makes of these (file, scale)."""
+    """PyTorch diffusers' pipeline with these (file, scale) fused in."""
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(tiny.folder)
@@ -94,15 +92,15 @@ def fused(tiny, *files):
 
 
 def assert_close(params, want, start, changed):
-    """All weights to 1e-5, and those in `changed`, and no others, moved far from `start`."""
-    got, was = torch_names(params), torch_names(start)
+    """All weights equal `want` to 1e-5; exactly those in `changed` differ from `start`, and by much."""
+    got, before = torch_names(params), torch_names(start)
     assert got.keys() == want.keys()
-    moved = {key.removesuffix(".weight") for key in got if not np.array_equal(got[key], was[key])}
-    assert moved == set(changed)
+    differing = {key.removesuffix(".weight") for key in got if not np.array_equal(got[key], before[key])}
+    assert differing == set(changed)
     for key, value in want.items():
         assert relative(got[key], value) < 1e-5, key
         if key.removesuffix(".weight") in changed:
-            assert relative(got[key], was[key]) > 0.05, key
+            assert relative(got[key], before[key]) > 0.05, key
 
 
 @pytest.mark.parametrize("form", [kohya, diffusers])
@@ -114,7 +112,7 @@ def test_a_merged_file_equals_diffusers(form, tiny, tmp_path):
     assert params["vae"].keys() == tiny.ours.params["vae"].keys()
 
 
-def test_alpha_in_the_metadata_of_diffusers_counts(tiny, tmp_path):
+def test_alpha_in_the_metadata_of_diffusers_is_used(tiny, tmp_path):
     from diffusers import StableDiffusionPipeline
 
     state = {key.removeprefix("unet."): t for key, t in diffusers(tiny.pipe).items() if ".attn1.to_q" in key}
@@ -134,7 +132,7 @@ def test_alpha_in_the_metadata_of_diffusers_counts(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("pattern", [{}, {"conv1": 20}], ids=["alpha", "alpha_pattern"])
-def test_a_lora_made_by_peft_is_merged_as_peft_merges_it(pattern, tiny, torch, tmp_path):
+def test_a_lora_trained_by_peft_is_merged_as_by_peft(pattern, tiny, torch, tmp_path):
     import peft
     from diffusers import UNet2DConditionModel
 
@@ -169,7 +167,7 @@ def test_the_names_of_the_first_diffusers_versions_are_read(tiny, tmp_path):
             np.testing.assert_array_equal(b[net][name], value, err_msg=name)
 
 
-def test_files_stack_and_a_scale_of_zero_or_its_opposite_undoes(tiny, tmp_path):
+def test_files_add_up_and_a_negative_scale_undoes_them(tiny, tmp_path):
     first, second = (write(kohya(tiny.pipe, seed), tmp_path / f"{seed}.safetensors") for seed in (1, 2))
     both = load(tiny.folder, loras=[(first, 0.8), (second, 0.5)]).params
     theirs = fused(tiny, (first, 0.8), (second, 0.5))
@@ -181,7 +179,7 @@ def test_files_stack_and_a_scale_of_zero_or_its_opposite_undoes(tiny, tmp_path):
         np.testing.assert_allclose(back[name], value, atol=1e-6)
 
 
-def test_files_of_linear_and_convolutional_projections_fit_either(tiny, tmp_path):
+def test_linear_layers_and_1x1_convolutions_are_interchangeable(tiny, tmp_path):
     """SD 2.x has linear layers where SD 1.x has 1×1 convolutions; they compute the same."""
     state = {k: t for k, t in kohya(tiny.pipe).items() if "proj_in" in k}
     flat = {k: t[..., 0, 0].contiguous() if t.ndim == 4 else t for k, t in state.items()}
@@ -225,7 +223,7 @@ Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
         ),
     ],
 )
-def test_what_does_not_fit_is_named(edit, words, tiny, tmp_path):
+def test_mismatches_are_named(edit, words, tiny, tmp_path):
     path = write(edited(tiny, edit), tmp_path / "bad.safetensors")
     with pytest.raises(ValueError) as error:
         lora.merge(tiny.ours.params, path, 1.0)
@@ -239,9 +237,9 @@ def test_other_formulas_of_peft_are_refused(tiny, tmp_path):
         path,
     )
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 4, "use_dora": True}))
-    with pytest.raises(ValueError, match="made with use_dora"):
+    with pytest.raises(ValueError, match="trained with use_dora"):
         lora.merge(tiny.ours.params, path, 1.0)
-    with pytest.raises(FileNotFoundError, match="no such LoRA file"):
+    with pytest.raises(FileNotFoundError, match="there is no LoRA file"):
         lora.merge(tiny.ours.params, tmp_path / "nowhere.safetensors", 1.0)
 
 
@@ -260,8 +258,8 @@ def origin(tmp_path_factory):
     return types.SimpleNamespace(folder=folder, pipe=make_directory(folder, "flat", seed=21))
 
 
-def test_a_delta_moves_the_unet_and_brings_the_custom_decoder_and_text(tiny, custom, origin, torch):
-    got = load(tiny.folder, delta=merge.Delta(str(custom.folder), str(origin.folder), 0.7)).params
+def test_a_delta_changes_the_unet_and_replaces_decoder_and_text_encoder(tiny, custom, origin, torch):
+    got = load(tiny.folder, delta=Delta(str(custom.folder), str(origin.folder), 0.7)).params
     start, new, old = (pipe.unet.state_dict() for pipe in (tiny.pipe, custom.pipe, origin.pipe))
     for key, value in torch_names(got["unet"]).items():
         assert relative(value, start[key] + 0.7 * (new[key] - old[key])) < 1e-6, key
@@ -270,9 +268,9 @@ def test_a_delta_moves_the_unet_and_brings_the_custom_decoder_and_text(tiny, cus
             np.testing.assert_array_equal(value, getattr(custom.pipe, net).state_dict()[key])
 
 
-def test_a_delta_from_the_model_itself_gives_the_custom_one_and_takes_loras(tiny, custom, tmp_path):
+def test_a_delta_from_the_model_itself_gives_the_custom_model_and_combines_with_loras(tiny, custom, tmp_path):
     path = write(kohya(tiny.pipe), tmp_path / "x.safetensors")
-    delta = merge.Delta(str(custom.folder), str(tiny.folder), 1.0)
+    delta = Delta(str(custom.folder), str(tiny.folder), 1.0)
     got = load(tiny.folder, delta=delta, loras=[(path, 0.8)]).params
     want = lora.merge(load(custom.folder).params, path, 0.8)
     for net, params in want.items():
@@ -286,8 +284,8 @@ def test_a_delta_of_another_architecture_is_refused(tiny):
         "conv_out.bias": np.zeros(9, np.float32)
     }
     with pytest.raises(ValueError) as error:
-        merge.add_delta(params, params, other, 1.0, names={"custom": "A", "origin": "B"})
-    for words in ("origin='B' is another architecture", "1 missing: conv_in.bias", "conv_out.bias (9,), not (4,)"):
+        add_delta(params, params, other, 1.0, names={"custom": "A", "origin": "B"})
+    for words in ("origin='B' has another architecture", "1 missing: conv_in.bias", "conv_out.bias (9,), not (4,)"):
         assert words in str(error.value)
 
 
@@ -295,50 +293,46 @@ def test_a_delta_of_another_architecture_is_refused(tiny):
 
 
 def config(stage, **fields):
-    config = runpy.run_path(str(ROOT / "configs" / f"{stage}.py"))["get_config"]()
+    config = read_config(stage)
     config.update(fields)
     return config
 
 
-def test_sampling_takes_loras_and_a_delta_from_the_config(tiny, custom, tmp_path):
+@pytest.mark.slow
+def test_sampling_uses_loras_and_delta_from_the_config(tiny, custom, tmp_path):
     path = write(kohya(tiny.pipe), tmp_path / "x.safetensors")
     settings = {"model": str(tiny.folder), "N": 1, "alpha": 1.0, "prompts": "red apple", "seeds": (0,)}
     changes = {
         "loras": f"{path}=0.5|{path}",
         "delta": {"custom": str(custom.folder), "origin": str(tiny.folder), "scale": 1.0},
     }
-    pictures = []
+    images = []
     for name, change in (("plain", {}), ("changed", changes)):
         main.run(config("sample", **settings, **change), str(tmp_path / name))
         (file,) = (tmp_path / name / "sample").glob("000*.png")
-        pictures.append(Image.open(file))
-    plain, changed = pictures
+        images.append(Image.open(file))
+    plain, changed = images
     assert changed.text["loras"] == changes["loras"] and str(custom.folder) in changed.text["delta"]
     assert "delta" not in plain.text
     assert np.abs(np.asarray(changed, int) - np.asarray(plain, int)).max() > 10
 
 
-def test_pairs_remember_whose_weights_made_them(tiny, tmp_path):
+def test_the_pair_manifest_depends_on_the_weights(tiny, tmp_path):
     path = write(kohya(tiny.pipe), tmp_path / "x.safetensors")
     settings = {"model": str(tiny.folder), "count": 4, "N": 1}
-    plain, changed = (
-        generate_job.prepare(config("generate", **settings, loras=loras)).recipe["teacher"] for loras in ("", path)
-    )
+    plain, changed = (read_job(config("generate", **settings, loras=loras)).recipe["teacher"] for loras in ("", path))
     assert {name for name in plain if plain[name] != changed[name]} == {"unet", "text_encoder"}
 
 
 def test_scales_are_read_from_the_config():
-    assert loading.read_loras("a.safetensors=0.8| b.safetensors |c=-1e-1") == [
-        ("a.safetensors", 0.8),
-        ("b.safetensors", 1.0),
-        ("c", -0.1),
-    ]
-    assert loading.read_loras("") == []
-    with pytest.raises(ValueError, match="the scale 'much' of a.safetensors is no number"):
+    want = (("a.safetensors", 0.8), ("b.safetensors", 1.0), ("c", -0.1))
+    assert loading.read_loras("a.safetensors=0.8| b.safetensors |c=-1e-1") == want
+    assert loading.read_loras("") == ()
+    with pytest.raises(ValueError, match=r"the scale 'much' of a\.safetensors is not a number"):
         loading.read_loras("a.safetensors=much")
 
 
-def test_a_convolution_is_the_same_low_rank_map(tiny):
+def test_the_delta_of_a_convolution_by_hand(tiny):
     """One 3×3 layer by hand: the sum over ranks of an outer product, for each position of the kernel."""
     down, up = np.arange(2 * 3 * 9.0).reshape(2, 3, 3, 3), np.arange(4 * 2.0).reshape(4, 2, 1, 1)
     want = sum(up[:, r, 0, 0][:, None, None, None] * down[r] for r in range(2)) * 3.0 / 2

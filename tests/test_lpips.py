@@ -11,13 +11,13 @@ from helpers import normal, randomize, references, relative
 import configs.distill
 from instaflow_jax import pipeline
 from instaflow_jax.models.lpips import LPIPS, PUBLISHED, VGGClassifier
-from instaflow_jax.stages.distill import make_distance
+from instaflow_jax.stages.distill import make_lpips_distance
 from instaflow_jax.weights import port
 
 HEADS = Path(importlib.util.find_spec("lpips").origin).parent / "weights" / "v0.1"
 
 
-@pytest.fixture(scope="module", params=["vgg", "alex"])
+@pytest.fixture(scope="module", params=[pytest.param("vgg", marks=pytest.mark.slow), "alex"])
 def pair(request, tmp_path_factory):
     """The package's network, and ours read from torchvision's state dict and the package's heads."""
     torch = references()
@@ -29,10 +29,12 @@ def pair(request, tmp_path_factory):
     randomize(reference.net, gain=1.4)  # ReLU halves the variance
     state = {f"features.{key.split('.', 1)[1]}": tensor for key, tensor in reference.net.state_dict().items()}
     with torch.device("meta"):  # names and shapes without the half gigabyte of the classifier, which LPIPS ignores
-        whole = {"vgg": torchvision.models.vgg16, "alex": torchvision.models.alexnet}[name]().state_dict()
-    assert {k: t.shape for k, t in state.items()} == {k: t.shape for k, t in whole.items() if k.startswith("features.")}
+        classifier_state = {"vgg": torchvision.models.vgg16, "alex": torchvision.models.alexnet}[name]().state_dict()
+    assert {k: t.shape for k, t in state.items()} == {
+        k: t.shape for k, t in classifier_state.items() if k.startswith("features.")
+    }
     path = tmp_path_factory.mktemp("trunk") / "trunk.pth"
-    torch.save(state | {key: torch.zeros(1) for key in whole.keys() - state.keys()}, path)
+    torch.save(state | {key: torch.zeros(1) for key in classifier_state.keys() - state.keys()}, path)
     return torch, reference, *LPIPS.from_files(path, HEADS / f"{name}.pth", net=name)
 
 
@@ -63,8 +65,9 @@ def test_distance_and_gradient_equal_the_package(pair):
     assert exact.min() > 0
 
 
+@pytest.mark.slow
 def test_bfloat16_products_come_close_and_pairs_that_agree_stay_at_zero():
-    """What distillation in bfloat16 looks through (`stages.distill.make_distance` takes the recipe's type)."""
+    """What distillation in bfloat16 looks through (`stages.distill.make_lpips_distance` takes the recipe's type)."""
     config = configs.distill.get_config("lpips")
     config.dtype = "bfloat16"
     single, half = (
@@ -81,7 +84,7 @@ def test_bfloat16_products_come_close_and_pairs_that_agree_stay_at_zero():
     assert relative(values[1], values[0]) < 0.01 and relative(gradients[1], gradients[0]) < 0.1
     assert gradients[1].dtype == np.float32 and float(abs(half[0].apply(half[1], a, a)).max()) == 0
     pipe = pipeline.load("openmoji", variant=None, attention="xla", dtype=jax.numpy.bfloat16)
-    distance, frozen = make_distance(config, pipe)
+    distance, frozen = make_lpips_distance(pipe, config.dtype, config.remat.to_dict(), **config.lpips)
     x, y = (normal(i, 1, *pipe.latent_shape) for i in (2, 3))
     text = str(jax.make_jaxpr(distance)(frozen, x, {"X1": y}, jax.random.key(0)))
     convolutions = [line.split(" = ")[0] for line in text.splitlines() if "conv_general_dilated[" in line]
@@ -97,9 +100,9 @@ def test_small_trunks_go_through_the_disk_and_share_their_classifier(tmp_path):
     net = LPIPS.from_config(config)
     params = net.init(jax.random.key(1)) | {n: p for n, p in trained.items() if n.startswith("features.")}
     net.save_pretrained(params, tmp_path)
-    again, read = LPIPS.from_pretrained(tmp_path)
+    restored, read = LPIPS.from_pretrained(tmp_path)
     a, b = normal(0, 3, 16, 16, 3), normal(1, 3, 16, 16, 3)
-    distance = jax.jit(again.apply)
+    distance = jax.jit(restored.apply)
     assert read.keys() == params.keys()
     np.testing.assert_array_equal(distance(read, a, b), distance(params, a, b))
     assert distance(read, a, b).shape == (3,) and float(distance(read, a, b).min()) > 0

@@ -1,4 +1,4 @@
-"""Prompts: each source gives its texts in order, cleaning does what it says, and a bad row is counted, not fatal."""
+"""Prompts: each source yields its texts in order, cleaning follows its rules, bad rows are counted and not fatal."""
 
 import json
 import sys
@@ -8,10 +8,10 @@ import pytest
 import tensorflow_datasets as tfds
 
 from instaflow_jax.data import prompts, records
-from instaflow_jax.data.openmoji.dataset import _png
+from instaflow_jax.data.openmoji.dataset import encode_png
 from instaflow_jax.data.prompts import Cleaning
 
-AS_IT_IS = Cleaning(normalize=False, min_chars=0, max_chars=0, unique=False)
+UNCHANGED = Cleaning(normalize=False, min_chars=0, max_chars=0, unique=False)
 TIDY = Cleaning(normalize=True, min_chars=1, max_chars=0, unique=False)
 
 
@@ -24,13 +24,13 @@ def load(source, column="", cleaning=TIDY, **fields):
     )
 
 
-def test_normalising_composes_and_squeezes():
+def test_normalizing_composes_and_collapses_spaces():
     found = prompts.clean(["  cafe\u0301 \t au\u00a0lait\n", "\ufb01g"], TIDY)
-    assert found.texts == ["caf\u00e9 au lait", "\ufb01g"]  # canonical composition only: the ligature stays
-    assert prompts.clean(["  a  "], AS_IT_IS).texts == ["  a  "]
+    assert found.texts == ["caf\u00e9 au lait", "\ufb01g"]  # NFC is canonical composition only: the ligature stays
+    assert prompts.clean(["  a  "], UNCHANGED).texts == ["  a  "]
 
 
-def test_every_rule_drops_and_counts_what_it_says():
+def test_every_rule_drops_and_counts():
     rows = ["red apple", "red  apple", "", None, "x" * 50, "a", "half \ud83d", "RED APPLE"]
     found = prompts.clean(rows, Cleaning(normalize=True, min_chars=2, max_chars=20, unique=True))
     assert found.texts == ["red apple", "RED APPLE"]
@@ -38,14 +38,14 @@ def test_every_rule_drops_and_counts_what_it_says():
     assert prompts.describe(found.report) == "8 rows: 2 malformed, 2 too short, 1 too long, 1 repeated, 2 kept"
 
 
-def test_text_file_with_a_broken_line(tmp_path):
+def test_a_text_file_with_a_broken_line(tmp_path):
     (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\n\n\xff\xfe\nthree")
     found = load(tmp_path / "p.txt")
     assert found.texts == ["one", "two", "three"]
     assert found.report["malformed"] == 1 and found.report["too short"] == 1
 
 
-def test_jsonl_takes_nested_columns_and_lists(tmp_path):
+def test_jsonl_supports_nested_columns_and_lists(tmp_path):
     rows = [
         '{"c": {"t": "one"}}',
         '{"c": {"t": ["two", 3]}}',
@@ -59,7 +59,7 @@ def test_jsonl_takes_nested_columns_and_lists(tmp_path):
     assert found.texts == ["one", "two"] and found.report["malformed"] == 5
 
 
-def test_parquet_globs_in_order_of_name_and_names_its_columns(tmp_path):
+def test_parquet_globs_are_sorted_and_errors_list_the_columns(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -70,11 +70,11 @@ def test_parquet_globs_in_order_of_name_and_names_its_columns(tmp_path):
     with pytest.raises(ValueError, match=r"a.parquet has no column 'caption'; it has TEXT, W"):
         load(tmp_path / "*.parquet", "caption")
     (tmp_path / "c.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(ValueError, match="c.parquet is not a Parquet file"):
+    with pytest.raises(ValueError, match=r"c.parquet is not a Parquet file"):
         load(tmp_path / "*.parquet", "TEXT")
 
 
-def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+def test_parquet_without_pyarrow_names_the_package_to_install(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match="pip install pyarrow"):
@@ -83,11 +83,11 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
 
 @pytest.fixture
 def coco(tmp_path):
-    """A TFDS set with the features of coco_captions, where TFDS would have prepared it."""
+    """A TFDS set with the features of coco_captions, in the directory where TFDS would have prepared it."""
     captions = tfds.features.Sequence({"id": np.int64, "text": tfds.features.Text()})
     features = tfds.features.FeaturesDict({"image": tfds.features.Image(shape=(None, None, 3)), "captions": captions})
     row = {
-        "image": _png(np.zeros((8, 8, 3), np.uint8)),
+        "image": encode_png(np.zeros((8, 8, 3), np.uint8)),
         "captions": [{"id": 1, "text": "a dog"}, {"id": 2, "text": "é"}],
     }
     directory = tmp_path / "coco_captions" / "2014" / "1.1.0"
@@ -104,14 +104,14 @@ def test_tfds_by_name_and_by_directory(coco):
     with pytest.raises(ValueError, match="no split 'train'; it has val"):
         load(f"tfds:{coco}", "captions.text", split="train")
     with pytest.raises(
-        ValueError, match="no column 'text'; it has image, captions|no column 'text'; it has captions, image"
+        ValueError, match=r"no column 'text'; it has image, captions|no column 'text'; it has captions, image"
     ):
         load(f"tfds:{coco}", "text")
     with pytest.raises(ValueError, match="gave no prompt"):
         load(f"tfds:{coco}", "captions.id")
 
 
-def test_openmoji_captions_are_a_prefix_of_longer_ones_and_never_empty():
+def test_fewer_openmoji_captions_are_a_prefix_of_more_and_never_empty():
     some, more = (load("openmoji", count=count, seed=3).texts for count in (20, 60))
     assert more[:20] == some and len(more) == 60 and all(more)
     assert load("openmoji", count=60, seed=4).texts != more
@@ -127,17 +127,17 @@ def test_openmoji_captions_are_a_prefix_of_longer_ones_and_never_empty():
         ("openmoji", "", ValueError, "count=0 is not positive"),
     ],
 )
-def test_what_cannot_be_read_is_refused(source, column, error, words, tmp_path):
+def test_unreadable_sources_are_refused(source, column, error, words, tmp_path):
     with pytest.raises(error, match=words):
         load(source, column, data_dir=str(tmp_path))
 
 
-def test_a_column_that_is_nowhere_is_refused_at_the_end(tmp_path):
+def test_a_column_that_no_row_has_is_refused(tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps({"text": "one"}))
     with pytest.raises(ValueError, match=r"gave no prompt \(1 rows: 1 malformed, 0 kept\)"):
         load(tmp_path / "p.jsonl", "TEXT")
 
 
-def test_the_hash_knows_order_and_boundaries():
+def test_the_hash_depends_on_order_and_boundaries():
     lists = (["ab", "c"], ["a", "bc"], ["c", "ab"], ["ab", "c", ""])
     assert len({prompts.sha256(texts) for texts in lists}) == 4

@@ -1,10 +1,10 @@
-"""What the README tells people to type: every command's config, variant and fields exist, every link leads somewhere."""
+"""README and docs/: every command's config, variant and fields exist, the snippets run, the links lead somewhere."""
 
 import re
 from importlib import import_module
 
 import pytest
-from helpers import FENCES, MAIN, README, ROOT, commands, parse
+from helpers import DOCUMENTS, FENCES, MAIN, ROOT, commands, parse
 
 from instaflow_jax import main
 
@@ -12,8 +12,7 @@ from instaflow_jax import main
 @pytest.mark.parametrize("words", commands(*MAIN), ids=" ".join)
 def test_command_names_a_stage_and_fields_that_exist(words, monkeypatch):
     config = parse(words, monkeypatch)
-    assert config.stage in main.STAGES
-    assert callable(import_module(f"instaflow_jax.stages.{config.stage}").run)
+    assert callable(import_module(f"instaflow_jax.stages.{main.STAGES[config.stage]}").run)
 
 
 def test_every_stage_is_shown(monkeypatch):
@@ -37,12 +36,18 @@ def test_python_runs(monkeypatch, tmp_path):
     snippets = [text for language, text in FENCES if language == "python"]
     assert snippets
     for text in snippets:
-        exec(text.replace("DIR_OR_HUB_ID", pipeline.locate("openmoji")), names)  # noqa: S102
+        exec(text.replace("DIR_OR_HUB_ID", pipeline.locate("openmoji")), names)
     assert names["v"].shape == names["latents"].shape and (tmp_path / "elsewhere" / "unet" / "config.json").is_file()
 
 
-def test_links_and_pictures_exist():
-    links = re.findall(r"\]\(([^)#]+)\)", README)
-    assert links
-    missing = [link for link in links if not link.startswith("http") and not (ROOT / link).exists()]
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_and_images_exist(path):
+    links = re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8"))
+    missing = [link for link in links if not link.startswith("http") and not (path.parent / link).exists()]
     assert not missing
+
+
+def test_the_readme_is_short_and_free_of_placeholders():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    assert not [path.name for path in DOCUMENTS if re.search(r"@[A-Z_]+@", path.read_text(encoding="utf-8"))]

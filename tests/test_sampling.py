@@ -13,7 +13,7 @@ import pytest
 from helpers import normal, randomize, references, relative
 from PIL import Image
 
-from instaflow_jax import flow, main, pipeline, sampling, teacher
+from instaflow_jax import main, pipeline, sampling, teacher
 from instaflow_jax.models.unet import UNet2DConditionModel
 
 ROOT = Path(__file__).parent.parent
@@ -43,7 +43,7 @@ SCHEDULER = {
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A whole Stable Diffusion of random weights, written by PyTorch diffusers and transformers."""
+    """A complete Stable Diffusion of random weights, written by PyTorch diffusers and transformers."""
     torch = references()
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline
     from diffusers import UNet2DConditionModel as TorchUNet
@@ -91,7 +91,7 @@ def copy(tiny, tmp_path):
 
 
 def released_loop(torch, unet, X0, text, null, N, alpha):
-    """The released sampler restated: clock 1000·(1−t), [null, text] in one batch, guidance only above 1."""
+    """The released sampler restated: timestep 1000·(1−t), [null, text] in one batch, guidance only above 1."""
     Z = X0
     for i in range(N):
         tau = torch.full((len(Z),), 1000.0 * (1 - i / N))
@@ -105,6 +105,7 @@ def released_loop(torch, unet, X0, text, null, N, alpha):
     return Z
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [1.0, 1.5])
 @pytest.mark.parametrize("N", [1, 2, 25])
 def test_flow_equals_the_released_loop(N, alpha, torch, tmp_path):
@@ -132,6 +133,7 @@ def test_flow_equals_the_released_loop(N, alpha, torch, tmp_path):
     assert relative(solve(params, X0, text, negative), want) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver,scheduler", [("dpm_solver", "DPMSolverMultistepScheduler"), ("ddim", "DDIMScheduler")])
 def test_teacher_equals_the_diffusers_pipeline(solver, scheduler, tiny, torch):
     import diffusers
@@ -178,7 +180,7 @@ def test_noise_depends_on_the_seed_alone():
 
 
 @pytest.mark.parametrize(
-    "scheduler,index,kind,want",
+    "scheduler,index,dynamics,want",
     [
         (SCHEDULER, "StableDiffusionPipeline", "auto", teacher.Schedule),
         (SCHEDULER, "StableDiffusionPipeline", "flow", sampling.Flow(1, 1000)),
@@ -197,8 +199,8 @@ def test_noise_depends_on_the_seed_alone():
         ),
     ],
 )
-def test_dynamics_are_what_the_scheduler_says(scheduler, index, kind, want):
-    got = sampling.read_dynamics(scheduler, {"_class_name": index}, kind)
+def test_dynamics_are_what_the_scheduler_says(scheduler, index, dynamics, want):
+    got = sampling.read_dynamics(scheduler, {"_class_name": index}, dynamics)
     assert got == want if isinstance(want, sampling.Flow) else isinstance(got, want)
 
 
@@ -211,7 +213,6 @@ def test_a_flow_of_either_sign_is_the_same_flow():
     minus = sampling.make_solve(apply, sampling.Flow(-1, 1000), "auto", 4, 1.0)(-0.5, X0, text, text)
     np.testing.assert_array_equal(plus, minus)
     np.testing.assert_allclose(plus, X0 * 1.125**4, rtol=1e-6)
-    assert flow.euler is sampling.SOLVERS["flow"]["euler"]
 
 
 # ---------------------------------------------------------------- the stage
@@ -223,23 +224,32 @@ def config(tiny, **fields):
     return config
 
 
-def test_stage_writes_pictures_and_a_grid(tiny, tmp_path):
+@pytest.mark.slow
+def test_stage_writes_images_and_a_grid(tiny, tmp_path):
     main.run(config(tiny), str(tmp_path))
     made = sorted(p.name for p in (tmp_path / "sample").iterdir())
     assert len(made) == 7 and "grid.png" in made and "001_house_seed6_N2_alpha3.png" in made
-    picture = Image.open(tmp_path / "sample" / "001_house_seed6_N2_alpha3.png")
-    assert picture.size == (16, 16)
-    assert picture.text["prompt"] == "house" and picture.text["seed"] == "6" and picture.text["N"] == "2"
+    image = Image.open(tmp_path / "sample" / "001_house_seed6_N2_alpha3.png")
+    assert image.size == (16, 16)
+    assert image.text["prompt"] == "house" and image.text["seed"] == "6" and image.text["N"] == "2"
     main.run(config(tiny, prompts="house", seeds=(6,)), str(tmp_path / "alone"))
     alone = Image.open(tmp_path / "alone" / "sample" / "000_house_seed6_N2_alpha3.png")
-    assert np.abs(np.asarray(alone, int) - np.asarray(picture, int)).max() <= 1
+    assert np.abs(np.asarray(alone, int) - np.asarray(image, int)).max() <= 1
 
 
+@pytest.mark.slow
 def test_stage_reads_prompts_from_a_file_and_takes_other_sizes(tiny, tmp_path):
     (tmp_path / "prompts.txt").write_text("house\n\nred apple\n")
     main.run(
         config(
-            tiny, prompts=str(tmp_path / "prompts.txt"), seeds=(1,), height=20, width=12, alpha=1.0, N=1, kind="flow"
+            tiny,
+            prompts=str(tmp_path / "prompts.txt"),
+            seeds=(1,),
+            height=20,
+            width=12,
+            alpha=1.0,
+            N=1,
+            dynamics="flow",
         ),
         str(tmp_path),
     )
@@ -255,9 +265,9 @@ def test_stage_reads_prompts_from_a_file_and_takes_other_sizes(tiny, tmp_path):
         (
             {"solver": "euler"},
             ValueError,
-            "solver='euler' does not fit a teacher; choose auto or one of ddim, dpm_solver",
+            "solver='euler' does not fit a teacher; use auto or one of dpm_solver, ddim",
         ),
-        ({"kind": "dream"}, ValueError, "kind='dream' is not one of auto, flow, teacher"),
+        ({"dynamics": "dream"}, ValueError, "dynamics='dream' is not one of auto, flow, teacher"),
         ({"dtype": "int8"}, ValueError, "config.dtype='int8' is not one of float32, bfloat16"),
         ({"attention": "magic"}, ValueError, "attention='magic' is not one of"),
         ({"seeds": (-1,)}, ValueError, "config.seeds"),
@@ -305,6 +315,7 @@ def test_folders_of_two_models_are_refused(copy):
         pipeline.load(str(copy), variant=None, attention="xla")
 
 
+@pytest.mark.slow
 def test_the_command_line_reports_an_error_in_one_line_and_exits_with_1(tmp_path):
     done = subprocess.run(
         [

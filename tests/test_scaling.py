@@ -1,4 +1,4 @@
-"""What a program sends, read from its text: every spelling of HLO that matters, and a real step on simulated devices."""
+"""Collectives read from a program's text: every spelling of HLO that matters, and a real step on simulated devices."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.collectives import KINDS, Collective, read, sent_by_kind, unexpected
+from benchmarks.collectives import OPERATIONS, Collective, read, sent_by_operation, unexpected
 
 PROGRAM = """HloModule jit_update, is_scheduled=true
 
@@ -22,7 +22,7 @@ PROGRAM = """HloModule jit_update, is_scheduled=true
 %body (carry: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
   %carry = (s32[], f32[8,4]{1,0}) parameter(0)
   %part = f32[8,4]{1,0} get-tuple-element(%carry), index=1
-  %whole = bf16[32,4]{1,0} all-gather(%part), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}, use_global_device_ids=true
+  %full = bf16[32,4]{1,0} all-gather(%part), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}, use_global_device_ids=true
   ROOT %next = (s32[], f32[8,4]{1,0}) tuple(%carry, %part)
 }
 
@@ -47,7 +47,7 @@ ENTRY %main (p: f32[8,4]) -> f32[] {
 
 
 def test_every_spelling_is_read():
-    assert sorted(read(PROGRAM), key=lambda c: (c.kind, c.shape)) == [
+    assert sorted(read(PROGRAM), key=lambda c: (c.operation, c.shape)) == [
         Collective("all-gather", "f32", (16, 4), 2, 1),
         Collective("all-gather", "bf16", (32, 4), 4, 3),
         Collective("all-reduce", "f32", (), 8, 1),
@@ -59,8 +59,8 @@ def test_every_spelling_is_read():
     ]
 
 
-def test_bytes_of_each_kind():
-    assert sent_by_kind(read(PROGRAM)) == {
+def test_bytes_of_each_operation():
+    assert sent_by_operation(read(PROGRAM)) == {
         "all-reduce": 2 * 7 / 8 * (64 + 4),
         "all-gather": 3 * 3 / 4 * 256 + 1 / 2 * 256,
         "reduce-scatter": 3 * 16,
@@ -69,12 +69,12 @@ def test_bytes_of_each_kind():
     }
 
 
-def test_a_loop_of_unknown_length_that_sends_is_refused():
-    with pytest.raises(ValueError, match="a loop with all-gather whose number of rounds is not known"):
+def test_a_collective_in_a_loop_of_unknown_length_is_refused():
+    with pytest.raises(ValueError, match="a loop with all-gather has an unknown trip count"):
         read(PROGRAM.replace('"known_trip_count"', '"unknown"'))
 
 
-def test_only_parameters_may_be_gathered_and_twice_a_round():
+def test_only_parameters_may_be_gathered_and_twice_per_micro_batch():
     def gather(shape, times):
         return Collective("all-gather", "f32", shape, 8, times)
 
@@ -86,8 +86,8 @@ def test_only_parameters_may_be_gathered_and_twice_a_round():
     ]
     assert unexpected([gather((64, 64, 64, 320), 1)], kernels, rounds=2)
     assert unexpected([gather((64, 64), 1)], [], rounds=1)  # data parallelism gathers nothing
-    for kind in KINDS[3:]:
-        assert unexpected([Collective(kind, "f32", (64, 64), 8, 1)], kernels, rounds=2)
+    for operation in OPERATIONS[3:]:
+        assert unexpected([Collective(operation, "f32", (64, 64), 8, 1)], kernels, rounds=2)
 
 
 SCRIPT = """
@@ -95,19 +95,19 @@ import json, sys
 import jax
 import toy_training as toy
 from benchmarks import collectives
-from instaflow_jax.infra import parallel
+from instaflow_jax.infra import devices
 from instaflow_jax.train import loop, step
 
 def advance(fsdp, accumulate):
-    mesh = parallel.make_mesh(fsdp=fsdp)
-    update = step.make_train_step(parallel.gathering(toy.quiet_loss, mesh), toy.optimizer(), ema_decay=0.9,
+    mesh = devices.make_mesh(fsdp=fsdp)
+    update = step.make_train_step(devices.gathering(toy.quiet_loss, mesh), toy.optimizer(), ema_decay=0.9,
                                   accumulate=accumulate)
-    now, frozen = toy.new_state(mesh), parallel.replicate(toy.frozen(), mesh)
-    batch, key = parallel.global_batch(next(toy.source()), mesh), parallel.replicate_key(jax.random.key(1), mesh)
+    now, frozen = toy.new_state(mesh), devices.replicate(toy.frozen(), mesh)
+    batch, key = devices.global_batch(next(toy.source()), mesh), devices.replicate_key(jax.random.key(1), mesh)
     compiled = loop.lower_step(update, now, frozen, batch, key, mesh).compile()
     sharded = [p.shape for p in now.params.values() if not p.sharding.is_fully_replicated]
     sent = collectives.read(compiled.as_text())
-    found = {"sent": collectives.sent_by_kind(sent), "unexpected": collectives.unexpected(sent, sharded, accumulate)}
+    found = {"sent": collectives.sent_by_operation(sent), "unexpected": collectives.unexpected(sent, sharded, accumulate)}
     return found | {"norm": float(compiled(now, frozen, batch, key)[1]["grad_norm"]), "sharded": sharded}
 
 print(json.dumps([advance(1, 1), advance(8, 1), advance(4, 2)]))
@@ -123,6 +123,7 @@ def steps():
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_sharded_steps_send_what_their_shapes_say(steps):
     parameters, kernels = 4 * (2 * 128 * 256 + 256), 4 * 2 * 128 * 256
     data_parallel, fsdp, cut = (step["sent"] for step in steps)
@@ -133,9 +134,10 @@ def test_sharded_steps_send_what_their_shapes_say(steps):
     assert cut["all-gather"] in (
         pytest.approx(3 / 4 * kernels),
         pytest.approx(2 * 3 / 4 * kernels),
-    )  # out of the loop, or in
+    )  # outside the loop, or inside
 
 
+@pytest.mark.slow
 def test_sharded_steps_send_nothing_else_and_agree(steps):
     assert [step["unexpected"] for step in steps] == [[], [], []]
     assert [step["norm"] for step in steps] == pytest.approx([steps[0]["norm"]] * 3, rel=1e-5)

@@ -1,9 +1,10 @@
-"""Stage `serve`: what it draws, what it refuses, and its page, asked through gradio's client and by a browser."""
+"""Stage `serve`: what it draws, what it refuses, and its page, used through gradio's client and a browser."""
 
 import itertools
 import runpy
 import shutil
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -18,6 +19,7 @@ from helpers import free_port
 
 from instaflow_jax import main, pipeline
 from instaflow_jax.infra import images
+from instaflow_jax.stages.serve import models
 from instaflow_jax.stages.serve import stage as serve
 
 ROOT = Path(__file__).parent.parent
@@ -44,7 +46,7 @@ def tiny(folder, **changed):
         {
             "model": str(folder),
             "dynamics": "flow",
-            "steps": (1, 2),
+            "N": (1, 2),
             "teacher": str(folder),
             "teacher_N": 3,
             "port": free_port(),
@@ -57,47 +59,47 @@ def tiny(folder, **changed):
 # ---------------------------------------------------------------- functions
 
 
-def stand_in(title, counts, room=5):
-    """Draws one pixel that tells seed and steps; words are tokens."""
-    return serve.Painter(
+def fake_model(title, choices, max_tokens=5):
+    """Draws one pixel whose channels are the seed, N and the prompt's length; every word is one token."""
+    return models.Model(
         title,
-        counts,
-        room,
+        choices,
+        max_tokens,
         lambda prompt: len(prompt.split()),
         lambda prompt, seed, N: np.full((1, 1, 3), (seed, N, len(prompt)), np.uint8),
     )
 
 
 def respond(*request):
-    painters = [stand_in("flow", (1, 4)), stand_in("teacher", (25,), room=4)]
-    return list(serve.make_respond(painters, max_chars=30, max_pictures=3)(*request))
+    both = [fake_model("flow", (1, 4)), fake_model("teacher", (25,), max_tokens=4)]
+    return list(models.make_respond(both, max_chars=30, max_images=3)(*request))
 
 
-def test_flow_and_teacher_draw_the_same_seeds_each_with_its_steps():
+def test_flow_and_teacher_draw_the_same_seeds_each_with_its_own_N():
     flow, teacher = respond(" red apple ", 7.0, 4, 2)
     assert (flow.title, flow.N, teacher.title, teacher.N) == ("flow", 4, "teacher", 25)
     assert flow.seeds == teacher.seeds == (7, 8)
-    assert [tuple(p[0, 0]) for p in flow.pictures] == [(7, 4, 9), (8, 4, 9)]  # nine letters: no blanks around them
-    assert [tuple(p[0, 0]) for p in teacher.pictures] == [(7, 25, 9), (8, 25, 9)]
-    assert all(len(drawn.seconds) == 2 and min(drawn.seconds) > 0 for drawn in (flow, teacher))
+    assert [tuple(p[0, 0]) for p in flow.images] == [(7, 4, 9), (8, 4, 9)]  # nine characters: no spaces around
+    assert [tuple(p[0, 0]) for p in teacher.images] == [(7, 25, 9), (8, 25, 9)]
+    assert all(len(result.seconds) == 2 and min(result.seconds) > 0 for result in (flow, teacher))
 
 
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
-        (("", 0, 1, 1), "write a prompt"),
-        ((None, 0, 1, 1), "write a prompt"),
-        (("a b c d e", 0, 1, 1), "the prompt has 5 tokens, but 4 fit"),
-        (("x" * 31, 0, 1, 1), "the prompt has 31 characters; at most 30"),
-        (("cat", -1, 1, 1), "the seed must be a whole number from 0 to 4294967295, not -1"),
-        (("cat", 2**32 - 1, 1, 2), "the seed must be a whole number from 0 to 4294967294"),
-        (("cat", 0.5, 1, 1), "the seed must be a whole number"),
-        (("cat", None, 1, 1), "the seed must be a whole number"),
-        (("cat", float("inf"), 1, 1), "the seed must be a whole number"),
-        (("cat", float("nan"), 1, 1), "the seed must be a whole number"),
-        (("cat", 0, 2, 1), "2 steps are not among the possible 1, 4"),
-        (("cat", 0, 1, 0), "the number of pictures must be a whole number from 1 to 3, not 0"),
-        (("cat", 0, 1, 4), "the number of pictures must be a whole number from 1 to 3, not 4"),
+        (("", 0, 1, 1), "the prompt is empty"),
+        ((None, 0, 1, 1), "the prompt is empty"),
+        (("a b c d e", 0, 1, 1), "the prompt has 5 tokens; use at most 4"),
+        (("x" * 31, 0, 1, 1), "the prompt has 31 characters; use at most 30"),
+        (("cat", -1, 1, 1), "the seed must be an integer from 0 to 4294967295, not -1"),
+        (("cat", 2**32 - 1, 1, 2), "the seed must be an integer from 0 to 4294967294"),
+        (("cat", 0.5, 1, 1), "the seed must be an integer"),
+        (("cat", None, 1, 1), "the seed must be an integer"),
+        (("cat", float("inf"), 1, 1), "the seed must be an integer"),
+        (("cat", float("nan"), 1, 1), "the seed must be an integer"),
+        (("cat", 0, 2, 1), "N=2 is not available; use one of 1, 4 solver steps"),
+        (("cat", 0, 1, 0), "the number of images must be an integer from 1 to 3, not 0"),
+        (("cat", 0, 1, 4), "the number of images must be an integer from 1 to 3, not 4"),
     ],
 )
 def test_requests_out_of_bounds_are_refused(request_, words):
@@ -118,38 +120,34 @@ def test_tokens_are_counted_as_the_tokenizer_cuts_them():
         tokenizer([prompt])
 
 
-def test_a_picture_is_the_one_that_sample_draws(teacher, tmp_path):
-    painter = serve.make_painter(
-        pipeline.load(str(teacher), variant=None, attention="xla"), "tiny", kind="flow", alpha=1.0, counts=(2,)
-    )
+@pytest.mark.slow
+def test_an_image_is_the_one_that_sample_draws(teacher, tmp_path):
+    pipe = pipeline.load(str(teacher), variant=None, attention="xla")
+    model = models.make_model(pipe, "tiny", dynamics="flow", alpha=1.0, choices=(2,))
     config = read("sample")
     config.update(
         {"model": str(teacher), "dynamics": "flow", "N": 2, "alpha": 1.0, "prompts": "cat face", "seeds": (5,)}
     )
     main.run(config, str(tmp_path))
     expected, _ = images.load_png(tmp_path / "sample" / "000_cat-face_seed5_N2_alpha1.png")
-    picture = painter.draw("cat face", 5, 2)
-    assert np.ptp(picture) > 0
-    np.testing.assert_allclose(picture.astype(int), expected.astype(int), atol=1)
+    image = model.draw("cat face", 5, 2)
+    assert np.ptp(image) > 0
+    np.testing.assert_allclose(image.astype(int), expected.astype(int), atol=1)
 
 
-def test_the_model_is_the_distilled_one_where_there_is_one(tmp_path, capsys):
-    config = read("serve")
-    source, notice = serve.find_model(config, str(tmp_path))
+def test_the_model_is_the_distilled_one_if_there_is_one(tmp_path, capsys):
+    source, notice = serve.find_model("", "openmoji", tmp_path)
     assert source == "" and "no one-step model in" in notice and notice in capsys.readouterr().out
-    made = tmp_path / "distill" / "export"
-    made.mkdir(parents=True)
-    (made / "model_index.json").touch()
-    assert serve.find_model(config, str(tmp_path)) == (str(made), "")
-    config.model = "elsewhere"
-    assert serve.find_model(config, str(tmp_path)) == ("elsewhere", "")
+    distilled = tmp_path / "distill" / "export"
+    distilled.mkdir(parents=True)
+    (distilled / "model_index.json").touch()
+    assert serve.find_model("", "openmoji", tmp_path) == (str(distilled), "")
+    assert serve.find_model("elsewhere", "openmoji", tmp_path) == ("elsewhere", "")
 
 
 def test_without_model_and_teacher_there_is_nothing_to_show(tmp_path):
-    config = read("serve")
-    config.teacher = ""
-    with pytest.raises(FileNotFoundError, match=r"no one-step model .* Name another by --config.model"):
-        serve.find_model(config, str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"no one-step model .* Use --config.model"):
+        serve.find_model("", "", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +155,7 @@ def test_without_model_and_teacher_there_is_nothing_to_show(tmp_path):
     [
         ({"dtype": "int8"}, "config.dtype='int8' is not one of"),
         ({"queue": 0}, "config.queue=0 must be at least 1"),
-        ({"steps": ()}, "must name at least one number of steps"),
+        ({"N": ()}, "must have at least one number of solver steps"),
         ({"host": "256.0.0.1"}, "cannot listen at config.host='256.0.0.1'"),
     ],
 )
@@ -168,17 +166,24 @@ def test_bad_settings_end_in_one_clear_message_before_anything_is_loaded(fields,
         serve.start(config, "nowhere")
 
 
-def test_a_port_that_is_taken_and_a_missing_gradio_say_so(monkeypatch):
+def test_a_port_that_is_taken_is_named():
     config = read("serve")
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         config.port = other.getsockname()[1]
-        with pytest.raises(OSError, match=f"config.port={config.port}: .* try another --config.port"):
-            serve.check(config)
-    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install -e .\[serve\]"):
-        serve.check(config)
+        with pytest.raises(OSError, match=f"config.port={config.port}: .* use another --config.port"):
+            serve.start(config, "nowhere")
+
+
+def test_a_missing_gradio_ends_in_one_line_that_names_the_extra(monkeypatch):
+    config = read("serve")
+    config.port = free_port()
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "instaflow_jax.stages.serve.page", raising=False)
+    monkeypatch.delattr("instaflow_jax.stages.serve.page", raising=False)
+    with pytest.raises(ValueError, match=r"'serve' needs the package 'gradio'.* use pip install -e '\.\[serve\]'"):
+        main.run(config, "nowhere")
 
 
 # ---------------------------------------------------------------- the page
@@ -186,7 +191,7 @@ def test_a_port_that_is_taken_and_a_missing_gradio_say_so(monkeypatch):
 
 @pytest.fixture(scope="module")
 def page(teacher):
-    """The whole stage, served from this process."""
+    """The page of the tiny models, served from this process."""
     running = serve.start(tiny(teacher), "nowhere")
     yield running
     running.close()
@@ -197,9 +202,10 @@ def client(page):
     return Client(page.local_url, verbose=False, analytics_enabled=False)
 
 
-def test_the_page_answers_with_pictures_and_seconds(client, teacher):
+@pytest.mark.slow
+def test_the_page_answers_with_images_and_seconds(client, teacher):
     flow_line, flow, teacher_line, reference = client.predict("cat face", 3, 2, 2, api_name="/draw")
-    assert flow_line.startswith("### 2 steps · 0.") and "s a picture" in flow_line and str(teacher) in flow_line
+    assert flow_line.startswith("### 2 steps · 0.") and "s per image" in flow_line and str(teacher) in flow_line
     assert teacher_line.startswith("### 3 steps · ")
     flow, reference = flow["value"], reference["value"]
     for gallery in (flow, reference):
@@ -211,10 +217,11 @@ def test_the_page_answers_with_pictures_and_seconds(client, teacher):
     assert np.any(pixels[0] != pixels[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
-        (("cat " * 50, 0, 1, 1), "the prompt has 50 tokens, but 14 fit"),
+        (("cat " * 50, 0, 1, 1), "the prompt has 50 tokens; use at most 14"),
         (("x" * 600, 0, 1, 1), "500"),
         (("cat", -5, 1, 1), "-5"),
         (("cat", 0, 7, 1), "7"),
@@ -226,66 +233,63 @@ def test_the_page_shows_what_is_wrong_as_text(client, request_, words):
         client.predict(*request_, api_name="/draw")
 
 
-def test_nobody_goes_past_the_queue_or_leaves_files(page):
-    """The page is open to this machine alone, and offers drawing alone."""
+@pytest.mark.slow
+def test_requests_cannot_skip_the_queue_or_upload_files(page):
+    """Only this machine reaches the page, and drawing is all it offers."""
     assert page.local_url.startswith("http://127.0.0.1:") and page.share_url is None
-    asked = httpx.post(f"{page.local_url}gradio_api/run/draw", json={"data": ["cat", 0, 1, 1]})
-    assert asked.status_code >= 400
-    left = httpx.post(f"{page.local_url}gradio_api/upload", files={"files": ("a.txt", b"much too large")})
-    assert left.status_code >= 400
+    run = httpx.post(f"{page.local_url}gradio_api/run/draw", json={"data": ["cat", 0, 1, 1]})
+    assert run.status_code >= 400
+    upload = httpx.post(f"{page.local_url}gradio_api/upload", files={"files": ("a.txt", b"much too large")})
+    assert upload.status_code >= 400
 
 
-def test_requests_beyond_the_queue_are_turned_away():
+@pytest.mark.slow
+def test_requests_beyond_the_queue_are_refused():
     from instaflow_jax.stages.serve import page as serve_page
 
-    begun, go_on = threading.Event(), threading.Event()
+    started, proceed = threading.Event(), threading.Event()
 
     def wait(prompt, seed, N):
-        begun.set()
-        assert go_on.wait(60)
+        started.set()
+        assert proceed.wait(60)
         return np.zeros((8, 8, 3), np.uint8)
 
-    painter = serve.Painter("slow", (1,), 5, len, wait)
-    page = serve_page.make_page(
-        [painter],
-        serve.make_respond([painter], max_chars=9, max_pictures=1),
-        notice="slow",
-        examples=("cat",),
-        max_chars=9,
-        max_pictures=1,
-    )
+    model, limits = models.Model("slow", (1,), 5, len, wait), {"max_chars": 9, "max_images": 1}
+    respond = models.make_respond([model], **limits)
+    page = serve_page.make_page([model], respond, notice="slow", examples=("cat",), **limits)
     try:
         client = Client(
             serve_page.open_page(page, host="127.0.0.1", port=free_port(), queue=1),
             verbose=False,
             analytics_enabled=False,
         )
-        drawn = client.submit("cat", 0, 1, 1, api_name="/draw")
-        assert begun.wait(60)
+        first = client.submit("cat", 0, 1, 1, api_name="/draw")
+        assert started.wait(60)
         waiting = [client.submit("cat", 0, 1, 1, api_name="/draw") for _ in range(3)]
         refused = [job.exception(timeout=60) for job in itertools.islice(finished(waiting), 2)]
         assert all("queue is full" in str(error).lower() for error in refused), refused
-        go_on.set()
-        assert len(drawn.result(timeout=60)[1]["value"]) == 1
+        proceed.set()
+        assert len(first.result(timeout=60)[1]["value"]) == 1
         assert sum(job.exception(timeout=60) is None for job in waiting) == 1
     finally:
-        go_on.set()
+        proceed.set()
         page.close()
 
 
 def finished(jobs):
-    """The jobs as they end, whichever is first."""
-    left = list(jobs)
-    while left:
-        for job in [job for job in left if job.done()]:
-            left.remove(job)
+    """Yields the jobs in the order in which they end."""
+    running = list(jobs)
+    while running:
+        for job in [job for job in running if job.done()]:
+            running.remove(job)
             yield job
         time.sleep(0.02)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine; the tests above ask through gradio's client")
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine; the tests above use gradio's client")
 def test_the_page_in_a_browser(page, tmp_path):
-    """Draws, enlarges without smoothing, says what is wrong, and fetches nothing from elsewhere."""
+    """Draws, enlarges without smoothing, shows an error, and loads nothing from other servers."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as browsers, tempfile.TemporaryDirectory() as profile:
@@ -293,25 +297,25 @@ def test_the_page_in_a_browser(page, tmp_path):
             profile, executable_path=CHROMIUM, headless=True, args=FLAGS
         )
         tab = browser.new_page()
-        asked = []
-        tab.on("request", lambda request: asked.append(request.url))
+        requested = []
+        tab.on("request", lambda request: requested.append(request.url))
         tab.goto(page.local_url)
         tab.get_by_label("Prompt").fill("red apple")
         tab.get_by_role("button", name="Draw", exact=True).click()
         tab.get_by_text("3 steps · ").wait_for()
         assert tab.get_by_text("1 step · ").is_visible()
-        pictures = tab.locator(".pictures.small img")
-        pictures.nth(1).wait_for()
-        assert pictures.count() == 2
-        style, width, shown = pictures.nth(0).evaluate(
+        drawn = tab.locator(".images.small img")
+        drawn.nth(1).wait_for()
+        assert drawn.count() == 2
+        style, width, shown = drawn.nth(0).evaluate(
             "p => [getComputedStyle(p).imageRendering, p.naturalWidth, p.getBoundingClientRect().width]"
         )
         assert (style, width) == ("pixelated", 4) and shown > 100
 
         tab.get_by_label("Prompt").fill("cat " * 50)
         tab.get_by_role("button", name="Draw", exact=True).click()
-        tab.get_by_text("the prompt has 50 tokens, but 14 fit").wait_for()
+        tab.get_by_text("the prompt has 50 tokens; use at most 14").wait_for()
         tab.screenshot(path=tmp_path / "page.png")
         browser.close()
-    strangers = [url for url in asked if not url.startswith((page.local_url, "data:", "blob:"))]
-    assert asked and not strangers
+    foreign = [url for url in requested if not url.startswith((page.local_url, "data:", "blob:"))]
+    assert requested and not foreign

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
+from helpers import unchecked
 
 from instaflow_jax import flow, solvers, teacher
 
@@ -159,11 +160,11 @@ def test_a_file_written_by_any_supported_class_reads_as_diffusers_reads_it(solve
     import diffusers
 
     written = dict(getattr(diffusers, wrote).from_config(SD15 | {"_class_name": wrote}).config)
-    silent = written.pop("_use_default_values")
+    unset = written.pop("_use_default_values")
     written.pop("_ignore_files", None)
     if "clip_sample" in written:
-        written["clip_sample"] = False  # DDPM's constructor turns it on where a file is silent
-    for config in (written, written | {"_use_default_values": silent}):
+        written["clip_sample"] = False  # DDPM's constructor turns it on where a file is unset
+    for config in (written, written | {"_use_default_values": unset}):
         scheduler = THEIRS[solver].from_config(config)
         schedule = teacher.read_schedule(config)
         rows = solvers.TEACHER_SOLVERS[solver](schedule, 10)
@@ -172,7 +173,7 @@ def test_a_file_written_by_any_supported_class_reads_as_diffusers_reads_it(solve
         np.testing.assert_allclose(schedule.abar, scheduler.alphas_cumprod, rtol=1e-5)
 
 
-def test_a_silent_file_leaves_the_spacing_to_the_solver_even_when_read_through_its_own_class():
+def test_a_unset_file_leaves_the_spacing_to_the_solver_even_when_read_through_its_own_class():
     schedule, through = teacher.read_schedule(SD15), PNDMScheduler.from_config(SD15).config
     for solver, first in (("ddim", 961), ("dpm_solver", 999)):  # leading, linspace
         scheduler = THEIRS[solver].from_config(through)
@@ -232,7 +233,7 @@ def test_the_teacher_as_a_flow_reaches_the_same_images_as_its_solver():
     schedule = teacher.read_schedule(ZERO_SNR)  # begins at noise itself, so that both have the same start
     predict = gaussian_network(schedule)
     by_solver = solvers.integrate(predict, solvers.dpm_solver(schedule, 200), XT)
-    by_flow = flow.euler(teacher.teacher_velocity(predict, schedule), XT, 1000)
+    by_flow = solvers.integrate(teacher.teacher_velocity(predict, schedule), solvers.euler(1000), XT)
     assert relative(by_flow, np.asarray(by_solver)) < 2e-3
     assert relative(by_flow, MEAN + STD * XT) < 2e-3
 
@@ -249,7 +250,7 @@ def test_the_teachers_velocity_is_the_rectified_flow_of_the_same_gaussian(predic
 
 def test_an_ordinary_teacher_seen_as_a_flow_lands_near_its_data_from_pure_noise():
     schedule = teacher.read_schedule(SD15)
-    got = flow.euler(teacher.teacher_velocity(gaussian_network(schedule), schedule), XT, 500)
+    got = solvers.integrate(teacher.teacher_velocity(gaussian_network(schedule), schedule), solvers.euler(500), XT)
     assert relative(got, MEAN + STD * XT) < 0.01  # the schedule never saw t < 0.064
 
 
@@ -333,8 +334,10 @@ def test_a_scheduler_file_must_name_its_class():
 @pytest.mark.parametrize("N", [0, -3, 1001, 2.5, True])
 @pytest.mark.parametrize("solver", solvers.TEACHER_SOLVERS.values())
 def test_a_wrong_number_of_steps_is_refused(solver, N):
-    with pytest.raises(ValueError, match=f"N={N!r} is no number of solver steps: give a whole number from 1 to 1000"):
-        solver(teacher.read_schedule(SD15), N)
+    with pytest.raises(
+        ValueError, match=f"N={N!r} is not a valid number of solver steps; use an integer from 1 to 1000"
+    ):
+        unchecked(solver)(teacher.read_schedule(SD15), N)
 
 
 @pytest.mark.parametrize(

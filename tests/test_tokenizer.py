@@ -1,4 +1,4 @@
-"""The tokenizer against transformers' two, and its warnings and errors."""
+"""The tokenizer against both of transformers' CLIP tokenizers, and its warnings and errors."""
 
 import json
 import shutil
@@ -26,12 +26,16 @@ PLAIN = [
     "#hash @at $5",
     "<|endoftext|>",
 ]
-FAST_ONLY = ["日本語", "👨‍👩‍👧 family", "ΟΔΟΣ"]  # where OpenAI's own and the slow class's stand-in for ftfy differ
+FAST_ONLY = [
+    "日本語",
+    "👨‍👩‍👧 family",
+    "ΟΔΟΣ",
+]  # where OpenAI's tokenizer and the slow class's replacement for ftfy differ
 
 
 @pytest.fixture(params=["sd1", "sd2"])
 def folder(request, tmp_path):
-    """The embedded tokenizer as it is (SD 1.x pads with the end token) and padding with "!" (SD 2.x)."""
+    """The embedded tokenizer as shipped (SD 1.x pads with the end token), and with "!" as padding (SD 2.x)."""
     target = tmp_path / "tokenizer"
     shutil.copytree(SOURCE, target)
     if request.param == "sd2":
@@ -57,7 +61,7 @@ def test_equal_to_transformers(folder):
 
 
 def test_newer_files_with_learned_words_are_read(folder, tmp_path):
-    """`added_tokens_decoder`, as transformers writes it and textual inversion fills it; vocabulary in one file or two."""
+    """`added_tokens_decoder` as written by transformers after textual inversion; vocabulary in one file or two."""
     references()
     from transformers import CLIPTokenizerFast
 
@@ -71,8 +75,8 @@ def test_newer_files_with_learned_words_are_read(folder, tmp_path):
         (tmp_path / "new" / name).unlink()
     tokenizer = Tokenizer.from_pretrained(tmp_path, "new")
     np.testing.assert_array_equal(tokenizer(prompts), want)
-    tokenizer.save_pretrained(tmp_path / "again")
-    np.testing.assert_array_equal(Tokenizer.from_pretrained(tmp_path, "again")(prompts), want)
+    tokenizer.save_pretrained(tmp_path / "copy")
+    np.testing.assert_array_equal(Tokenizer.from_pretrained(tmp_path, "copy")(prompts), want)
 
 
 def test_saved_files_are_read_by_transformers_and_by_us(folder, tmp_path):
@@ -80,19 +84,19 @@ def test_saved_files_are_read_by_transformers_and_by_us(folder, tmp_path):
     from transformers import CLIPTokenizer
 
     ours = Tokenizer.from_pretrained(folder, subfolder="")
-    ours.save_pretrained(tmp_path / "again")
+    ours.save_pretrained(tmp_path / "copy")
     want = ours(PLAIN[:3])
-    np.testing.assert_array_equal(Tokenizer.from_pretrained(tmp_path / "again", subfolder="")(PLAIN[:3]), want)
-    theirs = CLIPTokenizer.from_pretrained(tmp_path / "again")
+    np.testing.assert_array_equal(Tokenizer.from_pretrained(tmp_path / "copy", subfolder="")(PLAIN[:3]), want)
+    theirs = CLIPTokenizer.from_pretrained(tmp_path / "copy")
     np.testing.assert_array_equal(theirs(PLAIN[:3], padding="max_length").input_ids, want)
 
 
-def test_a_long_prompt_is_cut_with_a_warning_naming_the_lost_words():
+def test_a_long_prompt_is_truncated_with_a_warning_that_names_the_lost_words():
     tokenizer = Tokenizer.from_pretrained(SOURCE, subfolder="")
     prompt = "red apple " * 10 + "green pear"
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning, match="these words are lost") as warned:
         ids = tokenizer([prompt])
-    (message,) = (str(w.message) for w in told)
+    (message,) = (str(w.message) for w in warned)
     assert message.endswith("green pear'") and "these words are lost" in message and prompt in message
     assert ids[0, 0] == tokenizer.bos_id and ids[0, -1] == tokenizer.eos_id
     with warnings.catch_warnings():
@@ -100,48 +104,58 @@ def test_a_long_prompt_is_cut_with_a_warning_naming_the_lost_words():
         tokenizer(["red apple"])
 
 
-def test_one_string_is_refused():
-    with pytest.raises(ValueError, match="expected a list of prompts, got the one string 'house'"):
+def test_a_string_instead_of_a_list_is_refused():
+    with pytest.raises(ValueError, match="expected a list of prompts, got the string 'house'"):
         Tokenizer.from_pretrained(SOURCE, subfolder="")("house")
 
 
-def edit(path, **changes):
+def edit_json(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize(
-    "spoil,error,words",
-    [
-        (lambda d: (d / "vocab.json").unlink(), FileNotFoundError, "has no tokenizer: it needs vocab.json"),
-        (lambda d: (d / "tokenizer_config.json").unlink(), FileNotFoundError, "tokenizer_config.json is missing"),
-        (lambda d: (d / "vocab.json").write_text('{"a": 1'), ValueError, "vocab.json: not valid JSON"),
-        (
-            lambda d: (d / "merges.txt").write_text("#version: 0.2\na b\nc"),
-            ValueError,
-            "'c' is not a merge of two tokens",
-        ),
-        (lambda d: (d / "merges.txt").write_text("qqq zzz\n"), ValueError, "must belong together"),
-        (lambda d: (d / "tokenizer_config.json").write_text("{}"), ValueError, "model_max_length=None"),
-        (lambda d: edit(d / "special_tokens_map.json", pad_token="<pad>"), ValueError, "pad_token is '<pad>', which"),
-        (
-            lambda d: edit(d / "tokenizer_config.json", added_tokens_decoder={"7": {"content": "blorp"}}),
-            ValueError,
-            "gives 'blorp' the id 7",
-        ),
-        (
-            lambda d: (
-                [(d / n).unlink() for n in ("vocab.json", "merges.txt")]
-                and (d / "tokenizer.json").write_text('{"model": {"type": "WordPiece"}}')
-            ),
-            ValueError,
-            "is not CLIP's tokenizer",
-        ),
-        (lambda d: shutil.rmtree(d), FileNotFoundError, "has no folder 'tokenizer'"),
-    ],
-)
-def test_broken_files_are_named(spoil, error, words, tmp_path):
+NOT_CLIPS = '{"model": {"type": "WordPiece"}}'
+DAMAGES = {  # what happens to the folder → the error and its words
+    "no vocabulary": (
+        lambda d: (d / "vocab.json").unlink(),
+        FileNotFoundError,
+        "has no tokenizer: it needs vocab.json",
+    ),
+    "no config": (
+        lambda d: (d / "tokenizer_config.json").unlink(),
+        FileNotFoundError,
+        "tokenizer_config.json is missing",
+    ),
+    "broken JSON": (lambda d: (d / "vocab.json").write_text('{"a": 1'), ValueError, "vocab.json is not valid JSON"),
+    "half a merge": (
+        lambda d: (d / "merges.txt").write_text("#version: 0.2\na b\nc"),
+        ValueError,
+        "'c' is not a merge of two tokens",
+    ),
+    "other merges": (lambda d: (d / "merges.txt").write_text("qqq zzz\n"), ValueError, "of the same tokenizer"),
+    "no length": (lambda d: (d / "tokenizer_config.json").write_text("{}"), ValueError, "model_max_length=None"),
+    "unknown padding": (
+        lambda d: edit_json(d / "special_tokens_map.json", pad_token="<pad>"),
+        ValueError,
+        "pad_token is '<pad>', which",
+    ),
+    "wrong id": (
+        lambda d: edit_json(d / "tokenizer_config.json", added_tokens_decoder={"7": {"content": "blorp"}}),
+        ValueError,
+        "gives 'blorp' the id 7",
+    ),
+    "another model": (
+        lambda d: [(d / "vocab.json").unlink(), (d / "tokenizer.json").write_text(NOT_CLIPS)],
+        ValueError,
+        "is not CLIP's tokenizer",
+    ),
+    "no folder": (lambda d: shutil.rmtree(d), FileNotFoundError, "has no folder 'tokenizer'"),
+}
+
+
+@pytest.mark.parametrize("damage, error, words", DAMAGES.values(), ids=DAMAGES.keys())
+def test_broken_files_are_named(damage, error, words, tmp_path):
     folder = Path(shutil.copytree(SOURCE, tmp_path / "tokenizer"))
-    spoil(folder)
+    damage(folder)
     with pytest.raises(error) as raised:
         Tokenizer.from_pretrained(tmp_path)
     assert words in str(raised.value) and str(tmp_path) in str(raised.value)

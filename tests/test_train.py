@@ -13,8 +13,8 @@ from instaflow_jax.train import batches, loop, optim, state, step
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiling_once(tmp_path_factory):
-    with toy.compiling_once(tmp_path_factory.mktemp("compiled")):
+def compile_once(tmp_path_factory):
+    with toy.compile_once(tmp_path_factory.mktemp("compiled")):
         yield
 
 
@@ -31,7 +31,7 @@ def some_batch():
     return {"row": jnp.arange(8, dtype=jnp.int32)}
 
 
-def taken(loss, start, accumulate=1, frozen=None):
+def run_step(loss, start, accumulate=1, frozen=None):
     update = jax.jit(one_step(loss, accumulate).update)
     return update(start, toy.frozen() if frozen is None else frozen, some_batch(), jax.random.key(2))
 
@@ -47,13 +47,13 @@ def test_ema_follows_the_ramp_then_the_decay():
 
 def test_ema_moves_towards_the_new_parameters(mesh):
     start = toy.new_state(mesh)
-    after, _ = taken(toy.loss, start)
+    after, _ = run_step(toy.loss, start)
     for name, new in after.params.items():
         expected = 0.1 * start.ema[name] + 0.9 * new  # decay at n = 0 is 1 / 10
         np.testing.assert_allclose(after.ema[name], expected, rtol=1e-6, atol=1e-7)
 
 
-def test_update_is_optax_adamw_with_clipping_and_decay_on_kernels_alone(mesh):
+def test_update_is_optax_adamw_with_clipping_and_decay_of_kernels_only(mesh):
     fields = {"b1": 0.9, "b2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
     ours = optim.make_optimizer(optim.make_schedule("constant", peak=1e-2, warmup_steps=0), **fields, clip=0.5)
     adamw = optax.adamw(1e-2, **fields, mask=lambda params: {name: "kernel" in name for name in params})
@@ -78,28 +78,28 @@ def test_schedule_warms_up_to_its_peak(kind):
     assert (np.diff(rates[10:]) <= 0).all()
 
 
-def test_schedule_refuses_what_it_does_not_know():
-    with pytest.raises(ValueError, match="choose one of"):
+def test_unknown_schedules_and_long_warm_ups_are_refused():
+    with pytest.raises(ValueError, match="use one of"):
         optim.make_schedule("linear", peak=1.0, warmup_steps=1)
     with pytest.raises(ValueError, match="warmup_steps=5"):
         optim.make_schedule("cosine", peak=1.0, warmup_steps=5, total_steps=5, end=0.0)
 
 
-def test_metrics_tell_the_learning_rate_used(mesh):
-    after, first = taken(toy.loss, toy.new_state(mesh))
-    _, second = taken(toy.loss, after)
+def test_scalarshold_the_learning_rate(mesh):
+    after, first = run_step(toy.loss, toy.new_state(mesh))
+    _, second = run_step(toy.loss, after)
     np.testing.assert_allclose([first["learning_rate"], second["learning_rate"]], [0, 1e-2 / 3], rtol=1e-6)
 
 
-def test_micro_batches_equal_the_whole_batch(mesh):
+def test_micro_batches_equal_one_batch(mesh):
     start = toy.new_state(mesh)
-    start, _ = taken(toy.quiet_loss, start)
-    whole, told_whole = taken(toy.quiet_loss, start)
-    parts, told_parts = taken(toy.quiet_loss, start, accumulate=4)
-    for name, values in toy.leaves(whole.params).items():
+    start, _ = run_step(toy.quiet_loss, start)
+    full, full_metrics = run_step(toy.quiet_loss, start)
+    parts, parts_metrics = run_step(toy.quiet_loss, start, accumulate=4)
+    for name, values in toy.leaves(full.params).items():
         np.testing.assert_allclose(parts.params[name], values, rtol=1e-5, atol=1e-6)
-    for name, value in told_whole.items():
-        np.testing.assert_allclose(told_parts[name], value, rtol=1e-4, err_msg=name)
+    for name, value in full_metrics.items():
+        np.testing.assert_allclose(parts_metrics[name], value, rtol=1e-4, err_msg=name)
 
 
 def test_micro_batches_use_different_keys(mesh):
@@ -107,13 +107,13 @@ def test_micro_batches_use_different_keys(mesh):
         return jnp.sum(params["up.bias"]) + jax.random.uniform(key), {}
 
     start = toy.new_state(mesh)
-    _, told = taken(loss, start, accumulate=2)
+    _, scalars = run_step(loss, start, accumulate=2)
     draws = jax.vmap(jax.random.uniform)(jax.random.split(jax.random.fold_in(jax.random.key(2), 0), 2))
-    np.testing.assert_allclose(told["loss"], draws.mean(), rtol=1e-6)
+    np.testing.assert_allclose(scalars["loss"], draws.mean(), rtol=1e-6)
     assert draws[0] != draws[1]
 
 
-def test_a_batch_that_cannot_be_cut_is_refused():
+def test_a_batch_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match=r"'row' has 8 rows, which accumulate=3"):
         step.split_batch(some_batch(), 3)
     with pytest.raises(ValueError, match="accumulate=0"):
@@ -124,15 +124,15 @@ def test_every_step_draws_new_noise(mesh):
     def loss(params, frozen, batch, key):
         return jnp.sum(params["up.bias"]) * 0 + jax.random.uniform(key), {}
 
-    after, first = taken(loss, toy.new_state(mesh))
-    _, second = taken(loss, after)
+    after, first = run_step(loss, toy.new_state(mesh))
+    _, second = run_step(loss, after)
     assert first["loss"] != second["loss"]
 
 
-def test_gradients_that_are_not_finite_change_nothing_but_the_step(mesh):
-    start, _ = taken(toy.loss, toy.new_state(mesh))
-    after, told = taken(toy.loss, start, frozen={"data": toy.frozen()["data"] * np.nan})
-    assert told["skipped"] == 1
+def test_gradients_that_are_not_finite_change_only_the_step_number(mesh):
+    start, _ = run_step(toy.loss, toy.new_state(mesh))
+    after, scalars = run_step(toy.loss, start, frozen={"data": toy.frozen()["data"] * np.nan})
+    assert scalars["skipped"] == 1
     assert int(after.step) == int(start.step) + 1
     for part in ("params", "ema", "opt_state"):
         assert_equal(getattr(after, part), getattr(start, part))
@@ -141,23 +141,23 @@ def test_gradients_that_are_not_finite_change_nothing_but_the_step(mesh):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_no_key_is_used_twice(mesh, accumulate):
     def reusing(params, frozen, batch, key):
-        value, told = toy.loss(params, frozen, batch, key)
-        return value, told | {"again": jax.random.uniform(key)}
+        value, scalars = toy.loss(params, frozen, batch, key)
+        return value, scalars | {"again": jax.random.uniform(key)}
 
     start = toy.new_state(mesh)
     with jax.debug_key_reuse(True):
-        taken(toy.loss, start, accumulate)
+        run_step(toy.loss, start, accumulate)
         with pytest.raises(jax.errors.KeyReuseError):
-            taken(reusing, start, accumulate)
+            run_step(reusing, start, accumulate)
 
 
-def test_the_step_takes_over_the_state_and_moves_nothing_to_the_host(mesh):
+def test_the_step_donates_the_state_and_transfers_nothing_to_the_host(mesh):
     start, frozen, source = toy.new_state(mesh), devices.replicate(toy.frozen(), mesh), toy.source()
     key = devices.replicate_key(jax.random.key(1), mesh)
     compiled, _, _ = loop.compile_step(one_step(toy.loss), start, frozen, source, key, mesh)
     batch = devices.global_batch(next(source), mesh)
     with jax.transfer_guard("disallow"):
-        with pytest.raises(jax.errors.JaxRuntimeError, match="host-to-device"):  # it does guard
+        with pytest.raises(jax.errors.JaxRuntimeError, match="host-to-device"):  # the guard is active
             compiled(start, frozen, {"row": np.asarray(batch["row"])}, key)
         after, _ = compiled(start, frozen, batch, key)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(start))
@@ -186,73 +186,73 @@ def test_training_compiles_once_and_learns(tmp_path):
 
 
 def test_two_and_two_steps_equal_four(tmp_path):
-    whole = toy.run(tmp_path / "whole", 4)
+    full = toy.run(tmp_path / "full", 4)
     toy.run(tmp_path / "parts", 2)
     parts = toy.run(tmp_path / "parts", 4)
-    assert_equal(whole, parts)
-    assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "parts/metrics.jsonl").read_bytes()
+    assert_equal(full, parts)
+    assert (tmp_path / "full/metrics.jsonl").read_bytes() == (tmp_path / "parts/metrics.jsonl").read_bytes()
 
 
-def test_a_finished_run_is_handed_back_as_it_is(tmp_path):
+def test_a_finished_run_is_returned_unchanged(tmp_path):
     done = toy.run(tmp_path, 2)
     before = (tmp_path / "metrics.jsonl").read_bytes()
     assert_equal(toy.run(tmp_path, 2), done)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
-def test_metrics_beyond_the_checkpoint_are_written_again(tmp_path):
-    class Broken(Exception):
+def test_scalarsafter_the_checkpoint_are_written_again(tmp_path):
+    class Interrupted(Exception):
         pass
 
-    def break_off(now, _):
-        if now == 5:
-            raise Broken
+    def interrupt(step_number, _):
+        if step_number == 5:
+            raise Interrupted
 
-    toy.run(tmp_path / "whole", 6)
-    with pytest.raises(Broken):
-        toy.run(tmp_path / "parts", 6, callbacks=[loop.Every(1, break_off)])
+    toy.run(tmp_path / "full", 6)
+    with pytest.raises(Interrupted):
+        toy.run(tmp_path / "parts", 6, callbacks=[loop.Callback(1, interrupt)])
     assert metrics.read_json_lines(tmp_path / "parts/metrics.jsonl")[-1]["step"] == 5
     toy.run(tmp_path / "parts", 6)
-    assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "parts/metrics.jsonl").read_bytes()
+    assert (tmp_path / "full/metrics.jsonl").read_bytes() == (tmp_path / "parts/metrics.jsonl").read_bytes()
 
 
 def test_callbacks_see_the_state_after_their_steps_and_after_the_last(tmp_path):
     seen = []
-    toy.run(tmp_path, 5, callbacks=[loop.Every(2, lambda now, at: seen.append((now, int(at.step))))])
+    toy.run(tmp_path, 5, callbacks=[loop.Callback(2, lambda number, current: seen.append((number, int(current.step))))])
     assert seen == [(2, 2), (4, 4), (5, 5)]
 
 
-def test_the_steps_asked_for_are_traced(tmp_path):
+def test_the_profiled_steps_are_traced(tmp_path):
     toy.run(tmp_path, 4, profile_steps=(2, 3))
     assert len(list((tmp_path / "profile").glob("**/*.xplane.pb"))) == 1
 
 
-def test_asked_to_stop_it_saves_and_exits_with_zero(tmp_path):
-    def ask(now, _):
-        if now == 3:
+def test_sigterm_saves_and_exits_with_zero(tmp_path):
+    def terminate(step_number, _):
+        if step_number == 3:
             signal.raise_signal(signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Preempted) as stopped:
-        toy.run(tmp_path / "parts", 6, callbacks=[loop.Every(1, ask)], save_every=100)
+        toy.run(tmp_path / "parts", 6, callbacks=[loop.Callback(1, terminate)], save_every=100)
     assert stopped.value.code == 0
     assert signal.getsignal(signal.SIGTERM) is before
-    steps = checkpoint.whole_steps(tmp_path / "parts/checkpoints")
+    steps = checkpoint.complete_steps(tmp_path / "parts/checkpoints")
     assert len(steps) == 1
     assert 3 <= steps[0] <= 4
-    assert_equal(toy.run(tmp_path / "parts", 6), toy.run(tmp_path / "whole", 6))
+    assert_equal(toy.run(tmp_path / "parts", 6), toy.run(tmp_path / "full", 6))
 
 
-def test_too_many_bad_steps_in_a_row_stop_the_run_by_name(tmp_path):
+def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path):
     bad = np.full((toy.ROWS, toy.WIDTH), np.nan, np.float32)
-    with pytest.raises(FloatingPointError, match="steps 1 to 3 had no finite gradient"):
+    with pytest.raises(FloatingPointError, match="gradients of steps 1 to 3 are not finite"):
         toy.run(tmp_path, 10, frozen={"data": bad}, save_every=100)
     last = metrics.read_json_lines(tmp_path / "metrics.jsonl")[-1]
     assert (last["step"], last["loss"], last["grad_norm"], last["skipped"]) == (3, None, None, 1.0)
-    assert last["param_norm"] > 0  # of the parameters kept
+    assert last["param_norm"] > 0  # the parameters were kept
 
 
-def test_a_few_bad_steps_are_passed_over(tmp_path):
+def test_a_few_skipped_steps_do_not_stop_the_run(tmp_path):
     data = toy.frozen()["data"]
     data[toy.ROWS // 2] = np.nan  # one batch of an epoch of six
     final = toy.run(tmp_path, 12, frozen={"data": data})
@@ -269,7 +269,7 @@ def test_batches_cover_each_epoch_once_in_a_new_order():
     assert (epochs[0] != epochs[1]).any()
 
 
-def test_batches_go_on_from_a_position():
+def test_batches_continue_from_a_position():
     source, other = toy.source(), toy.source()
     for _ in range(7):
         next(source)
@@ -281,5 +281,5 @@ def test_batches_go_on_from_a_position():
 def test_batches_refuse_arrays_that_do_not_fit():
     with pytest.raises(ValueError, match="equally long"):
         batches.ArrayBatches({"a": np.zeros(3), "b": np.zeros(4)}, batch_size=1, seed=0)
-    with pytest.raises(ValueError, match="batch_size=4 must be 1 to the 3 rows"):
+    with pytest.raises(ValueError, match="batch_size=4 must be from 1 to 3"):
         batches.ArrayBatches({"a": np.zeros(3)}, batch_size=4, seed=0)

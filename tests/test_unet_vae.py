@@ -70,7 +70,7 @@ def test_unet_equals_pytorch(config, height, width, tmp_path):
 
 
 def test_unet_differs_when_an_epsilon_does(tmp_path):
-    """The tolerance is tight enough to see FACTS' classic mistake: a norm's eps off by a factor of ten."""
+    """The tolerance is tight enough to show a classic mistake: a norm's eps wrong by a factor of ten."""
     torch_unet(SD1).save_pretrained(tmp_path)
     net, params = UNet2DConditionModel.from_pretrained(tmp_path)
     other = UNet2DConditionModel.from_config(net.raw_config | {"norm_eps": 1e-4})
@@ -103,7 +103,8 @@ def test_vae_encode_draws_from_the_posterior():
     np.testing.assert_allclose(draws.std(0), 0.5 * jnp.exp(0.5 * logvar[0]), rtol=0.1)
 
 
-def test_unet_and_vae_beside_the_old_flax_classes(tmp_path, capsys):
+@pytest.mark.slow
+def test_unet_and_vae_against_the_old_flax_classes(tmp_path, capsys):
     """Second reference: diffusers' own Flax classes on the file we write for them, their error beside ours."""
     references()
     with contextlib.redirect_stderr(io.StringIO()):
@@ -158,7 +159,7 @@ def test_bfloat16_computes_close_to_float32_on_float32_parameters():
         ),
     ],
 )
-def test_a_unet_we_do_not_have_is_refused(change, words):
+def test_an_unsupported_unet_is_refused(change, words):
     with pytest.raises(ValueError) as error:
         UNet2DConditionModel.from_config(SD1 | change)
     assert all(word in str(error.value) for word in words)

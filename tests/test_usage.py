@@ -1,6 +1,6 @@
-"""README's commands, run as they stand: every shell block from its first line to its last, in one folder, on tiny networks.
+"""The commands of README and docs/, run as they stand: each shell block in one folder of its own, on tiny networks.
 
-What is changed is what a reader would fill in (DIR, FILE, a hub id, COCO), and numbers: steps, pictures, channels.
+Only what a reader fills in is changed (DIR, FILE, a hub id, COCO), and numbers: steps, images, channels.
 """
 
 import shutil
@@ -35,12 +35,12 @@ from instaflow_jax.stages.evaluate_coco import measures as evaluate_coco_measure
 BLOCKS = [text for language, text in FENCES if language == "bash" and commands_of(text, MAIN)]
 
 
-# What a stage is run for, in its workdir.
+# What a stage writes into its workdir.
 PRODUCTS = {
     "sample": ("sample/*.png",),
     "generate": ("pairs/*.array_record*", "pairs/preview.png"),
     "reflow": ("reflow/export/unet/*.safetensors",),
-    "distill": ("{into}/export/unet/*.safetensors",),
+    "distill": ("{output}/export/unet/*.safetensors",),
     "evaluate": ("evaluate/table.md", "evaluate/grid.png"),
     "evaluate_coco": ("evaluate/coco/results.md",),
     "export": ("export/orbax", "export/diffusers", "export/stablehlo/draw.py", "export/msgpack", "export/README.md"),
@@ -52,7 +52,7 @@ PRODUCTS = {
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, coco_folder, coco_models):
-    """Everything that a reader of the README brings: models of random weights, files of prompts, COCO."""
+    """What a reader brings: models of random weights, files of prompts, COCO."""
     references()
     root = tmp_path_factory.mktemp("world")
     pipe = make_directory(root / "sd", "sd1")
@@ -79,7 +79,7 @@ def world(tmp_path_factory, coco_folder, coco_models):
 
 
 def filled_in(words, world, workdir):
-    """The command with the reader's own folders and files in it; hub ids are directories too."""
+    """The command with the reader's own folders and files; hub ids become directories."""
     mine = {
         "DIR_OR_HUB_ID": world.sd,
         "FILE.safetensors": world.root / "sd.safetensors",
@@ -103,12 +103,12 @@ def filled_in(words, world, workdir):
 
 
 def smaller(config, world):
-    """What takes minutes, made to take seconds."""
+    """The config with small numbers, so that minutes become seconds."""
     tiny = str(world.emoji)
     if config.stage == "sample":
         config.seeds = (0,)
         if "/" in config.model and not Path(config.model).exists():
-            config.model = str(world.sd)  # what the hub would give
+            config.model = str(world.sd)  # stands for the hub's
         if config.delta.custom:
             config.delta.origin = str(world.sd)
     if config.stage in ("reflow", "distill"):
@@ -125,7 +125,7 @@ def smaller(config, world):
         config.update({"model": str(world.sd), "clip": str(world.clip), "size": 16, "batch": 4})
         config.data.count = COCO_COUNT
     if config.stage == "serve":
-        config.update({"teacher": tiny, "teacher_N": 2, "port": free_port(), "steps": (1,)})
+        config.update({"teacher": tiny, "teacher_N": 2, "port": free_port(), "N": (1,)})
     if config.stage == "pretrain":
         config.update(pretrain_config("diffusion"))
         config.loop.steps = 2
@@ -138,8 +138,8 @@ def smaller_training(config, tiny):
 
 
 @pytest.fixture
-def quick(monkeypatch, no_drawing):  # noqa: F811
-    """Inception in six numbers, and a page that closes when it would wait."""
+def quick(monkeypatch, no_drawing):
+    """A small network for Inception, and a web page that closes at once."""
     from gradio import Blocks
 
     monkeypatch.setattr(features, "load_inception", small_inception)
@@ -147,6 +147,7 @@ def quick(monkeypatch, no_drawing):  # noqa: F811
     monkeypatch.setattr(Blocks, "block_thread", lambda page: page.close())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: commands_of(block, MAIN)[0][3])
 def test_every_line_of_a_block_runs(block, world, quick, tmp_path, monkeypatch):
     for words in commands_of(block, MAIN):
@@ -159,5 +160,5 @@ def test_every_line_of_a_block_runs(block, world, quick, tmp_path, monkeypatch):
         )
         main.run(config, workdir)
         for product in PRODUCTS[config.stage]:
-            product = product.format(into=config.get("output"))
+            product = product.format(output=config.get("output"))
             assert list(Path(workdir).glob(product)), f"{' '.join(words)} made no {product}"

@@ -1,6 +1,6 @@
-"""A training run small enough to repeat, for the tests of the loop; also a script, for those that kill it.
+"""A small training run for the tests of the loop; also a script, for the tests that kill it.
 
-As a script it trains in a workdir, writes metrics and checkpoints, then result.npz; `start` runs it.
+The script trains in a workdir, writes metrics and checkpoints, then result.npz; `start` runs it.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ def loss(params, frozen, batch, key):
 
 
 def quiet_loss(params, frozen, batch, key):
-    """The same without noise, so that it does not matter how a batch is cut."""
+    """The same without noise, so that the result does not depend on the micro-batches."""
     clean = frozen["data"][batch["row"]]
     guess = jnp.tanh(clean @ params["up.kernel"] + params["up.bias"]) @ params["down.kernel"]
     return jnp.mean((guess - clean) ** 2), {"size": jnp.mean(guess**2)}
@@ -94,8 +94,8 @@ def run(workdir, steps, *, fsdp=1, accumulate=1, **changed):
 
 
 @contextlib.contextmanager
-def compiling_once(directory):
-    """Programs that tests share are compiled by the first and read from directory by the others."""
+def compile_once(directory):
+    """Caches compiled programs in directory, so that tests share them."""
     before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
     _cache_compiled(str(directory), 0.0)
     yield
@@ -109,7 +109,7 @@ def _cache_compiled(directory, seconds):
 
 
 def named(tree):
-    """The leaves by path."""
+    """Leaves by path."""
     found, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in found}
 
@@ -120,7 +120,7 @@ def leaves(tree):
 
 
 def start(workdir, steps, *, fsdp=1, devices=1, coordinator="", processes=1, process=0, cache=""):
-    """This file as a script in a process of its own, with simulated devices."""
+    """Starts this file as a script in a new process, with simulated devices."""
     flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     flags |= {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo", "PYTHONPATH": str(Path(__file__).parents[1])}
     if cache:
@@ -133,20 +133,20 @@ def start(workdir, steps, *, fsdp=1, devices=1, coordinator="", processes=1, pro
 
 
 def finish(workdir, *processes):
-    """Waits for scripts that must succeed."""
+    """Waits for the scripts and checks that they succeeded."""
     for process in processes:
         process.wait(timeout=240)
-    told = "".join(path.read_text() for path in Path(workdir).glob("**/stderr*.txt"))
-    assert [process.returncode for process in processes] == [0] * len(processes), told
+    stderr = "".join(path.read_text() for path in Path(workdir).glob("**/stderr*.txt"))
+    assert [process.returncode for process in processes] == [0] * len(processes), stderr
 
 
 def main(workdir, steps, fsdp, coordinator, processes, process):
     devices.initialize(coordinator=coordinator, processes=int(processes), process=int(process))
     final = run(workdir, int(steps), fsdp=int(fsdp))
     elements = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(final))
-    whole = devices.to_host(named(final))
+    full = devices.to_host(named(final))
     if jax.process_index() == 0:
-        np.savez(Path(workdir) / "result.npz", elements_per_device=elements, **whole)
+        np.savez(Path(workdir) / "result.npz", elements_per_device=elements, **full)
 
 
 if __name__ == "__main__":

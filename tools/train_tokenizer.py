@@ -1,132 +1,69 @@
-"""Train a small CLIP-style tokenizer: byte-level byte-pair encoding in which a word's last piece ends in `</w>`.
+"""Trains a small CLIP-style tokenizer on the captions of the emoji: byte-level byte-pair encoding.
 
-    python -m instaflow_jax.data.bpe --out instaflow_jax/assets/openmoji/tokenizer
+    python -m tools.train_tokenizer --out DIR
 
-writes the four files that `transformers.CLIPTokenizer` and `CLIPTokenizerFast` load from a directory. The vocabulary is
-laid out as CLIP's: 256 bytes, the same 256 ending a word, one entry a merge, then <|startoftext|> and <|endoftext|>.
+writes the four files that `Tokenizer.from_pretrained`, transformers' `CLIPTokenizer` and its `CLIPTokenizerFast` read.
+The vocabulary has CLIP's layout: 256 bytes, the same 256 at the end of a word, one token per merge, <|startoftext|> and
+<|endoftext|>.
+
+The embedded tokenizer (`assets/openmoji/tokenizer`) was trained by version 0.1's own trainer, which broke ties between
+equally frequent pairs in another order. This one gives a tokenizer of the same kind and size, but not the same files.
 """
 
 import argparse
 import json
-import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from itertools import pairwise
-from pathlib import Path
+from collections.abc import Iterable
 
-START, END = "<|startoftext|>", "<|endoftext|>"
-# CLIP's rule for what a word is, for ASCII text: letters run together, digits stand alone.
-_WORD = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+")
+from tokenizers import pre_tokenizers, trainers
 
-Symbols = tuple[str, ...]
-Pair = tuple[str, str]
+from instaflow_jax.weights.tokenizer import END, SPECIAL, START, WORD_END, Tokenizer, make_engine
 
 
-def byte_symbols() -> list[str]:
-    """A printable character for each of the 256 bytes, in the order of CLIP's vocabulary (GPT-2's table).
-
-    Bytes that print stand for themselves and come first; the other 68 borrow the characters from U+0100 on.
-    """
-    printing = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    return [chr(b) for b in printing] + [chr(256 + i) for i in range(256 - len(printing))]
-
-
-def split_words(text: str) -> list[str]:
-    """The words CLIP's tokenizer would see: "man's shoe" -> ["man", "'s", "shoe"].
-
-    Raises:
-      ValueError: the text is not ASCII, for which this short rule is not CLIP's.
-    """
-    if not text.isascii():
-        raise ValueError(f"caption {text!r} is not ASCII; pass it through captions.clean first")
-    return _WORD.findall(text.lower())
-
-
-def learn_merges(word_counts: Mapping[str, int], limit: int) -> list[Pair]:
-    """The most frequent neighbours, again and again, until `limit` merges or every pair left occurs only once.
-
-    Ties go to the alphabetically first pair, so the result depends on the counts alone.
-    """
-    words = [((*word[:-1], word[-1] + "</w>"), count) for word, count in sorted(word_counts.items())]
-    pairs: Counter[Pair] = Counter()
-    for symbols, count in words:
-        _tally(pairs, symbols, count)
-    merges: list[Pair] = []
-    while len(merges) < limit:
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
-        if best is None or pairs[best] < 2:
-            break
-        merges.append(best)
-        for i, (symbols, count) in enumerate(words):
-            if best[0] in symbols and best[1] in symbols:
-                words[i] = (_merge(symbols, best), count)
-                _tally(pairs, symbols, -count)
-                _tally(pairs, words[i][0], count)
-    return merges
-
-
-def _tally(pairs: Counter[Pair], symbols: Symbols, count: int) -> None:
-    """Count the neighbours of a word that occurs `count` times."""
-    for pair in pairwise(symbols):
-        pairs[pair] += count
-
-
-def _merge(symbols: Symbols, pair: Pair) -> Symbols:
-    """Join every occurrence of the pair, from the left."""
-    merged, i = [], 0
-    while i < len(symbols):
-        width = 2 if symbols[i : i + 2] == pair else 1
-        merged.append("".join(symbols[i : i + width]))
-        i += width
-    return tuple(merged)
-
-
-def train(captions: Iterable[str], vocab_size: int, max_length: int) -> dict[str, str]:
-    """Learn a tokenizer from distinct captions.
+def train(texts: Iterable[str], vocab_size: int, max_length: int) -> Tokenizer:
+    """Learns a tokenizer from distinct captions; their order does not matter.
 
     Args:
-      captions: ASCII text; the order does not matter.
-      vocab_size: upper bound on the number of tokens, at least 514.
-      max_length: tokens in a padded prompt, start and end included.
-    Returns:
-      File name -> content of the four files of the tokenizer; the same for the same captions.
+      vocab_size: largest number of tokens, at least 514.
+      max_length: number of tokens of a padded prompt, including start and end.
+
     Raises:
-      ValueError: `vocab_size` leaves no room for the bytes, or a caption is not ASCII.
+      ValueError: `vocab_size` leaves no room for the bytes.
     """
-    alphabet = byte_symbols()
-    room = vocab_size - 2 * len(alphabet) - 2
-    if room < 0:
-        raise ValueError(f"vocab_size={vocab_size} must be at least 514: 2 x 256 bytes and two special tokens")
-    merges = learn_merges(Counter(word for text in captions for word in split_words(text)), room)
-    tokens = alphabet + [s + "</w>" for s in alphabet] + ["".join(pair) for pair in merges] + [START, END]
-    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": max_length, "do_lower_case": True, **special}
-    return {
-        "vocab.json": json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False) + "\n",
-        "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n",
-        "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
-        "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
-    }
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # a printable character per byte, in CLIP's order
+    symbols = [*alphabet, *(character + WORD_END for character in alphabet)]
+    if vocab_size < len(symbols) + 2:
+        raise ValueError(f"vocab_size={vocab_size} is too small for 2 x 256 bytes and two special tokens; use >= 514")
+    engine = make_engine({}, [], END)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 2,
+        min_frequency=2,
+        special_tokens=symbols,  # fixes their ids; the order of the other tokens, and so of ties, follows from them
+        end_of_word_suffix=WORD_END,
+        show_progress=False,
+    )
+    engine.train_from_iterator(sorted(texts), trainer)
+    ids = engine.get_vocab(with_added_tokens=False)
+    tokens = [*sorted(ids, key=ids.get), START, END]
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": max_length, "do_lower_case": True} | SPECIAL
+    return Tokenizer({token: i for i, token in enumerate(tokens)}, _merges(engine), config)
 
 
-def save(files: Mapping[str, str], directory: str | Path) -> None:
-    """Write the files of `train`; an existing tokenizer there is replaced."""
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        (Path(directory) / name).write_text(content, "utf-8")
+def _merges(engine) -> list[tuple[str, str]]:
+    """The learned merges, which the library shows only in its JSON form."""
+    return [tuple(pair) for pair in json.loads(engine.to_str())["model"]["merges"]]
 
 
 def main() -> None:
     from instaflow_jax.data.openmoji.captions import caption_table
     from instaflow_jax.data.openmoji.drawing import catalogue
 
-    parser = argparse.ArgumentParser(description="train the tokenizer of the embedded models on all OpenMoji captions")
+    parser = argparse.ArgumentParser(description="train a tokenizer like the embedded one on all OpenMoji captions")
     parser.add_argument("--out", required=True, help="directory for the four files")
     parser.add_argument("--vocab_size", type=int, default=2048)
     parser.add_argument("--max_length", type=int, default=16)
     args = parser.parse_args()
     texts, _ = caption_table(catalogue()[0])
-    save(train(texts, args.vocab_size, args.max_length), args.out)
+    train(texts, args.vocab_size, args.max_length).save_pretrained(args.out)
 
 
 if __name__ == "__main__":

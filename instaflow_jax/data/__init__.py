@@ -1,1 +1,1 @@
-"""Data sets and what feeds training: emoji with captions, prompts, pairs, real images for evaluation."""
+"""Data sets: emoji with captions, prompts, pairs, and real images for evaluation."""

@@ -1,12 +1,13 @@
-"""X0 of a pair from (run seed, pair number) alone: the same numbers on every machine, device and version of JAX.
+"""X0 of a pair from (run seed, pair number) alone: the same values on every machine, device and version of JAX.
 
-`jax.random.normal` would do on one machine, but its last bits depend on the backend that computes the inverse error
-function, and a data set that keeps only seeds must be read on other machines than it was made on. So the bits are
-Philox-4x64-10 (Salmon et al. 2011), keyed by the two numbers, and the normal numbers are Box and Muller's in float64:
-what processors disagree about lies forty binary places below the float16 that is kept.
+The last bits of `jax.random.normal` depend on the backend that computes the inverse error function, but a data set that
+stores only seeds must be readable on other machines. So the bits come from Philox-4x64-10 (Salmon et al. 2011) with the
+two numbers as its key, and Box–Muller in float64 turns them into normal numbers: processors differ only some forty
+binary digits below the precision of the stored float16.
 """
 
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float16
@@ -14,12 +15,13 @@ from jaxtyping import Float16
 NAME = "philox4x64-boxmuller"
 
 
-def noise(seed: int, index: int, shape: tuple[int, ...]) -> Float16[np.ndarray, "..."]:
-    """Standard normal numbers, rounded to float16 before anything is computed from them.
+def noise(seed: int, index: int, shape: Sequence[int]) -> Float16[np.ndarray, "..."]:
+    """Standard normal numbers of the given shape, rounded to float16.
 
     Args:
-      seed: of the run, 0 <= seed < 2^64.
-      index: of the pair.
+      seed: seed of the run, 0 <= seed < 2^64.
+      index: number of the pair, in the same range.
+      shape: shape of the result, [h, w, c].
     """
     count = int(np.prod(shape))
     half = -(-count // 2)
@@ -31,5 +33,5 @@ def noise(seed: int, index: int, shape: tuple[int, ...]) -> Float16[np.ndarray, 
 
 
 def checksum(X0: Float16[np.ndarray, "..."]) -> int:
-    """CRC-32 of the bytes, kept in place of noise that is to be drawn again."""
+    """CRC-32 of the bytes, stored in place of noise that is regenerated when read."""
     return zlib.crc32(np.ascontiguousarray(X0, "<f2"))

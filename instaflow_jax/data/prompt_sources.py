@@ -1,4 +1,4 @@
-"""Where prompts come from: each source gives its rows in order, None for a row that is no text."""
+"""Where prompts come from: each source yields its rows in order, and None for a row that is not a text."""
 
 import glob
 import json
@@ -8,31 +8,33 @@ from typing import Any
 
 import numpy as np
 
+from instaflow_jax.data import records
 from instaflow_jax.data.openmoji.captions import draw
 from instaflow_jax.data.openmoji.drawing import catalogue
 
 Rows = Iterator[str | None]
-_PLAIN = 3  # how often a pass over OpenMoji shows an emoji without a skin tone; those with one are half of all
+_REPEATS_WITHOUT_TONE = 3  # half of all emoji have a skin tone; this keeps them from dominating
 
 
 def openmoji(count: int, seed: int) -> Rows:
-    """Captions as the embedded teacher saw them: every emoji in turn, at a random level, none empty.
+    """Captions as in the embedded teacher's training: shuffled passes over all emoji, random levels, none empty.
 
-    The i-th depends on (seed, i) alone. Needs the names of the emoji (package `emoji`), not their pictures.
+    Caption i depends on (seed, i) alone. Needs the names of the emoji (package `emoji`), not their images.
 
     Raises:
       ValueError: count is not positive, or the package is not installed.
     """
     if count < 1:
-        raise ValueError(f"OpenMoji's captions have no end: say how many, count={count} is not positive")
+        raise ValueError(
+            f"count={count} is not positive; prompts.source='openmoji' has no end and needs the number of prompts"
+        )
     try:
         known, _ = catalogue()
     except ModuleNotFoundError as error:
         raise ValueError(
-            "prompts.source='openmoji' needs the names in the package 'emoji': pip install emoji, or give "
-            "a file of prompts"
+            "prompts.source='openmoji' needs the package 'emoji': pip install emoji, or use a file of prompts"
         ) from error
-    deck = [e for e in known for _ in range(1 if e.skin_tone else _PLAIN)]
+    deck = [e for e in known for _ in range(1 if e.skin_tone else _REPEATS_WITHOUT_TONE)]
     for start in range(0, count, len(deck)):
         order = np.random.default_rng([seed, start]).permutation(len(deck))
         for i, card in enumerate(order[: count - start], start):
@@ -40,7 +42,7 @@ def openmoji(count: int, seed: int) -> Rows:
 
 
 def need_column(source: str, column: str) -> str:
-    """The column, unless none is named. Raises ValueError."""
+    """Returns `column`. Raises ValueError if it is empty."""
     if not column:
         raise ValueError(f"prompts.source={source!r} needs prompts.column, the name of the column with the text")
     return column
@@ -50,16 +52,16 @@ def need_column(source: str, column: str) -> str:
 
 
 def files(source: str, column: str) -> Rows:
-    """The rows of one file or of a glob, by the ending of its name.
+    """The rows of one file, or of all files that match a glob; the file extension decides the format.
 
     Raises:
-      ValueError: an ending that is not known, a file that is not what its ending says, or no such column.
+      ValueError: unknown extension, a file that does not have the format of its extension, or a missing column.
       FileNotFoundError: no such file.
     """
     path = Path(source).expanduser()
     if path.suffix not in _READERS:
         raise ValueError(
-            f"prompts.source={source!r} is not known: openmoji, tfds:NAME, or a file ending in {', '.join(_READERS)}"
+            f"prompts.source={source!r} is unknown; use openmoji, tfds:NAME, or a file ending in {', '.join(_READERS)}"
         )
     paths = [path] if path.is_file() else [Path(found) for found in sorted(glob.glob(str(path)))]
     if not paths:
@@ -71,7 +73,7 @@ def files(source: str, column: str) -> Rows:
 
 def _text(path: Path, column: str) -> Rows:
     for line in _lines(path):
-        yield _decoded(line)
+        yield _decode(line)
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -80,7 +82,7 @@ def _lines(path: Path) -> Iterator[bytes]:
             yield line.rstrip(b"\r\n")
 
 
-def _decoded(line: bytes) -> str | None:
+def _decode(line: bytes) -> str | None:
     try:
         return line.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -90,10 +92,10 @@ def _decoded(line: bytes) -> str | None:
 def _jsonl(path: Path, column: str) -> Rows:
     for line in _lines(path):
         if line.strip():
-            yield from _texts(_parsed(line), column.split("."))
+            yield from _texts(_parse_json(line), column.split("."))
 
 
-def _parsed(line: bytes) -> Any:
+def _parse_json(line: bytes) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
@@ -125,54 +127,27 @@ _READERS = {".txt": _text, ".jsonl": _jsonl, ".parquet": _parquet}
 
 
 def tfds_set(name: str, column: str, split: str, data_dir: str) -> Rows:
-    """Reads one column of a prepared set; pictures beside it are not decoded.
+    """Reads one column of a prepared TFDS set; does not decode images beside it.
 
-    Raises:
-      ValueError: no such split or column, several sets of that name, or one that is not stored as array_record.
-      FileNotFoundError: no prepared set.
+    Raises: see `records.open_prepared`.
     """
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder_from_directory(_prepared(name, Path(data_dir or tfds.core.constants.DATA_DIR)))
-    if split not in builder.info.splits:
-        raise ValueError(f"tfds:{name} has no split {split!r}; it has {', '.join(builder.info.splits) or 'none'}")
     names = column.split(".")
-    if names[0] not in builder.info.features:
-        raise ValueError(f"tfds:{name} has no column {names[0]!r}; it has {', '.join(builder.info.features)}")
-    if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
-        raise ValueError(
-            f"tfds:{name} is stored as {builder.info.file_format}, which takes TensorFlow to read; prepare "
-            "it with file_format='array_record'"
-        )
-    feature = tfds.features.FeaturesDict({names[0]: builder.info.features[names[0]]})
-    raw = tfds.decode.DeserializeMethod.RAW_BYTES
-    for record in builder.as_data_source(split, deserialize_method=raw):
+    rows, features = records.open_prepared(name, split=split, columns=names[:1], data_dir=data_dir)
+    feature = tfds.features.FeaturesDict({names[0]: features[names[0]]})
+    for record in rows:
         yield from _texts(feature.deserialize_example_np(record), names)
 
 
-def _prepared(name: str, data_dir: Path) -> Path:
-    """The one directory that holds the set. Looking it up by name in TFDS would import its code, and TensorFlow."""
-    root = Path(name) if Path(name).is_dir() else data_dir.expanduser() / name
-    found = sorted(path.parent for path in root.rglob("dataset_info.json"))
-    if not found:
-        raise FileNotFoundError(
-            f"prompts.source='tfds:{name}': no prepared set in {root}; prepare it there with "
-            f"tfds.builder({name!r}, file_format='array_record').download_and_prepare()"
-        )
-    if len(found) > 1:
-        listed = ", ".join(str(path) for path in found)
-        raise ValueError(f"prompts.source='tfds:{name}' is one of several sets: take tfds:DIRECTORY of {listed}")
-    return found[0]
-
-
 def _texts(value: Any, names: list[str]) -> Rows:
-    """Every text that the dotted column leads to in one row; one None where it leads to none."""
+    """All texts of one row under a dotted column; one None if there is no text."""
     for name in names:
         value = value.get(name) if isinstance(value, dict) else None
     if isinstance(value, list | tuple | np.ndarray):
         for item in value:
             yield from _texts(item, [])
     elif isinstance(value, bytes):
-        yield _decoded(value)
+        yield _decode(value)
     else:
         yield value if isinstance(value, str) else None

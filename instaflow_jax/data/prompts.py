@@ -1,7 +1,7 @@
-"""Prompts from OpenMoji's captions, text, JSONL, Parquet or TFDS, cleaned by stated rules, with a count of what was not.
+"""Prompts from OpenMoji's captions, text, JSONL, Parquet or TFDS, cleaned by explicit rules that count what they drop.
 
-A row that is no prompt (broken encoding, broken JSON, an absent or empty column) is counted, never fatal: web metadata
-always has some. Every process reads the whole list, since pair i belongs to prompt i.
+Rows that are not prompts (broken encoding, broken JSON, an absent or empty column) are counted but are not errors: web
+metadata always has some. Every process reads all prompts, since pair i belongs to prompt i.
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ from instaflow_jax.data import prompt_sources as sources
 
 @dataclasses.dataclass(frozen=True)
 class Cleaning:
-    """What is done to each row, in this order.
+    """Cleaning rules, applied to each row in this order.
 
     Attributes:
-      normalize: compose Unicode (NFC), and make one space of every run of white space, none at the ends.
+      normalize: compose Unicode (NFC), collapse every run of white space to one space, and strip the ends.
       min_chars: shorter prompts are dropped.
-      max_chars: longer prompts are dropped; 0 for no limit.
-      unique: of equal prompts the first is kept.
+      max_chars: longer prompts are dropped; 0 means no limit.
+      unique: drop repeated prompts and keep the first.
     """
 
     normalize: bool
@@ -32,7 +32,7 @@ class Cleaning:
 
 
 class Prompts(NamedTuple):
-    """The prompts kept, and how many rows were read, malformed, too short, too long, repeated and kept."""
+    """The prompts, and how many rows were read, malformed, too short, too long, repeated and kept."""
 
     texts: list[str]
     report: dict[str, int]
@@ -42,18 +42,18 @@ def load(source: str, *, column: str, split: str, data_dir: str, count: int, see
     """All prompts of a source, in its order.
 
     Args:
-      source: "openmoji"; a .txt, .jsonl or .parquet file, or a glob of one kind ("laion/*.parquet"), read in the order
-        of their names; "tfds:NAME", "tfds:NAME/CONFIG" or "tfds:DIRECTORY" for a set that TFDS has
-        prepared as array_record ("tfds:coco_captions/2014").
-      column: where the text is, for all but OpenMoji and .txt; dots go down ("captions.text"), and a list of texts
-        gives one prompt each.
-      split: of a TFDS set.
-      data_dir: where TFDS keeps its sets; "" for its default.
-      count: captions to draw from OpenMoji; other sources ignore it.
-      seed: of that draw.
+      source: "openmoji"; a .txt, .jsonl or .parquet file, or a glob of such files ("laion/*.parquet"), read in
+        alphabetical order; "tfds:NAME", "tfds:NAME/CONFIG" or "tfds:DIRECTORY" for a set that TFDS has prepared as
+        array_record ("tfds:coco_captions/2014").
+      column: name of the column with the text; unused for OpenMoji and .txt. Dots select nested fields
+        ("captions.text"), and a list of texts gives one prompt each.
+      split: TFDS split.
+      data_dir: where TFDS keeps its sets; "" means its default.
+      count: number of captions to draw from OpenMoji; other sources ignore it.
+      seed: seed of that draw.
 
     Raises:
-      ValueError: unknown source, a file that is not what its name says, a column that is nowhere, or nothing left.
+      ValueError: unknown source, wrong file format, a missing column, or no prompt left.
       FileNotFoundError: no such file or prepared set.
     """
     if source == "openmoji":
@@ -65,15 +65,15 @@ def load(source: str, *, column: str, split: str, data_dir: str, count: int, see
     found = clean(rows, cleaning)
     if not found.texts:
         raise ValueError(
-            f"prompts.source={source!r} gave no prompt ({describe(found.report)}): "
-            "check prompts.column and the limits of length"
+            f"prompts.source={source!r} gave no prompt ({describe(found.report)}); "
+            "check prompts.column and prompts.cleaning"
         )
     return found
 
 
 def clean(rows: Iterable[str | None], rules: Cleaning) -> Prompts:
-    """Applies the rules and counts what each dropped."""
-    counts = Counter({name: 0 for name in ("read", "malformed", "too short", "too long", "repeated", "kept")})
+    """Applies the rules and counts what each one drops."""
+    counts = Counter(dict.fromkeys(("read", "malformed", "too short", "too long", "repeated", "kept"), 0))
     texts, seen = [], set()
     for row in rows:
         text = " ".join(unicodedata.normalize("NFC", row).split()) if row is not None and rules.normalize else row
@@ -92,7 +92,7 @@ def _verdict(text: str | None, rules: Cleaning, seen: set[bytes]) -> str:
     if rules.max_chars and len(text) > rules.max_chars:
         return "too long"
     if rules.unique:
-        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()  # a third of what the texts would take
+        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()  # a third of the texts' memory
         if digest in seen:
             return "repeated"
         seen.add(digest)
@@ -100,18 +100,18 @@ def _verdict(text: str | None, rules: Cleaning, seen: set[bytes]) -> str:
 
 
 def _encodes(text: str) -> bool:
-    """JSON may hold half a surrogate pair, which is no character."""
+    """False for half a surrogate pair, which JSON may contain but UTF-8 cannot encode."""
     return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def describe(report: dict[str, int]) -> str:
-    """ "120 rows: 3 malformed, 117 kept"; what did not happen is not mentioned."""
+    """A report as text, "120 rows: 3 malformed, 117 kept"; counts of zero are left out."""
     parts = [f"{n:,} {name}" for name, n in report.items() if name != "read" and (n or name == "kept")]
     return f"{report['read']:,} rows: " + ", ".join(parts)
 
 
 def sha256(texts: Iterable[str]) -> str:
-    """Of the list in its order, by which a data set knows the prompts it was made from."""
+    """SHA-256 of an ordered list of prompts; a set of pairs records it to identify its prompts."""
     digest = hashlib.sha256()
     for text in texts:
         digest.update(text.encode() + b"\0")

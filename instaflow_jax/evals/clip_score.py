@@ -1,6 +1,6 @@
-"""CLIP score (Hessel et al., 2021; here the bare cosine, as the paper reports it): does a picture show its prompt?
+"""CLIP score (Hessel et al., 2021; the bare cosine, as in the InstaFlow paper): does an image show its prompt?
 
-The networks that the paper's figures rest on are OpenCLIP's ViT-g/14, `laion/CLIP-ViT-g-14-laion2B-s12B-b42K`.
+The paper uses OpenCLIP's ViT-g/14, `laion/CLIP-ViT-g-14-laion2B-s12B-b42K`.
 """
 
 import dataclasses
@@ -19,17 +19,18 @@ from instaflow_jax.models.net import Net
 from instaflow_jax.weights import hub
 
 FILE = "preprocessor_config.json"
-_MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's, for absent keys
+_MEAN, _STD = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)  # OpenAI's, for keys the file leaves out
 
 
 def make_clip_score(net: Net) -> Callable[[Params, Float[Array, "B H W 3"], TokenIds], PerSample]:
-    """The cosine of picture and prompt, `score(params, pixels, ids) → [B]`; pure, so it may be jitted and sharded.
+    """The cosine of image and prompt, `score(params, pixels, ids) → [B]`; pure, so it may be jitted and sharded.
 
     Args:
-      net: a `models.clip.CLIPModel`.
-
-    `pixels` have the size of the model and the values it was trained on: what `preprocess` gives, or pictures in
-    [-1, 1] as they are for the embedded one. `ids` [B, L] come from the tokenizer that belongs to the model.
+      net: a `models.clip.CLIPModel`. It takes `pixels` as `preprocess` makes them (for the embedded CLIP these are
+        images in [-1, 1]), and `ids` [B, L] from its own tokenizer.
     """
 
     def score(params, pixels, ids):
@@ -40,21 +41,21 @@ def make_clip_score(net: Net) -> Callable[[Params, Float[Array, "B H W 3"], Toke
 
 
 def cosine(a: Float[Array, "B D"], b: Float[Array, "B D"]) -> PerSample:
-    """Of the angle between a's rows and b's, in float32."""
+    """The cosine of the angle between each row of a and the same row of b, in float32."""
     a, b = (x.astype(jnp.float32) for x in (a, b))
     return jnp.sum(a * b, -1) / (jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1))
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessor:
-    """What `preprocessor_config.json` says of the way from bytes to a CLIP's pixels.
+    """How a CLIP's `preprocessor_config.json` turns bytes into pixels.
 
     Attributes:
-      shortest: the short side after resizing, or 0 where both sides are given by `size`.
-      size: (height, width) to resize to; () where `shortest` counts.
-      crop: (height, width) cut from the middle; () for none.
-      resample: PIL's number of the filter; 3 is bicubic.
-      mean, std: of each channel in [0, 1].
+      shortest: the short side after resizing, or 0 if `size` gives both sides.
+      size: (height, width) to resize to, or () if `shortest` does.
+      crop: (height, width) cut from the middle, or () for no crop.
+      resample: PIL's number for the filter; 3 is bicubic.
+      mean, std: per channel, for values in [0, 1].
     """
 
     shortest: int
@@ -66,34 +67,28 @@ class Preprocessor:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "Preprocessor":
-        """From the keys of the file; absent ones mean what they mean to transformers' CLIPImageProcessor.
+        """From the keys of the file; missing keys take the defaults of transformers' CLIPImageProcessor.
 
         Raises:
-          ValueError: a step is switched off that this port always takes, or a size is stated in no known way.
+          ValueError: the file turns off a step that this port always takes, or states a size in an unknown way.
         """
         known = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_center_crop": True}
         stated = known | {key: raw[key] for key in known if key in raw}
         for key in ("do_resize", "do_rescale", "do_normalize"):
             if not stated[key]:
-                raise ValueError(f"{key}={stated[key]!r} is not supported; this port always does it")
+                raise ValueError(f"{key}={stated[key]!r} is not supported; only true is")
         if abs(raw.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
-            raise ValueError(f"rescale_factor={raw['rescale_factor']} is not supported; bytes are divided by 255")
+            raise ValueError(f"rescale_factor={raw['rescale_factor']} is not supported; only 1/255 is")
         size = raw.get("size", 224)
         shortest = size if isinstance(size, int) else size.get("shortest_edge", 0)
         both = () if shortest else _both(size)
         crop = _both(raw.get("crop_size", 224)) if stated["do_center_crop"] else ()
-        return cls(
-            shortest,
-            both,
-            crop,
-            raw.get("resample", 3),
-            tuple(raw.get("image_mean", _MEAN)),
-            tuple(raw.get("image_std", _STD)),
-        )
+        mean, std = tuple(raw.get("image_mean", _MEAN)), tuple(raw.get("image_std", _STD))
+        return cls(shortest, both, crop, raw.get("resample", 3), mean, std)
 
     @classmethod
     def for_plain(cls, image_size: int) -> "Preprocessor":
-        """For a directory without the file: the whole picture resized to a square, values in [-1, 1]."""
+        """For a directory without the file: the image resized to a square, values in [-1, 1]."""
         return cls(0, (image_size,) * 2, (), 3, (0.5,) * 3, (0.5,) * 3)
 
 
@@ -106,11 +101,11 @@ def _both(size: int | Mapping[str, int]) -> tuple[int, int]:
 
 
 def read_preprocessor(source: str | Path, subfolder: str, net: Net) -> Preprocessor:
-    """How the CLIP of that directory or hub id wants its pictures; `for_plain` where it does not say.
+    """The preprocessing of a CLIP in a directory or at a hub id; `for_plain` if it has no such file.
 
     Raises:
-      FileNotFoundError: neither a directory nor a hub id that can be had.
-      ValueError: the file asks for something this port does not have, or for another size than the network's.
+      FileNotFoundError: `source` is neither a directory nor a hub id that can be downloaded.
+      ValueError: the file asks for an unsupported step, or for a size other than the network's.
     """
     folder = Path(source).expanduser()
     if not folder.is_dir():
@@ -124,17 +119,17 @@ def read_preprocessor(source: str | Path, subfolder: str, net: Net) -> Preproces
         raise ValueError(f"{path}: {error}") from error
     if (preprocessor.crop or preprocessor.size) != (side, side):
         raise ValueError(
-            f"{path} makes pictures of {preprocessor.crop or preprocessor.size}, but the network beside "
+            f"{path} makes images of {preprocessor.crop or preprocessor.size}, but the network beside "
             f"it takes {side}×{side}"
         )
     return preprocessor
 
 
 def preprocess(images: UInt8[np.ndarray, "B H W 3"], how: Preprocessor) -> Float[np.ndarray, "B h w 3"]:
-    """Bytes to a CLIP's pixels, on the host: resized by PIL, cut from the middle, normalised.
+    """Bytes to a CLIP's pixels, on the host: resized, cropped in the middle, normalised.
 
-    As transformers' CLIPImageProcessor to 1e-5. It resizes bytes to bytes, so PIL does it here too: a resize in
-    floats is half a grey level off.
+    Agrees with transformers' CLIPImageProcessor to 1e-5. Like that one it resizes bytes to bytes with PIL; resizing
+    floats would be off by half a grey level.
     """
     pixels = np.stack([_crop(_resize(image, how), how.crop) for image in images]).astype(np.float32) / 255
     return (pixels - np.float32(how.mean)) / np.float32(how.std)
@@ -146,17 +141,17 @@ def _resize(image: UInt8[np.ndarray, "H W 3"], how: Preprocessor) -> UInt8[np.nd
 
 
 def _keep_shape(shape: tuple[int, ...], shortest: int) -> tuple[int, int]:
-    """The long side is rounded down, as transformers rounds it."""
+    """The short side becomes `shortest`; the long side is rounded down, as in transformers."""
     height, width = (int(shortest * side / min(shape)) for side in shape)
     return height, width
 
 
 def _crop(image: UInt8[np.ndarray, "H W 3"], crop: tuple[int, ...]) -> UInt8[np.ndarray, "h w 3"]:
-    """The middle; where the picture is smaller, black around it."""
+    """The middle of the image, padded with black where the image is smaller."""
     if not crop:
         return image
     margins = [max(0, want - have) for want, have in zip(crop, image.shape[:2], strict=True)]
-    # an odd margin is larger above and left, as in transformers
+    # an odd margin is larger at the top and left, as in transformers
     image = np.pad(image, [*((margin - margin // 2, margin // 2) for margin in margins), (0, 0)])
     top, left = ((have - want) // 2 for want, have in zip(crop, image.shape[:2], strict=True))
     return image[top : top + crop[0], left : left + crop[1]]

@@ -1,4 +1,4 @@
-"""Kernel Inception Distance (Bińkowski et al., 2018): unbiased where an FID is not, so of use for few pictures."""
+"""Kernel Inception Distance (Bińkowski et al., 2018): unbiased, unlike FID, so it also suits small sets of images."""
 
 import numpy as np
 from jaxtyping import Float
@@ -10,15 +10,15 @@ def kid(
     """Squared maximum mean discrepancy of two sets of features, with the kernel (x·y/D + 1)³.
 
     Args:
-      subsets: random subsets, drawn without replacement from each set.
-      size: features of a subset; all there are in the smaller set if it has fewer.
-      seed: of the subsets.
+      subsets: number of random subsets, drawn without replacement from each set.
+      size: features in a subset; at most as many as the smaller set has.
+      seed: draws the subsets.
 
     Returns:
-      mean and standard deviation over the subsets. Unbiased, so it may be negative where the sets hardly differ.
+      Mean and standard deviation over the subsets. Being unbiased, the mean may be negative if the sets hardly differ.
 
     Raises:
-      ValueError: fewer than two features in a set, or of different widths.
+      ValueError: a set has fewer than two features, or the widths differ.
     """
     a, b = (np.asarray(x, np.float64) for x in (a, b))
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
@@ -32,7 +32,7 @@ def kid(
 
 
 def mmd2(a: Float[np.ndarray, "N D"], b: Float[np.ndarray, "M D"]) -> float:
-    """The unbiased estimate from all of two sets (Gretton et al., 2012, Eq. 3): no feature is compared to itself."""
+    """The unbiased estimate from two complete sets (Gretton et al., 2012, Eq. 3); no feature meets itself."""
     return _mean_off_diagonal(_kernel(a, a)) + _mean_off_diagonal(_kernel(b, b)) - 2 * _kernel(a, b).mean()
 
 

@@ -1,6 +1,6 @@
-"""Precision and recall of pictures (Kynkäänniemi et al., 2019): are they like the real ones, and are all of those met?
+"""Precision and recall of images (Kynkäänniemi et al., 2019): do they look real, and do they cover the real set?
 
-A set's manifold is the union of balls around its features, each reaching to its k-th nearest neighbour in the set.
+A set's manifold is the union of balls around its features; each ball reaches to its k-th nearest neighbour in the set.
 """
 
 from collections.abc import Iterator
@@ -8,27 +8,27 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Float
 
-_ROWS = 1000  # features compared at a time with all others
+_ROWS = 1000  # features that are compared with all others at a time
 
 
 def precision_recall(real: Float[np.ndarray, "N D"], made: Float[np.ndarray, "M D"], k: int = 3) -> tuple[float, float]:
-    """The share of `made` that lies in the manifold of `real`, and of `real` in that of `made`.
+    """The share of `made` that lies in the manifold of `real`, and the share of `real` in that of `made`.
 
     Raises:
-      ValueError: a set has no k-th neighbour, or the widths differ.
+      ValueError: a set has k features or fewer, or the widths differ.
     """
     real, made = (np.asarray(x, np.float64) for x in (real, made))
     if real.ndim != 2 or made.ndim != 2 or real.shape[1] != made.shape[1]:
-        raise ValueError(f"features of shapes {real.shape} and {made.shape} are not [N, D] and [M, D]")
-    if not 1 <= k < min(len(real), len(made)):
         raise ValueError(
-            f"k={k}: a k-th neighbour needs more than k features in each set, got {len(real)} and {len(made)}"
+            f"features of shapes {real.shape} and {made.shape} cannot be compared: expected [N, D] and [M, D]"
         )
+    if not 1 <= k < min(len(real), len(made)):
+        raise ValueError(f"k={k} must be at least 1 and below the features of each set, {len(real)} and {len(made)}")
     return coverage(made, real, radii(real, k)), coverage(real, made, radii(made, k))
 
 
 def radii(features: Float[np.ndarray, "N D"], k: int) -> Float[np.ndarray, " N"]:
-    """Squared distance of each feature to its k-th nearest other one."""
+    """Squared distance of each feature to its k-th nearest neighbour."""
     # Column 0 is the feature itself, at distance 0.
     return np.concatenate([np.partition(d, k, axis=1)[:, k] for d in _squared_distances(features, features)])
 
@@ -36,12 +36,12 @@ def radii(features: Float[np.ndarray, "N D"], k: int) -> Float[np.ndarray, " N"]
 def coverage(
     points: Float[np.ndarray, "N D"], centres: Float[np.ndarray, "M D"], radii: Float[np.ndarray, " M"]
 ) -> float:
-    """The share of points that lie in at least one of the balls."""
+    """The share of points that lie in at least one ball."""
     return float(np.concatenate([(d <= radii).any(1) for d in _squared_distances(points, centres)]).mean())
 
 
 def _squared_distances(a, b) -> Iterator[np.ndarray]:
-    """[_ROWS, len(b)] at a time. Both are moved to b's mean, or features far from zero would lose their digits."""
+    """Yields [_ROWS, len(b)] at a time. Both sets are centred on b's mean; features far from zero would lose digits."""
     middle = b.mean(0)
     a, b = a - middle, b - middle
     norms = (b**2).sum(1)

@@ -1,1 +1,1 @@
-"""Machines and disk: devices, checkpoints, metrics, images. Knows nothing of networks or of the method."""
+"""Machines and disk: devices, checkpoints, metrics, files and images; knows nothing of networks or flows."""

@@ -1,4 +1,4 @@
-"""What a compiled step costs: FLOPs, memory, and the share of the device's peak that a run reaches (MFU)."""
+"""Cost of a compiled step: FLOPs, memory, and the share of the device's peak that a run reaches (MFU)."""
 
 import jax
 
@@ -34,7 +34,7 @@ def step_flops(lowered: jax.stages.Lowered, repeats: int) -> float:
 
 def describe(compiled: jax.stages.Compiled, flops: float, seconds: float) -> str:
     """One line about the compiled step: FLOPs, and the memory per device that XLA plans."""
-    line = f"step compiled in {seconds:.1f} s: {flops / 1e12:.4g} TFLOP a step"
+    line = f"step compiled in {seconds:.1f} s: {flops / 1e12:.4g} TFLOP per step"
     memory = compiled.memory_analysis()
     if memory is None:
         return line

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -35,6 +36,29 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """Yields a new directory that is renamed to `target` when the block ends without an error, and deleted otherwise.
+
+    A `target` that exists is replaced only then. If the process is killed between the two renames, the old directory
+    stays as `target`.old, and the next call restores it.
+    """
+    temporary, old = (target.with_name(target.name + ending) for ending in (".tmp", ".old"))
+    if old.exists() and not target.exists():  # killed between the renames
+        old.rename(target)
+    for left in (temporary, old):
+        shutil.rmtree(left, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if target.exists():
+            target.rename(old)
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def temporary_name(path: Path) -> Path:

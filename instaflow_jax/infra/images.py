@@ -3,26 +3,24 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from instaflow_jax.arrays import AnyArray
 from instaflow_jax.infra.files import atomic_write
 
-ArrayLike = np.ndarray | jax.Array
-
-GAP = 2  # pixels between the pictures of a grid
+GAP = 2  # pixels between the images of a grid
 WHITE = 255
-LINE = 16  # pixels that a line of labels takes
+LABEL_HEIGHT = 16  # pixels
 
 
-def to_uint8(pixels: Float[ArrayLike, "*B H W 3"]) -> UInt8[ArrayLike, "*B H W 3"]:
+def to_uint8(pixels: Float[AnyArray, "*B H W 3"]) -> UInt8[AnyArray, "*B H W 3"]:
     """Pixels in [-1, 1] (numpy or JAX), clipped and rounded, as bytes 0..255."""
     return ((pixels / 2 + 0.5).clip(0, 1) * 255).round().astype(np.uint8)
 
 
-def to_pixels(images: UInt8[ArrayLike, "*B H W 3"]) -> Float[ArrayLike, "*B H W 3"]:
+def to_pixels(images: UInt8[AnyArray, "*B H W 3"]) -> Float[AnyArray, "*B H W 3"]:
     """Bytes 0..255 (numpy or JAX) as float32 pixels in [-1, 1], the range of the networks."""
     return images.astype(np.float32) / 127.5 - 1
 
@@ -35,26 +33,26 @@ def grid(
     column_labels: Sequence[str],
     scale: int,
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Lays pictures out row by row on white, with labels at the left and above.
+    """Arranges images row by row on white, with labels to the left and above.
 
     Args:
-      columns: pictures in a row; the last row may be short.
-      row_labels: one for each row, or () for none; long ones widen the margin.
-      column_labels: one for each column, or () for none; cut off where wider than a picture.
-      scale: whole-number enlargement of every pixel, 1 for none, so that small pictures can be seen.
+      columns: images per row; the last row may be shorter.
+      row_labels: one per row, or () for none; the margin is as wide as the longest.
+      column_labels: one per column, or () for none; cut off at the width of an image.
+      scale: integer factor by which every pixel is enlarged, for small images.
 
     Raises:
-      ValueError: no pictures, or a number of labels that does not fit.
+      ValueError: no images, or a number of labels that does not fit.
     """
     if not len(images):
-        raise ValueError("a grid needs at least one picture")
+        raise ValueError("a grid needs at least one image")
     rows = -(-len(images) // columns)
     for name, labels, count in (("row_labels", row_labels, rows), ("column_labels", column_labels, columns)):
         if len(labels) not in (0, count):
-            raise ValueError(f"{name} has {len(labels)} labels for a grid of {count}: give one for each, or none")
+            raise ValueError(f"{name} has {len(labels)} labels for a grid of {count}: use one for each, or ()")
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     _, height, width, _ = images.shape
-    left, top = _margin(row_labels), LINE if column_labels else 0
+    left, top = _margin(row_labels), LABEL_HEIGHT if column_labels else 0
     canvas = np.full((top + rows * (height + GAP) - GAP, left + columns * (width + GAP) - GAP, 3), WHITE, np.uint8)
     for number, image in enumerate(images):
         row, column = divmod(number, columns)
@@ -76,24 +74,24 @@ def _margin(labels: Sequence[str]) -> int:
 
 
 def _write(canvas: UInt8[np.ndarray, "h w 3"], label: str, *, y: int, x: int, height: int, width: int) -> None:
-    """Draws a label in the middle of a box's left edge; whatever leaves the box is cut off."""
+    """Draws a label at the left of a box, vertically centred; text outside the box is cut off."""
     box = Image.new("RGB", (width, height), (WHITE,) * 3)
     ImageDraw.Draw(box).text((2, height // 2), label, fill=0, font=_font(), anchor="lm")
     canvas[y : y + height, x : x + width] = np.asarray(box)
 
 
 def save_png(path: str | Path, image: UInt8[np.ndarray, "H W 3"], text: Mapping[str, str]) -> None:
-    """Writes a PNG with text (prompt, seed, ...) in its metadata; the file appears whole or not at all."""
+    """Writes a PNG atomically, with text (prompt, seed, ...) in its metadata."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    notes = PngImagePlugin.PngInfo()
+    info = PngImagePlugin.PngInfo()
     for name, value in text.items():
-        notes.add_itxt(name, value)
+        info.add_itxt(name, value)
     with atomic_write(path) as temporary:
-        Image.fromarray(image).save(temporary, format="PNG", pnginfo=notes)
+        Image.fromarray(image).save(temporary, format="PNG", pnginfo=info)
 
 
 def load_png(path: str | Path) -> tuple[UInt8[np.ndarray, "H W 3"], dict[str, str]]:
-    """The pixels and the text of a PNG. Raises FileNotFoundError if there is none."""
+    """The image and the text of a PNG. Raises FileNotFoundError if there is no such file."""
     with Image.open(path) as file:
         return np.asarray(file.convert("RGB")), {name: str(value) for name, value in file.text.items()}

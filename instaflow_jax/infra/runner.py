@@ -1,4 +1,4 @@
-"""One function over many rows: every device of this process, full batches, the last one padded and cut."""
+"""Runs one function over many rows: on all devices of this process, in equal batches, the last one padded and cut."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ class BatchedRunner:
         """
         Args:
           function: pure; maps arrays [b, ...] to an array or a pytree of arrays [b, ...].
-          per_device: rows of a device and call.
+          per_device: rows per device and call.
         """
         devices = jax.local_devices()
         mesh = jax.make_mesh((len(devices),), ("data",), devices=devices, axis_types=(AxisType.Auto,))
@@ -38,7 +38,7 @@ class BatchedRunner:
         self._program = jax.jit(jax.shard_map(program, mesh=mesh, in_specs=specs, out_specs=specs[1], check_vma=False))
 
     def place(self, fixed: PyTree) -> PyTree:
-        """Copies arrays that are the same for all rows (weights, ...) to every device; pass the result as `fixed`."""
+        """Copies arrays that all rows share (weights, ...) to every device; pass the result as `fixed`."""
         return jax.device_put(fixed, self._replicated)
 
     def compile(self, fixed: PyTree, *rows: jax.ShapeDtypeStruct) -> float:
@@ -57,7 +57,7 @@ class BatchedRunner:
         return self._program(self.place(fixed), jax.device_put(full, self._split))
 
     def batches(self, count: int) -> Iterator[slice]:
-        """The slices of `count` rows that one call takes each."""
+        """Slices of `count` rows, one per call."""
         return (slice(start, min(start + self.rows, count)) for start in range(0, count, self.rows))
 
     def __call__(self, fixed: PyTree, *arrays: np.ndarray) -> Any:

@@ -1,1 +1,1 @@
-"""The networks: Flax ports named like their PyTorch references, and how their weights come and go."""
+"""The networks, as Flax modules with the attribute names of their PyTorch references."""

@@ -3,6 +3,7 @@
 import jax
 from flax import nnx
 
+from instaflow_jax.kernels.convolution import enlarge_and_convolve
 from instaflow_jax.models.layers import LayerFactory, Remat
 
 
@@ -44,11 +45,12 @@ class Downsample2D(nnx.Module):
 
 
 class Upsample2D(Remat):
-    """Nearest-neighbour enlargement, twofold or to `size`, then a convolution."""
+    """Nearest-neighbour enlargement, twofold or to `size`, then a 3×3 convolution."""
 
     def __init__(self, channels: int, factory: LayerFactory):
-        self.conv = factory.conv(channels, channels, 3, padding=1)
+        self.conv, self.kernels = factory.conv(channels, channels, 3, padding=1), factory.kernels
 
     def __call__(self, x, size: tuple[int, int] | None = None):
+        kernel, bias = (p[...].astype(self.conv.dtype) for p in (self.conv.kernel, self.conv.bias))
         size = size or (2 * x.shape[1], 2 * x.shape[2])
-        return self.maybe_checkpoint(lambda x: self.conv.enlarged(x, size))(x)
+        return self.maybe_checkpoint(lambda x: enlarge_and_convolve(x, kernel, bias, size, kernels=self.kernels))(x)

@@ -1,5 +1,6 @@
-"""CLIP (Radford et al., 2021), named like transformers' classes: the text encoder that conditions Stable Diffusion,
-and text and image towers together for the CLIP score.
+"""CLIP (Radford et al., 2021), named like transformers' classes.
+
+`CLIPTextModel` conditions Stable Diffusion; `CLIPModel`, both towers, gives the CLIP score.
 """
 
 import dataclasses
@@ -9,16 +10,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from instaflow_jax.arrays import AnyArray, TokenIds
 from instaflow_jax.models.layers import RANDOM_INIT, LayerFactory, activation, attend
 from instaflow_jax.models.net import Config, Model, Net
 from instaflow_jax.weights import hub
 
-_LEGACY_EOS = 2  # what older files state instead of the true end-of-text id
+_LEGACY_EOS = 2  # the end-of-text id in older files, which is wrong
 
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTextConfig(Config):
-    """The text tower's `config.json`; absent keys mean these values, as in transformers."""
+    """The text tower's `config.json`; the defaults are transformers'."""
 
     vocab_size: int = 49408
     hidden_size: int = 512
@@ -34,7 +36,7 @@ class CLIPTextConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class CLIPVisionConfig(Config):
-    """The image tower's part of `config.json`; absent keys mean these values, as in transformers."""
+    """The image tower's part of `config.json`; the defaults are transformers'."""
 
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -49,7 +51,7 @@ class CLIPVisionConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class CLIPConfig(Config):
-    """Both towers and the space they share."""
+    """Both towers and the width of the embedding space they share."""
 
     text_config: CLIPTextConfig = CLIPTextConfig()
     vision_config: CLIPVisionConfig = CLIPVisionConfig()
@@ -58,7 +60,7 @@ class CLIPConfig(Config):
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "CLIPConfig":
-        """Older files hold `text_config_dict` and `vision_config_dict` too; where these are, they count (transformers)."""
+        """Reads `config.json`; `*_config_dict` in older files take precedence over `*_config`, as in transformers."""
         towers = {}
         for key, tower in (("text_config", CLIPTextConfig), ("vision_config", CLIPVisionConfig)):
             stated = [raw[k] for k in (f"{key}_dict", key) if raw.get(k) is not None]
@@ -67,14 +69,14 @@ class CLIPConfig(Config):
 
 
 class TextOutput(NamedTuple):
-    """What the text tower gives: every token's state [B, L, C] after the last norm, and the end-of-text token's [B, C]."""
+    """The states of all tokens [B, L, C] after the last norm, and that of the end-of-text token [B, C]."""
 
     last_hidden_state: Array
     pooler_output: Array
 
 
 class CLIPOutput(NamedTuple):
-    """Similarities [images, texts] and [texts, images] times exp(logit_scale), and the unit embeddings behind them."""
+    """Cosine similarities [images, texts] and [texts, images] times exp(logit_scale), and the unit embeddings."""
 
     logits_per_image: Array
     logits_per_text: Array
@@ -87,7 +89,7 @@ class Attention(nnx.Module):
         width, heads = config.hidden_size, config.num_attention_heads
         if width % heads:
             raise ValueError(f"config.json: hidden_size={width} is not divisible by num_attention_heads={heads}")
-        self.heads, self.attention = heads, factory.attention
+        self.heads, self.implementation, self.kernels = heads, factory.attention, factory.kernels
         self.k_proj = factory.linear(width, width)
         self.v_proj = factory.linear(width, width)
         self.q_proj = factory.linear(width, width)
@@ -95,7 +97,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x, causal: bool):
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        return self.out_proj(attend(q, k, v, self.heads, self.attention, causal))
+        return self.out_proj(attend(q, k, v, self.heads, self.implementation, self.kernels, causal))
 
 
 class MLP(nnx.Module):
@@ -140,7 +142,7 @@ class TextEmbeddings(nnx.Module):
         if length > limit:
             raise ValueError(
                 f"prompts of {length} tokens exceed the text encoder's {limit} positions; "
-                "tokenize with the tokenizer that belongs to it"
+                "tokenize with the tokenizer of this model"
             )
         return self.token_embedding(ids) + self.position_embedding(jnp.arange(length))
 
@@ -152,11 +154,11 @@ class TextTransformer(nnx.Module):
         self.encoder = Encoder(config, factory)
         self.final_layer_norm = factory.layer_norm(config.hidden_size, config.layer_norm_eps)
 
-    def __call__(self, ids) -> TextOutput:
+    def __call__(self, ids: TokenIds) -> TextOutput:
         x = self.final_layer_norm(self.encoder(self.embeddings(ids), causal=True))
-        # Files from before the id was corrected rely on end-of-text being the highest id of the vocabulary.
-        mark = ids if self.eos_token_id == _LEGACY_EOS else ids == self.eos_token_id
-        return TextOutput(x, x[jnp.arange(ids.shape[0]), jnp.argmax(mark, axis=-1)])
+        # Files with the wrong id rely on end-of-text being the highest id of the vocabulary.
+        is_end = ids if self.eos_token_id == _LEGACY_EOS else ids == self.eos_token_id
+        return TextOutput(x, x[jnp.arange(ids.shape[0]), jnp.argmax(is_end, axis=-1)])
 
 
 class VisionEmbeddings(nnx.Module):
@@ -173,7 +175,7 @@ class VisionEmbeddings(nnx.Module):
         if pixels.shape[1:3] != (self.image_size,) * 2:
             raise ValueError(
                 f"images of {pixels.shape[1]}x{pixels.shape[2]} pixels; this CLIP takes "
-                f"{self.image_size}x{self.image_size}, resize them first"
+                f"{self.image_size}x{self.image_size}: resize them first"
             )
         patches = self.patch_embedding(pixels)
         patches = patches.reshape(len(pixels), -1, patches.shape[-1])
@@ -185,9 +187,8 @@ class VisionEmbeddings(nnx.Module):
 class VisionTransformer(nnx.Module):
     def __init__(self, config: CLIPVisionConfig, factory: LayerFactory):
         self.embeddings = VisionEmbeddings(config, factory)
-        self.pre_layrnorm = factory.layer_norm(
-            config.hidden_size, config.layer_norm_eps
-        )  # the reference's own spelling
+        # "layrnorm" is the reference's spelling.
+        self.pre_layrnorm = factory.layer_norm(config.hidden_size, config.layer_norm_eps)
         self.encoder = Encoder(config, factory)
         self.post_layernorm = factory.layer_norm(config.hidden_size, config.layer_norm_eps)
 
@@ -196,14 +197,8 @@ class VisionTransformer(nnx.Module):
         return self.post_layernorm(x[:, 0])
 
 
-def _with_prefix(key: str) -> str:
-    """Some text encoders were saved from the inner module: `encoder.layers…` for `text_model.encoder.layers…`."""
-    bare = key.startswith(("embeddings.", "encoder.", "final_layer_norm."))
-    return f"text_model.{key}" if bare else key
-
-
 class _Transformers(Model):
-    """Adds to a config what transformers tells its classes apart by, so that it opens what `save_pretrained` writes."""
+    """Adds to a config the keys that transformers needs to open what `save_pretrained` writes."""
 
     model_type: ClassVar[str]
 
@@ -215,22 +210,22 @@ class _Transformers(Model):
 class CLIPTextModel(_Transformers):
     """The text encoder: token ids → `TextOutput`; Stable Diffusion is conditioned on `last_hidden_state`.
 
-    No padding mask: Stable Diffusion lets every position be seen, padding too.
+    There is no padding mask: Stable Diffusion attends to padding too.
     """
 
     Config = CLIPTextConfig
-    layout = hub.Layout("model", "pytorch_model", "flax_model.msgpack", rename_key=_with_prefix)
+    layout = hub.Layout("model", "pytorch_model", "flax_model.msgpack", rename_key=hub.add_text_model_prefix)
     model_type = "clip_text_model"
 
     def __init__(self, config: CLIPTextConfig, factory: LayerFactory):
         self.text_model = TextTransformer(config, factory)
 
-    def __call__(self, ids: Int[Array, "B L"]) -> TextOutput:
+    def __call__(self, ids: TokenIds) -> TextOutput:
         return self.text_model(ids)
 
 
 class CLIPModel(_Transformers):
-    """Text and image towers with their projections into one space."""
+    """Text and image towers with their projections into one embedding space."""
 
     Config = CLIPConfig
     layout = hub.Layout("model", "pytorch_model", "flax_model.msgpack")
@@ -243,15 +238,15 @@ class CLIPModel(_Transformers):
         self.text_projection = factory.linear(config.text_config.hidden_size, config.projection_dim, bias=False)
         self.logit_scale = nnx.Param(jnp.asarray(config.logit_scale_init_value, jnp.float32))
 
-    def get_text_features(self, ids: Int[Array, "B L"]) -> Float[Array, "B D"]:
+    def get_text_features(self, ids: TokenIds) -> Float[Array, "B D"]:
         """Projected end-of-text states, not normalised."""
         return self.text_projection(self.text_model(ids).pooler_output)
 
-    def get_image_features(self, pixels: Float[Array, "B H W C"]) -> Float[Array, "B D"]:
-        """Projected class tokens, not normalised; `pixels` normalised as `preprocessor_config.json` says."""
+    def get_image_features(self, pixels: Float[AnyArray, "B H W C"]) -> Float[Array, "B D"]:
+        """Projected class tokens, not normalised, of `pixels` normalised as `preprocessor_config.json` says."""
         return self.visual_projection(self.vision_model(pixels))
 
-    def __call__(self, ids: Int[Array, "T L"], pixels: Float[Array, "I H W C"]) -> CLIPOutput:
+    def __call__(self, ids: Int[AnyArray, "T L"], pixels: Float[AnyArray, "I H W C"]) -> CLIPOutput:
         text, image = _unit(self.get_text_features(ids)), _unit(self.get_image_features(pixels))
         logits = jnp.exp(self.logit_scale[...]) * image @ text.T
         return CLIPOutput(logits, logits.T, text, image)

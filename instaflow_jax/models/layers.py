@@ -1,12 +1,11 @@
-"""What the networks are made of: convolutions, norms, activations and ONE attention function, all NHWC.
+"""What the networks are made of: convolutions, norms, activations and attention, all NHWC.
 
-`Make` builds layers that share a compute type and an attention implementation, so that a block's `__init__` reads
-like the reference's. Parameters are always created in float32 and cast where they are used.
+`LayerFactory` builds layers that share a compute type and a choice of kernels, so that a block's `__init__` reads like
+the reference's. Parameters are always created in float32 and cast where they are used.
 """
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -14,8 +13,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jaxtyping import Float
 
-from instaflow_jax.kernels.cpu import dispatch as cpu
+from instaflow_jax.arrays import AnyArray
+from instaflow_jax.kernels import KERNELS
+from instaflow_jax.kernels.attention import attention
+from instaflow_jax.kernels.convolution import convolve
+from instaflow_jax.kernels.group_norm import group_norm
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -25,15 +29,15 @@ ACTIVATIONS = {
 }
 ATTENTION = ("xla", "cudnn")
 REMAT = ("none", "attention", "blocks")
-RANDOM_INIT = "drawn"  # marks the parameters that `Net.init` draws all at once; they start as zeros
+RANDOM_INIT = "random_init"  # marks the parameters that `Net.init` draws; they start as zeros
 DEFERRED_INIT = {
     "kernel_init": nnx.initializers.zeros,
     "kernel_metadata": {RANDOM_INIT: True},
-}  # for a convolution or linear layer
+}  # for a layer with kernel
 
 
 class _NoRngs:
-    """Where flax's layers ask for a random key, though no initializer of ours needs one: nnx.Rngs takes seconds to trace."""
+    """Stands in for `nnx.Rngs`, which takes seconds to trace; no initializer of ours needs a random key."""
 
     def params(self) -> None:
         return None
@@ -42,8 +46,8 @@ class _NoRngs:
 NO_RNGS = _NoRngs()
 
 
-def activation(name: str):
-    """The activation a config names; ValueError for one the released models never use."""
+def activation(name: str) -> Callable:
+    """The activation that a config names; ValueError for one that no released model uses."""
     if name not in ACTIVATIONS:
         raise ValueError(f"activation {name!r} is not one of {sorted(ACTIVATIONS)}")
     return ACTIVATIONS[name]
@@ -51,32 +55,38 @@ def activation(name: str):
 
 @dataclasses.dataclass(frozen=True)
 class LayerFactory:
-    """Builds layers with one compute type and attention implementation.
+    """Builds layers with one compute type and one choice of kernels.
 
     Attributes:
-      dtype: type the products are computed in; norms and softmax stay in float32.
-      attention: "xla", or "cudnn" for NVIDIA's fused kernel (bf16 or fp16 only).
+      dtype: type of matrix products and convolutions; norms and softmax stay in float32.
+      attention: "xla", or "cudnn" for NVIDIA's fused kernel (bfloat16 or float16 only).
+      kernels: "auto" picks kernels by platform and shape; "xla" uses XLA's convolution and flax's GroupNorm, and
+        `jax.nn.dot_product_attention` on every platform.
+
+    Raises:
+      ValueError: `attention` or `kernels` has another value.
     """
 
     dtype: Any = jnp.float32
     attention: str = "xla"
+    kernels: str = "auto"
 
     def __post_init__(self):
-        if self.attention not in ATTENTION:
-            raise ValueError(f"attention={self.attention!r} is not one of {ATTENTION}")
+        for field, choices in (("attention", ATTENTION), ("kernels", KERNELS)):
+            if getattr(self, field) not in choices:
+                raise ValueError(f"{field}={getattr(self, field)!r} is not one of {', '.join(choices)}")
 
-    def conv(self, inputs: int, outputs: int, kernel: int, stride: int = 1, padding=0, bias: bool = True) -> "Conv":
+    def conv(self, inputs: int, outputs: int, kernel: int, stride: int = 1, padding=0, bias: bool = True) -> nnx.Conv:
         """A square convolution with torch's explicit padding: an int, or ((top, bottom), (left, right))."""
-        pads = ((padding, padding),) * 2 if isinstance(padding, int) else padding
-        return Conv(
+        return nnx.Conv(
             inputs,
             outputs,
             (kernel, kernel),
             stride,
-            padding=pads,
+            padding=((padding, padding),) * 2 if isinstance(padding, int) else padding,
             use_bias=bias,
             dtype=self.dtype,
-            conv_general_dilated=cpu.convolve,
+            conv_general_dilated=lax.conv_general_dilated if self.kernels == "xla" else convolve,
             **DEFERRED_INIT,
             rngs=NO_RNGS,
         )
@@ -85,104 +95,59 @@ class LayerFactory:
         return nnx.Linear(inputs, outputs, use_bias=bias, dtype=self.dtype, **DEFERRED_INIT, rngs=NO_RNGS)
 
     def embed(self, count: int, features: int) -> nnx.Embed:
-        return nnx.Embed(
-            count,
-            features,
-            dtype=self.dtype,
-            embedding_init=nnx.initializers.zeros,
-            embedding_metadata={RANDOM_INIT: True},
-            rngs=NO_RNGS,
-        )
+        init = {"embedding_init": nnx.initializers.zeros, "embedding_metadata": {RANDOM_INIT: True}}
+        return nnx.Embed(count, features, dtype=self.dtype, **init, rngs=NO_RNGS)
 
-    def group_norm(self, channels: int, groups: int, eps: float) -> "GroupNorm":
-        return GroupNorm(channels, groups, epsilon=eps, dtype=self.dtype, rngs=NO_RNGS)
+    def group_norm(self, channels: int, groups: int, eps: float) -> nnx.GroupNorm:
+        norm = nnx.GroupNorm if self.kernels == "xla" else GroupNorm
+        return norm(channels, groups, epsilon=eps, dtype=self.dtype, rngs=NO_RNGS)
 
     def layer_norm(self, features: int, eps: float) -> nnx.LayerNorm:
         return nnx.LayerNorm(features, epsilon=eps, dtype=self.dtype, rngs=NO_RNGS)
 
 
-class Conv(nnx.Conv):
-    """flax's; one of 3×3, padding 1 and stride 1 can also convolve an enlarged image, which need not be made then."""
-
-    def enlarged(self, x, size: tuple[int, int]):
-        """[B, h, w, C], enlarged to `size` by nearest neighbours and convolved: [B, *size, D]."""
-        kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
-        if size != (2 * x.shape[1], 2 * x.shape[2]) or not cpu.doubling_pays(x, kernel):
-            return self(resize_nearest(x, size))
-
-        def plain(x, kernel, bias):
-            return bias + lax.conv_general_dilated(
-                resize_nearest(x, size), kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-            )
-
-        return lax.platform_dependent(x, kernel, bias, cpu=cpu.doubled, default=plain)
-
-
 class GroupNorm(nnx.GroupNorm):
-    """flax's, but for the order of its sums: over pixels first, then over the channels of a group.
-
-    XLA's CPU compiler is more than twice as fast at these (with gradient), and their rounding is smaller.
-    """
+    """flax's GroupNorm, computed by `kernels.group_norm`."""
 
     def __call__(self, x):
-        count = math.prod(x.shape[1:-1]) * self.group_size
-        wide = x.astype(jnp.float32)
-        mean, square = (
-            self._over_groups(jnp.sum(y, axis=tuple(range(1, x.ndim - 1))) / count) for y in (wide, wide * wide)
-        )
-        scale = self.scale[...] * lax.rsqrt(jnp.maximum(square - mean * mean, 0) + self.epsilon)
-        shift = self.bias[...] - mean * scale
-        shape = (-1, *(1,) * (x.ndim - 2), x.shape[-1])
-        return (wide * scale.reshape(shape) + shift.reshape(shape)).astype(self.dtype)
-
-    def _over_groups(self, x):
-        """[B, C] → [B, C], each channel with its group's sum."""
-        sums = x.reshape(-1, self.num_groups, self.group_size).sum(-1, keepdims=True)
-        return jnp.broadcast_to(sums, (*sums.shape[:-1], self.group_size)).reshape(-1, x.shape[-1])
+        scale, bias = self.scale[...], self.bias[...]
+        return group_norm(x, scale, bias, groups=self.num_groups, epsilon=self.epsilon).astype(self.dtype)
 
 
 class Remat(nnx.Module):
-    """A part of a network that may compute again in the backward pass what it would otherwise keep in memory.
+    """A part of a network that can recompute its intermediate results in the backward pass to save memory.
 
     Attributes:
-      remat: the choices of `Net.with_remat` that this part answers to.
-      recompute: whether one of them was made; set by `Net.with_remat`.
+      remat: the values of `Net.with_remat` that make this part recompute.
+      recompute: whether it does; set by `Net.with_remat`.
     """
 
     remat: ClassVar[tuple[str, ...]] = ("blocks",)
     recompute = False
 
     def maybe_checkpoint(self, function: Callable) -> Callable:
-        """`function`, of which the backward pass keeps inputs and weights only, where this part is to recompute."""
-        # A new function each time: jax remembers traces by function, and these close over the trace's own weights.
+        """`function`, wrapped in `jax.checkpoint` if this part recomputes."""
+        # A new function each time: jax caches traces by function, and these close over weights of the current trace.
         return jax.checkpoint(lambda *inputs: function(*inputs)) if self.recompute else function
 
 
 class Identity(nnx.Module):
-    """Keeps a place in a list whose reference has a layer without parameters there (dropout, ReLU)."""
+    """Keeps a place in a list where the reference has a layer without parameters (dropout, ReLU)."""
 
     def __call__(self, x):
         return x
 
 
-def attend(q, k, v, heads: int, implementation: str, causal: bool = False):
-    """Multi-head attention over tokens: q [B, L, C], k and v [B, M, C] → [B, L, C], scaled by 1/√(C/heads).
-
-    The only place where attention is computed. Softmax runs in float32.
-    """
-
-    def split(x):
-        return x.reshape(*x.shape[:2], heads, -1)
-
-    plain = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation=implementation)
-    out = (plain if causal else functools.partial(cpu.attention, plain=plain))(split(q), split(k), split(v))
+def attend(
+    q: Float[AnyArray, "B L C"],
+    k: Float[AnyArray, "B M C"],
+    v: Float[AnyArray, "B M C"],
+    heads: int,
+    implementation: str,
+    kernels: str,
+    causal: bool = False,
+) -> Float[AnyArray, "B L C"]:
+    """Multi-head attention, scaled by 1/√(C/heads); see `kernels.attention` for the options."""
+    q_heads, k_heads, v_heads = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))
+    out = attention(q_heads, k_heads, v_heads, implementation=implementation, kernels=kernels, causal=causal)
     return out.reshape(q.shape)
-
-
-def resize_nearest(x, size: tuple[int, int]):
-    """Nearest-neighbour enlargement of [B, H, W, C] to `size`, with torch's rounding (⌊i·in/out⌋)."""
-    (h, w), (H, W) = x.shape[1:3], size
-    if (H, W) == (2 * h, 2 * w):
-        x = jnp.broadcast_to(x[:, :, None, :, None, :], (x.shape[0], h, 2, w, 2, x.shape[3]))
-        return x.reshape(x.shape[0], H, W, x.shape[-1])
-    return x[:, jnp.arange(H) * h // H][:, :, jnp.arange(W) * w // W]

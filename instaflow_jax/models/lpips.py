@@ -1,7 +1,7 @@
-"""LPIPS (Zhang et al., 2018), version 0.1 of the `lpips` package: how far apart two images look, by a classifier's eyes.
+"""LPIPS (Zhang et al., 2018), version 0.1 of the `lpips` package: a perceptual distance from a classifier's features.
 
-The trunk is torchvision's `vgg16` or `alexnet` under its own names (`features.N`), at the published widths or smaller
-ones: a small trunk trained here as a `VGGClassifier` is the same network with another `config.json`.
+The trunk is torchvision's `vgg16` or `alexnet` with the same names (`features.N`). The published widths and the small
+trunks that are trained here as a `VGGClassifier` differ only in `config.json`.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from instaflow_jax.arrays import PerSample
+from instaflow_jax.arrays import Image, PerSample
 from instaflow_jax.models.layers import NO_RNGS, Identity, LayerFactory, Remat
 from instaflow_jax.models.net import Config, Model, Net, Params
 from instaflow_jax.weights import hub, port
@@ -28,10 +28,10 @@ _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # ImageNet's m
 
 @dataclasses.dataclass(frozen=True)
 class TrunkConfig(Config):
-    """A stack of stages, each `depths[i]` convolutions of `widths[i]` channels.
+    """A stack of stages; stage i has `depths[i]` convolutions with `widths[i]` channels.
 
     Attributes:
-      net: "vgg" (3x3 kernels, halving between all stages) or "alex" (AlexNet's kernels, strides and two poolings).
+      net: "vgg" (3×3 kernels, pooling between all stages) or "alex" (AlexNet's kernels, strides and two poolings).
     """
 
     net: str = "vgg"
@@ -42,12 +42,14 @@ class TrunkConfig(Config):
         if self.net not in PUBLISHED:
             raise ValueError(f"config.json: net={self.net!r} is not one of {sorted(PUBLISHED)}")
         if len(self.widths) != len(self.depths):
-            raise ValueError(f"config.json: widths {self.widths} and depths {self.depths} differ in length")
+            raise ValueError(
+                f"config.json: widths {self.widths} and depths {self.depths} differ in length; give both for each stage"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierConfig(TrunkConfig):
-    """A trunk and the number of classes its linear head tells apart."""
+    """A trunk and the number of classes of its linear head."""
 
     num_classes: int = 1000
 
@@ -66,7 +68,7 @@ class MaxPool(nnx.Module):
 
 
 def _stage(net: str, i: int) -> tuple[dict, int | None]:
-    """How stage i convolves first, and the size of the pooling before it."""
+    """Options of stage i's first convolution, and the size of the pooling before it."""
     if net == "vgg":
         return {"kernel": 3, "padding": 1}, 2 if i else None
     first = ({"kernel": 11, "stride": 4, "padding": 2}, {"kernel": 5, "padding": 2})
@@ -74,7 +76,7 @@ def _stage(net: str, i: int) -> tuple[dict, int | None]:
 
 
 def _trunk(config: TrunkConfig, factory: LayerFactory) -> tuple[nnx.List, tuple[int, ...]]:
-    """torchvision's `features`, and the places in it whose outputs LPIPS compares (the end of each stage)."""
+    """torchvision's `features`, and the indices of the layers whose outputs LPIPS compares (the last of each stage)."""
     layers, taps, inputs = [], [], 3
     for i, (width, depth) in enumerate(zip(config.widths, config.depths, strict=True)):
         shape, pool = _stage(config.net, i)
@@ -89,7 +91,7 @@ def _trunk(config: TrunkConfig, factory: LayerFactory) -> tuple[nnx.List, tuple[
 def _run(
     features: nnx.List, taps: tuple[int, ...], images, maybe_checkpoint: Callable = lambda stage: stage
 ) -> list[Array]:
-    """The tapped outputs for `images` in [-1, 1]; every stage runs as `again(stage)`."""
+    """The output of each stage for `images` in [-1, 1]; each stage runs as `maybe_checkpoint(stage)`."""
 
     def chain(layers, x):
         for layer in layers:
@@ -109,7 +111,7 @@ def _run(
 
 
 class NetLinLayer(nnx.Module):
-    """Weighs the channels of one stage; starts with all ones, which is the package's `lpips=False`."""
+    """Weights for the channels of one stage; all ones at first, as with the package's `lpips=False`."""
 
     def __init__(self, width: int):
         ones = nnx.initializers.ones
@@ -120,10 +122,10 @@ class NetLinLayer(nnx.Module):
 
 
 class LPIPS(Remat, Model):
-    """Perceptual distance of image pairs."""
+    """Perceptual distance between the images of each pair."""
 
     Config = TrunkConfig
-    layout = hub.Layout("model", ignore=(r"^classifier\.",))  # torchvision's files are whole classifiers
+    layout = hub.Layout("model", ignore=(r"^classifier\.",))  # torchvision's files contain the classifier too
 
     def __init__(self, config: TrunkConfig, factory: LayerFactory):
         self.features, self.taps = _trunk(config, factory)
@@ -135,7 +137,8 @@ class LPIPS(Remat, Model):
         """Reads torchvision's state dict for the trunk and the `lpips` package's `weights/v0.1/{net}.pth`.
 
         Raises:
-          FileNotFoundError, ValueError: a file is missing or its weights do not fit, each of them named.
+          FileNotFoundError: a file is missing.
+          ValueError: `net` is unknown or the weights do not fit, the first offenders named.
         """
         if net not in PUBLISHED:
             raise ValueError(f"net={net!r} is not one of {sorted(PUBLISHED)}")
@@ -143,30 +146,29 @@ class LPIPS(Remat, Model):
         stored = {**port.open_weights(Path(trunk)), **port.open_weights(Path(heads))}
         return network, port.fill(stored, network.shapes, cls.layout, source=f"{trunk} with {heads}")
 
-    def __call__(self, a: Float[Array, "B H W 3"], b: Float[Array, "B H W 3"]) -> PerSample:
+    def __call__(self, a: Image, b: Image) -> PerSample:
         """Distance of each image in `a` to its partner in `b`, values in [-1, 1]."""
-        # Each by itself: the backward pass then leaves out the one that has no gradient (a distillation's target).
-        stages = zip(*(_run(self.features, self.taps, images, self.maybe_checkpoint) for images in (a, b)), strict=True)
-        compare = [
-            self.maybe_checkpoint(functools.partial(_compare, getattr(self, f"lin{i}"))) for i in range(len(self.taps))
-        ]
-        return sum(distance(x, y) for distance, (x, y) in zip(compare, stages, strict=True))
+        # Not as one batch: JAX then skips the backward pass of images without gradient (a distillation's target).
+        x, y = (_run(self.features, self.taps, images, self.maybe_checkpoint) for images in (a, b))
+        heads = [getattr(self, f"lin{i}") for i in range(len(self.taps))]
+        compare = [self.maybe_checkpoint(functools.partial(_compare, head)) for head in heads]
+        return sum(distance(*stage) for distance, *stage in zip(compare, x, y, strict=True))
 
 
 def _compare(head: NetLinLayer, x, y) -> PerSample:
-    """One stage's distance."""
+    """The distance of one stage's features x and y."""
     return head((_unit(x.astype(jnp.float32)) - _unit(y.astype(jnp.float32))) ** 2).mean((1, 2, 3))
 
 
 def _unit(x):
-    """Unit length along channels. Where all are zero the gradient is zero too; PyTorch's is not a number there."""
+    """Scales to unit length along channels. Where all channels are zero, the gradient is zero; PyTorch's is NaN."""
     square = jnp.sum(x**2, axis=-1, keepdims=True)
     dead = square == 0
     return x / (jnp.where(dead, 0.0, jnp.sqrt(jnp.where(dead, 1.0, square))) + 1e-10)
 
 
 class VGGClassifier(Model):
-    """A trunk with pooling and a linear head: what a trunk is pretrained as. Its `features.*` are LPIPS's own."""
+    """A trunk with pooling and a linear head, for pretraining a trunk; LPIPS takes its `features.*` unchanged."""
 
     Config = ClassifierConfig
     layout = hub.Layout("model")
@@ -175,10 +177,10 @@ class VGGClassifier(Model):
         self.features, self.taps = _trunk(config, factory)
         self.classifier = factory.linear(config.widths[-1], config.num_classes)
 
-    def pooled(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B C"]:
-        """Mean over space of the last stage, for `images` in [-1, 1]."""
+    def pooled(self, images: Image) -> Float[Array, "B C"]:
+        """Mean over pixels of the last stage, for `images` in [-1, 1]."""
         return _run(self.features, self.taps, images)[-1].mean((1, 2))
 
-    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B K"]:
+    def __call__(self, images: Image) -> Float[Array, "B K"]:
         """Logits of `images` with values in [-1, 1]."""
         return self.classifier(self.pooled(images))

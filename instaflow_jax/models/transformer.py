@@ -9,7 +9,7 @@ from instaflow_jax.models.layers import Identity, LayerFactory, Remat, attend
 
 
 class Attention(Remat):
-    """Multi-head attention: x [B, L, C] looks at context [B, M, D]; `to_q`, `to_k` and `to_v` have no bias."""
+    """Multi-head attention from x [B, L, C] to context [B, M, D]; `to_q`, `to_k` and `to_v` have no bias."""
 
     remat: ClassVar = ("attention",)
 
@@ -18,15 +18,15 @@ class Attention(Remat):
         self.to_k = factory.linear(context_features, channels, bias=False)
         self.to_v = factory.linear(context_features, channels, bias=False)
         self.to_out = nnx.List([factory.linear(channels, channels)])
-        self.heads, self.implementation = heads, factory.attention
+        self.heads, self.implementation, self.kernels = heads, factory.attention, factory.kernels
 
     def __call__(self, x, context):
-        products = self.maybe_checkpoint(lambda q, k, v: attend(q, k, v, self.heads, self.implementation))
-        return self.to_out[0](products(self.to_q(x), self.to_k(context), self.to_v(context)))
+        run = self.maybe_checkpoint(lambda q, k, v: attend(q, k, v, self.heads, self.implementation, self.kernels))
+        return self.to_out[0](run(self.to_q(x), self.to_k(context), self.to_v(context)))
 
 
 class GEGLU(nnx.Module):
-    """A linear layer whose second half gates its first: h · gelu(g), with the exact (erf) GELU."""
+    """A linear layer to two halves h and g, then h · gelu(g) with the exact (erf) GELU."""
 
     def __init__(self, inputs: int, outputs: int, factory: LayerFactory):
         self.proj = factory.linear(inputs, 2 * outputs)

@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Real
 
+from instaflow_jax.arrays import AnyArray, Latent, Timestep
 from instaflow_jax.models import net
 from instaflow_jax.models.blocks import Downsample2D, ResnetBlock2D, Upsample2D
 from instaflow_jax.models.layers import LayerFactory, Remat
@@ -18,10 +20,10 @@ from instaflow_jax.weights import hub
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig(net.Config):
-    """The keys of the UNet's `config.json` that shape it; see diffusers' `UNet2DConditionModel`.
+    """The keys of the UNet's `config.json` that this port uses; see diffusers' `UNet2DConditionModel`.
 
-    `attention_head_dim` is, by an old mistake that every file keeps, the NUMBER of heads: one int for all blocks
-    (SD 1.x: 8) or one for each (SD 2.x: [5, 10, 20, 20]).
+    `attention_head_dim` is the NUMBER of heads, a naming mistake of diffusers that every file repeats: one int for all
+    blocks (SD 1.x: 8) or one for each (SD 2.x: [5, 10, 20, 20]).
     """
 
     sample_size: int | None = None
@@ -43,31 +45,19 @@ class UNetConfig(net.Config):
     use_linear_projection: bool = False
 
     fixed: ClassVar[dict[str, Any]] = {
+        **dict.fromkeys(("class_embed_type", "num_class_embeds", "addition_embed_type", "cross_attention_norm"), None),
+        **dict.fromkeys(("encoder_hid_dim", "encoder_hid_dim_type", "timestep_post_act", "time_cond_proj_dim"), None),
+        **dict.fromkeys(("time_embedding_dim", "time_embedding_act_fn", "mid_block_only_cross_attention"), None),
+        **dict.fromkeys(("reverse_transformer_layers_per_block",), None),
+        **dict.fromkeys(("center_input_sample", "only_cross_attention", "dual_cross_attention"), False),
+        **dict.fromkeys(("conv_in_kernel", "conv_out_kernel"), 3),
+        **dict.fromkeys(("mid_block_scale_factor", "resnet_out_scale_factor"), 1),
         "act_fn": "silu",
-        "center_input_sample": False,
         "mid_block_type": "UNetMidBlock2DCrossAttn",
-        "mid_block_scale_factor": 1,
-        "only_cross_attention": False,
-        "dual_cross_attention": False,
-        "class_embed_type": None,
-        "num_class_embeds": None,
-        "addition_embed_type": None,
-        "encoder_hid_dim": None,
-        "encoder_hid_dim_type": None,
         "time_embedding_type": "positional",
-        "timestep_post_act": None,
-        "time_embedding_dim": None,
-        "time_embedding_act_fn": None,
-        "time_cond_proj_dim": None,
-        "conv_in_kernel": 3,
-        "conv_out_kernel": 3,
         "resnet_time_scale_shift": "default",
         "resnet_skip_time_act": False,
-        "resnet_out_scale_factor": 1.0,
-        "cross_attention_norm": None,
         "attention_type": "default",
-        "reverse_transformer_layers_per_block": None,
-        "mid_block_only_cross_attention": None,
         "dropout": 0.0,
     }
 
@@ -76,22 +66,24 @@ class UNetConfig(net.Config):
             ("down_block_types", ("CrossAttnDownBlock2D", "DownBlock2D")),
             ("up_block_types", ("CrossAttnUpBlock2D", "UpBlock2D")),
         ):
-            kinds = getattr(self, field)
-            if len(kinds) != len(self.block_out_channels) or not set(kinds) <= set(allowed):
+            types = getattr(self, field)
+            if len(types) != len(self.block_out_channels) or not set(types) <= set(allowed):
                 raise ValueError(
-                    f"config.json: {field}={list(kinds)} must name, for each of block_out_channels="
+                    f"config.json: {field}={list(types)} must name, for each of block_out_channels="
                     f"{list(self.block_out_channels)}, one of {allowed}"
                 )
 
     @property
     def heads(self) -> tuple[int, ...]:
-        """Attention heads of each block, outermost first."""
+        """Number of attention heads of each block, outermost first."""
         heads = self.num_attention_heads or self.attention_head_dim
         return (heads,) * len(self.block_out_channels) if isinstance(heads, int) else heads
 
 
-def timestep_embedding(tau, features: int, flip_sin_to_cos: bool, shift: float):
-    """Sinusoids of the clock `tau` [B] (real-valued) at `features`/2 frequencies: [B, features], float32."""
+def timestep_embedding(
+    tau: Timestep, features: int, flip_sin_to_cos: bool, shift: float
+) -> Float[Array, "B {features}"]:
+    """Sinusoids of the timestep `tau` (real-valued) at `features`/2 frequencies, float32."""
     half = features // 2
     frequency = jnp.exp(-math.log(10000) * jnp.arange(half, dtype=jnp.float32) / (half - shift))
     angle = tau.astype(jnp.float32)[:, None] * frequency
@@ -100,7 +92,7 @@ def timestep_embedding(tau, features: int, flip_sin_to_cos: bool, shift: float):
 
 
 class TimestepEmbedding(nnx.Module):
-    """Two linear layers with SiLU between, on the sinusoids."""
+    """Two linear layers with SiLU between, applied to the sinusoids."""
 
     def __init__(self, inputs: int, outputs: int, factory: LayerFactory):
         self.linear_1 = factory.linear(inputs, outputs)
@@ -128,7 +120,7 @@ def _transformer(config: UNetConfig, channels: int, heads: int, factory: LayerFa
 
 
 class DownBlock2D(nnx.Module):
-    """Residual blocks, each followed by a transformer where the config wants one, then halving."""
+    """Residual blocks, each followed by a transformer if the config has one, then halving."""
 
     def __init__(self, config: UNetConfig, i: int, factory: LayerFactory):
         channels = config.block_out_channels
@@ -142,7 +134,7 @@ class DownBlock2D(nnx.Module):
             self.downsamplers = nnx.List([Downsample2D(channels[i], config.downsample_padding, factory)])
 
     def __call__(self, x, time, context):
-        """Returns the result and every intermediate the way up will want."""
+        """Returns the result and the list of all features that `UpBlock2D` takes as skips."""
         skips = []
         for j, resnet in enumerate(self.resnets):
             x = resnet(x, time)
@@ -167,7 +159,7 @@ class UNetMidBlock2DCrossAttn(nnx.Module):
 
 
 class UpBlock2D(nnx.Module):
-    """Residual blocks on the features joined with the way down's, transformers where wanted, then doubling."""
+    """Residual blocks on features joined with skips, transformers if the config has them, then enlargement."""
 
     def __init__(self, config: UNetConfig, i: int, factory: LayerFactory):
         channels, heads = config.block_out_channels[::-1], config.heads[::-1]
@@ -183,7 +175,7 @@ class UpBlock2D(nnx.Module):
             self.upsamplers = nnx.List([Upsample2D(channels[i], factory)])
 
     def __call__(self, x, skips: list, time, context):
-        """Takes what it needs from the end of `skips`; sizes follow the skips, so odd latents work."""
+        """Pops its skips from the end of `skips` and enlarges to the next skip's size: odd latent sizes work."""
         for j, resnet in enumerate(self.resnets):
             x = resnet(jnp.concatenate([x, skips.pop()], axis=-1), time)
             if hasattr(self, "attentions"):
@@ -194,7 +186,7 @@ class UpBlock2D(nnx.Module):
 
 
 class UNet2DConditionModel(Remat, net.Model):
-    """The network of Stable Diffusion: latents, clock and text → noise, velocity or data, as it was trained."""
+    """Stable Diffusion's network: latents, timestep and text → noise, velocity or data, depending on its training."""
 
     Config: ClassVar = UNetConfig
     layout: ClassVar = hub.Layout()
@@ -210,16 +202,18 @@ class UNet2DConditionModel(Remat, net.Model):
         self.conv_norm_out = factory.group_norm(channels[0], config.norm_num_groups, config.norm_eps)
         self.conv_out = factory.conv(channels[0], config.out_channels, 3, padding=1)
 
-    def __call__(self, sample, timestep, encoder_hidden_states):
-        """The network's output.
+    def __call__(
+        self,
+        sample: Latent,
+        timestep: Timestep | Real[AnyArray, ""] | float,
+        encoder_hidden_states: Float[AnyArray, "B L D"],
+    ) -> Float[Array, "B H W out"]:
+        """The network's output, in float32 for every compute type.
 
         Args:
           sample: latents [B, H, W, in_channels].
-          timestep: the clock, [B] or a scalar, integer or real (a flow asks 1000·(1−t)).
+          timestep: integer or real; a flow passes 1000·(1−t).
           encoder_hidden_states: text [B, L, cross_attention_dim].
-
-        Returns:
-          [B, H, W, out_channels], float32 whatever the compute type.
         """
         config = self.config
         tau = jnp.broadcast_to(jnp.asarray(timestep), sample.shape[:1])
@@ -229,8 +223,8 @@ class UNet2DConditionModel(Remat, net.Model):
         x = self.conv_in(sample.astype(self.dtype))
         skips = [x]
         for block in self.down_blocks:
-            x, more = block(x, time, text)
-            skips += more
+            x, block_skips = block(x, time, text)
+            skips += block_skips
         x = self.mid_block(x, time, text)
         for block in self.up_blocks:
             x = block(x, skips, time, text)

@@ -7,20 +7,23 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float
 
+from instaflow_jax.arrays import AnyArray, Key, Latent
 from instaflow_jax.models import net
 from instaflow_jax.models.blocks import Downsample2D, ResnetBlock2D, Upsample2D
 from instaflow_jax.models.layers import LayerFactory, Remat, attend
 from instaflow_jax.weights import hub
 
-_EPS = 1e-6  # of every GroupNorm in the autoencoder
+Pixels = Float[AnyArray, "B height width channels"]
+_EPS = 1e-6  # for every GroupNorm of the autoencoder; the UNet's residual blocks have 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig(net.Config):
-    """The keys of the autoencoder's `config.json` that shape it; see diffusers' `AutoencoderKL`.
+    """The keys of the autoencoder's `config.json` that this port uses; see diffusers' `AutoencoderKL`.
 
-    `scaling_factor` makes latents of unit variance: the flow lives in `scaling_factor · z`.
+    `scaling_factor` · z has unit variance; all other code works with these scaled latents.
     """
 
     in_channels: int = 3
@@ -46,21 +49,21 @@ class VAEConfig(net.Config):
 
     def __post_init__(self):
         for field, allowed in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-            kinds = getattr(self, field)
-            if kinds != (allowed,) * len(self.block_out_channels):
+            types = getattr(self, field)
+            if types != (allowed,) * len(self.block_out_channels):
                 raise ValueError(
-                    f"config.json: {field}={list(kinds)} must name {allowed!r} once for each of "
+                    f"config.json: {field}={list(types)} must name {allowed!r} once for each of "
                     f"block_out_channels={list(self.block_out_channels)}"
                 )
 
     @property
     def factor(self) -> int:
-        """Pixels a latent covers in each direction (8 in Stable Diffusion)."""
+        """Pixels per latent in each direction (8 in Stable Diffusion)."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 
 class VAEAttention(Remat):
-    """Single-headed self-attention over all positions of [B, H, W, C], added to its input."""
+    """Self-attention with one head over all pixels of [B, H, W, C], added to its input."""
 
     remat: ClassVar = ("attention", "blocks")
 
@@ -68,12 +71,12 @@ class VAEAttention(Remat):
         self.group_norm = factory.group_norm(channels, groups, _EPS)
         self.to_q, self.to_k, self.to_v = (factory.linear(channels, channels) for _ in range(3))
         self.to_out = nnx.List([factory.linear(channels, channels)])
-        self.implementation = factory.attention
+        self.implementation, self.kernels = factory.attention, factory.kernels
 
     def __call__(self, x):
         h = self.group_norm(x).reshape(x.shape[0], -1, x.shape[-1])
-        products = self.maybe_checkpoint(lambda q, k, v: attend(q, k, v, 1, self.implementation))
-        h = products(self.to_q(h), self.to_k(h), self.to_v(h))
+        run = self.maybe_checkpoint(lambda q, k, v: attend(q, k, v, 1, self.implementation, self.kernels))
+        h = run(self.to_q(h), self.to_k(h), self.to_v(h))
         return x + self.to_out[0](h).reshape(x.shape)
 
 
@@ -91,7 +94,7 @@ def _resnets(inputs: int, outputs: int, count: int, groups: int, factory: LayerF
 
 
 class DownEncoderBlock2D(nnx.Module):
-    """Residual blocks, then halving (all blocks but the last). Pads right and bottom only, as the original does."""
+    """Residual blocks, then halving in all blocks but the last; it pads right and bottom only, like the reference."""
 
     def __init__(self, inputs: int, outputs: int, count: int, groups: int, last: bool, factory: LayerFactory):
         self.resnets = _resnets(inputs, outputs, count, groups, factory)
@@ -105,7 +108,7 @@ class DownEncoderBlock2D(nnx.Module):
 
 
 class UpDecoderBlock2D(nnx.Module):
-    """Residual blocks, then doubling (all blocks but the last)."""
+    """Residual blocks, then twofold enlargement in all blocks but the last."""
 
     def __init__(self, inputs: int, outputs: int, count: int, groups: int, last: bool, factory: LayerFactory):
         self.resnets = _resnets(inputs, outputs, count, groups, factory)
@@ -163,24 +166,26 @@ class Decoder(Remat):
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
 
-_OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+# Old files and the old Flax class use these names for the layers of `VAEAttention`.
+_MODERN_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_OLD_NAMES = {new: old for old, new in _MODERN_NAMES.items()}
 
 
-def _today(key: str) -> str:
-    """Old files, and the old Flax class, name the attention's layers query, key, value and proj_attn."""
-    return re.sub(r"\.(query|key|value|proj_attn)(?=\.\w+$)", lambda found: "." + _OLD[found[1]], key)
+def modernize_key(key: str) -> str:
+    """`….attentions.0.query.weight` → `….attentions.0.to_q.weight`; other keys stay."""
+    return re.sub(r"\.(query|key|value|proj_attn)(?=\.\w+$)", lambda match: "." + _MODERN_NAMES[match[1]], key)
 
 
-def _old(name: str) -> str:
-    new = {new: old for old, new in _OLD.items()}
-    return re.sub(r"\.(to_q|to_k|to_v|to_out\.0)(?=\.\w+$)", lambda found: "." + new[found[1]], name)
+def to_flax_name(name: str) -> str:
+    """The inverse of `modernize_key`."""
+    return re.sub(r"\.(to_q|to_k|to_v|to_out\.0)(?=\.\w+$)", lambda match: "." + _OLD_NAMES[match[1]], name)
 
 
 class AutoencoderKL(net.Model):
     """Pixels [B, H, W, 3] in [−1, 1] ⇄ latents [B, H/f, W/f, latent_channels] of unit variance."""
 
     Config: ClassVar = VAEConfig
-    layout: ClassVar = hub.Layout(rename_key=_today, to_flax_name=_old)
+    layout: ClassVar = hub.Layout(rename_key=modernize_key, to_flax_name=to_flax_name)
 
     def __init__(self, config: VAEConfig, factory: LayerFactory):
         n = config.latent_channels
@@ -190,23 +195,23 @@ class AutoencoderKL(net.Model):
         self.quant_conv = factory.conv(2 * n, 2 * n, 1)
         self.post_quant_conv = factory.conv(n, n, 1)
 
-    def moments(self, pixels):
+    def moments(self, pixels: Pixels) -> tuple[Latent, Latent]:
         """Mean and log-variance of the latents' Gaussian, before scaling; each [B, h, w, latent_channels]."""
         moments = self.quant_conv(self.encoder(pixels.astype(self.dtype))).astype(jnp.float32)
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
-    def encode(self, pixels, key: jax.Array | None = None):
-        """Pixels → scaled latents: the Gaussian's mean, or a draw from it when a `key` is given."""
+    def encode(self, pixels: Pixels, key: Key | None = None) -> Latent:
+        """Pixels → scaled latents: the Gaussian's mean, or a sample of the Gaussian if `key` is given."""
         z, logvar = self.moments(pixels)
         if key is not None:
             z = z + jnp.exp(0.5 * logvar) * jax.random.normal(key, z.shape)
         return z * self.config.scaling_factor
 
-    def decode(self, latents):
+    def decode(self, latents: Latent) -> Pixels:
         """Scaled latents → pixels, not clipped."""
         z = (latents / self.config.scaling_factor).astype(self.dtype)
         return self.decoder(self.post_quant_conv(z)).astype(jnp.float32)
 
-    def __call__(self, pixels):
+    def __call__(self, pixels: Pixels) -> Pixels:
         return self.decode(self.encode(pixels))

@@ -1,4 +1,1 @@
-"""One verb a file: each stage is `run(config, workdir)`, a recipe that composes models, data, training and measures.
-
-Only here and in `main.py` a ConfigDict is seen; everything below takes plain keywords.
-"""
+"""One file or folder per stage; each has `run(config, workdir)`, and only stages and `main` see a ConfigDict."""

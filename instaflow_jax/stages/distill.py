@@ -1,67 +1,85 @@
 """Stage `distill`: a straightened flow → a one-step generator (paper, Eq. 6), by L2, LPIPS, or one after the other."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from instaflow_jax import pipeline
+from instaflow_jax.arrays import Params
 from instaflow_jax.models.lpips import LPIPS
 from instaflow_jax.stages import reflow
-from instaflow_jax.stages.common import flow_training as straighten
-from instaflow_jax.stages.common import loading
+from instaflow_jax.stages.common import flow_training, loading
+from instaflow_jax.stages.generate.stage import need_pairs
 from instaflow_jax.train import losses
 
 DISTANCES = ("l2", "lpips")
 
 
 def run(config: ConfigDict, workdir: str) -> None:
-    """Trains in `workdir`/`config.output` on the pairs in `workdir`/`config.pairs_folder`, made by the flow `config.model`.
+    """Trains in `workdir`/`config.output` on the pairs that the flow `config.model` made.
 
-    What is not there is made first: the flow (where `config.model` is "") by `reflow` with `config.reflow`, and the pairs.
+    First makes what is missing: the flow (if `config.model` is ""), by `reflow` with `config.reflow`, and the pairs, in
+    `workdir`/`config.pairs_folder`.
 
     Raises:
       ValueError, FileNotFoundError: a field of the config, the flow or the pairs are wrong.
       OSError, FloatingPointError: see `train.loop`.
     """
-    straighten.check(config)
+    options = flow_training.read_flow_options(config)
     if config.distance not in DISTANCES:
         raise ValueError(f"config.distance={config.distance!r} is not one of {', '.join(DISTANCES)}")
-    source = config.model or need_reflow(config, workdir)
+    source = config.model or need_reflow(config.reflow, workdir)
     with config.pairs.unlocked():
         config.pairs.model = source
-    pairs = straighten.need_pairs(config.pairs, Path(workdir) / config.pairs_folder)
-    pipe = loading.load(config.init_from or source, loading.read_weight_options(config))
-    distance, frozen = make_distance(config, pipe)
-    unet = pipe.nets["unet"].with_remat(config.remat.unet)
+    pairs = need_pairs(config.pairs, Path(workdir) / config.pairs_folder)
+    pipe = loading.load(config.init_from or source, options.weights)
+    distance, frozen = losses.latent_distance, {}
+    if config.distance == "lpips":
+        distance, frozen = make_lpips_distance(pipe, options.weights.dtype, options.remat, **config.lpips)
     loss = losses.make_distill_loss(
-        unet,
+        pipe.nets["unet"].with_remat(options.remat["unet"]),
         pipe.nets["text_encoder"],
         distance,
         match=config.match,
-        prompt_dropout=config.prompt_dropout,
-        num_timesteps=straighten.NUM_TIMESTEPS,
+        prompt_dropout=options.prompt_dropout,
+        num_timesteps=flow_training.NUM_TIMESTEPS,
     )
-    straighten.fit(config, Path(workdir) / config.output, pipe, pairs, loss, frozen)
+    flow_training.train_flow(options, Path(workdir) / config.output, pipe, pairs, loss, frozen)
 
 
 def need_reflow(config: ConfigDict, workdir: str) -> str:
-    """The directory of the flow that `reflow` wrote into this workdir; it is trained first if it is not there."""
-    source = Path(workdir) / reflow.DIRECTORY / straighten.EXPORT
+    """The directory of the flow that `reflow` writes into this workdir; trains it with `config` if it is missing."""
+    source = Path(workdir) / reflow.DIRECTORY / loading.EXPORT
     if not (source / "model_index.json").is_file():
-        print(f"{source} is not there\n→ reflow first", flush=True)
-        reflow.run(config.reflow, workdir)
+        print(f"{source} is missing\n→ running reflow first", flush=True)
+        reflow.run(config, workdir)
     return str(source)
 
 
-def make_distance(config: ConfigDict, pipe: pipeline.Pipeline):
-    """The distance of Eq. 6 and the frozen weights that it looks through."""
-    if config.distance == "l2":
-        return losses.latent_distance, {}
-    dtype = loading.DTYPES[config.dtype]  # of the trunk's products; its features are compared in float32
-    if config.lpips.trunk:
-        lpips, params = LPIPS.from_files(config.lpips.trunk, config.lpips.heads, net=config.lpips.net, dtype=dtype)
+def make_lpips_distance(
+    pipe: pipeline.Pipeline,
+    dtype: str,
+    remat: Mapping[str, str],
+    *,
+    model: str,
+    trunk: str,
+    heads: str,
+    net: str,
+    **options: Any,
+) -> tuple[Callable, dict[str, Params]]:
+    """The distance `losses.make_lpips_distance(..., **options)` and its frozen weights.
+
+    Args:
+      dtype: compute type of the trunk; its features are compared in float32.
+      remat: choices for the decoder ("vae") and for "lpips".
+      model: embedded name or directory with lpips/, used if `trunk` is "".
+      trunk, heads, net: torchvision's and the lpips package's weight files, and the network they belong to.
+    """
+    if trunk:
+        lpips, params = LPIPS.from_files(trunk, heads, net=net, dtype=loading.DTYPES[dtype])
     else:
-        lpips, params = LPIPS.from_pretrained(pipeline.locate(config.lpips.model), "lpips", dtype=dtype)
-    options = {name: config.lpips[name] for name in ("l2", "crop", "margin")}
-    vae, lpips = pipe.nets["vae"].with_remat(config.remat.vae), lpips.with_remat(config.remat.lpips)
+        lpips, params = LPIPS.from_pretrained(pipeline.locate(model), "lpips", dtype=loading.DTYPES[dtype])
+    vae, lpips = pipe.nets["vae"].with_remat(remat["vae"]), lpips.with_remat(remat["lpips"])
     return losses.make_lpips_distance(vae, lpips, **options), {"vae": pipe.params["vae"], "lpips": params}

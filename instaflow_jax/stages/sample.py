@@ -1,24 +1,29 @@
-"""Stage `sample`: prompts and seeds → PNGs and a grid, by whichever model the directory holds."""
+"""Stage `sample`: prompts and seeds → PNGs and a grid, with a flow or a teacher."""
 
 import itertools
 import re
-import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
+from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from instaflow_jax import pipeline, sampling
 from instaflow_jax.infra import images
+from instaflow_jax.infra.progress import Progress
+from instaflow_jax.infra.runner import BatchedRunner
 from instaflow_jax.stages.common.loading import (
-    compile_and_log,
+    check_at_least,
     latent_shape,
     load,
     read_prompts,
     read_solve_options,
     read_weight_options,
 )
+
+Job = tuple[int, int]  # row of the prompts, and seed
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -27,77 +32,84 @@ def run(config: ConfigDict, workdir: str) -> None:
     Raises:
       ValueError, FileNotFoundError: a field of the config, or a file of the model, is wrong.
     """
-    prompts = read_prompts(config.prompts)
-    check(config)
-    pipe = load(config.model, read_weight_options(config))
-    shape = latent_shape(pipe, config.height, config.width)
-    dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, config.dynamics)
-    solve = sampling.make_solve(pipe.nets["unet"].apply, dynamics, config.solver, config.N, config.alpha)
-    jobs = list(itertools.product(range(len(prompts)), config.seeds))
+    prompts, seeds = read_prompts(config.prompts), tuple(config.seeds)
+    weights, options = read_weight_options(config), read_solve_options(config)
+    check_at_least(1, batch=config.batch)
+    if not seeds or min(seeds) < 0:
+        raise ValueError(f"config.seeds={seeds} must have at least one seed, and no negative one")
+    pipe = load(config.model, weights)
+    shape = latent_shape(pipe, options.height, options.width)
+    dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, options.dynamics)
+    solve = sampling.make_solve(pipe.nets["unet"].apply, dynamics, options.solver, options.N, options.alpha)
+    jobs = list(itertools.product(range(len(prompts)), seeds))
+    factor = pipe.nets["vae"].config.factor
     print(
-        f"{config.model} as a {'flow' if isinstance(dynamics, sampling.Flow) else 'teacher'}: {len(jobs)} pictures "
-        f"of {shape[1] * pipe.nets['vae'].config.factor}×{shape[0] * pipe.nets['vae'].config.factor} pixels, "
-        f"{config.N} steps, alpha {config.alpha:g}",
+        f"{config.model} as a {'flow' if isinstance(dynamics, sampling.Flow) else 'teacher'}: {len(jobs)} images of "
+        f"{shape[1] * factor}×{shape[0] * factor} pixels, N={options.N}, alpha={options.alpha:g}",
         flush=True,
     )
+    names = ("model", "dynamics", "solver", "N", "alpha", "negative", "dtype", "loras")
+    settings = {name: str(config[name]) for name in names}
+    if config.delta.custom:
+        settings["delta"] = "{scale} * ({custom} - {origin})".format(**config.delta)
     directory = Path(workdir) / "sample"
     directory.mkdir(parents=True, exist_ok=True)
-    pictures = draw(pipe, solve, prompts, config, jobs, shape)
-    write(directory, config, prompts, jobs, pictures)
-
-
-def check(config: ConfigDict) -> None:
-    """Cross-field checks, before anything is loaded."""
-    read_weight_options(config)
-    if config.batch < 1:
-        raise ValueError(f"config.batch={config.batch} must be at least 1")
-    if not config.seeds or min(config.seeds) < 0:
-        raise ValueError(f"config.seeds={config.seeds} must name at least one seed, none of them negative")
-    read_solve_options(config)
+    drawn = draw(pipe, solve, prompts, jobs, negative=options.negative, shape=shape, batch=config.batch)
+    write(directory, prompts, seeds, drawn, settings, ending=f"N{options.N}_alpha{options.alpha:g}")
 
 
 def draw(
     pipe: pipeline.Pipeline,
     solve: sampling.Solve,
-    prompts: list[str],
-    config: ConfigDict,
-    jobs: list,
+    prompts: Sequence[str],
+    jobs: Sequence[Job],
+    *,
+    negative: str,
     shape: tuple[int, int, int],
-) -> list[np.ndarray]:
-    """A uint8 picture [H, W, 3] for each job (row of `prompts`, seed), `config.batch` at a time by one program."""
-    params, null, ids = jax.device_put(pipe.params), pipe.tokenizer([config.negative]), pipe.tokenizer(prompts)
-    size = min(config.batch, len(jobs))
-    generate, pictures = None, []
-    for start in range(0, len(jobs), size):
-        batch = jobs[start : start + size]
-        rows, seeds = np.array(batch + batch[:1] * (size - len(batch))).T  # the last batch is filled up
-        inputs = (params, ids[rows], null, sampling.noise(seeds, shape))
-        generate = generate or compile_and_log(sampling.make_generate(pipe.nets, solve), inputs)
-        began = time.perf_counter()
-        pictures += list(np.asarray(generate(*inputs))[: len(batch)])
-        print(
-            f"{len(pictures)}/{len(jobs)} pictures, {time.perf_counter() - began:.2f} s a batch of {size}", flush=True
-        )
-    return pictures
-
-
-def write(directory: Path, config: ConfigDict, prompts: list[str], jobs: list, pictures: list[np.ndarray]) -> None:
-    """The PNGs, each with all it takes to make it again, and the grid: a row a prompt, a column a seed."""
-    settings = {
-        name: str(config[name]) for name in ("model", "kind", "solver", "N", "alpha", "negative", "dtype", "loras")
-    }
-    if config.delta.custom:
-        settings["delta"] = "{scale} * ({custom} - {origin})".format(**config.delta)
-    for (row, seed), picture in zip(jobs, pictures, strict=True):
-        slug = re.sub(r"\W+", "-", prompts[row].lower()).strip("-")[:60]
-        name = f"{row:03d}_{slug}_seed{seed}_N{config.N}_alpha{config.alpha:g}.png"
-        images.save_png(directory / name, picture, settings | {"prompt": prompts[row], "seed": str(seed)})
-    grid = images.grid(
-        np.stack(pictures),
-        columns=len(config.seeds),
-        row_labels=prompts,
-        column_labels=[f"seed {seed}" for seed in config.seeds],
-        scale=max(1, 128 // pictures[0].shape[1]),
+    batch: int,
+) -> UInt8[np.ndarray, "N H W 3"]:
+    """One image for each job, up to `batch` on each local device at a time."""
+    generate = sampling.make_generate(pipe.nets, solve)
+    size = min(batch, -(-len(jobs) // jax.local_device_count()))
+    runner = BatchedRunner(lambda fixed, ids, X0: generate(fixed[0], ids, fixed[1], X0), size)
+    fixed = runner.place((pipe.params, pipe.tokenizer([negative])))
+    rows, seeds = np.array(jobs).T
+    ids = pipe.tokenizer(prompts)
+    seconds = runner.compile(
+        fixed,
+        jax.ShapeDtypeStruct((runner.rows, *ids.shape[1:]), ids.dtype),
+        jax.ShapeDtypeStruct((runner.rows, *shape), np.float32),
     )
-    images.save_png(directory / "grid.png", grid, settings | {"prompt": "|".join(prompts), "seed": str(config.seeds)})
-    print(f"wrote {len(pictures)} pictures and {directory / 'grid.png'}")
+    print(f"compiled in {seconds:.1f} s", flush=True)
+    drawn, progress = [], Progress(len(jobs), "images")
+    for part in runner.batches(len(jobs)):
+        noise = np.asarray(sampling.noise(seeds[part], shape))
+        drawn.append(runner(fixed, ids[rows[part]], noise))
+        progress.advance(len(drawn[-1]))
+    progress.close()
+    return np.concatenate(drawn)
+
+
+def write(
+    directory: Path,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    drawn: UInt8[np.ndarray, "N H W 3"],
+    settings: Mapping[str, str],
+    *,
+    ending: str,
+) -> None:
+    """The PNGs, each with all settings that made it, and the grid: one row per prompt, one column per seed."""
+    for ((row, prompt), seed), image in zip(itertools.product(enumerate(prompts), seeds), drawn, strict=True):
+        slug = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60]
+        text = {**settings, "prompt": prompt, "seed": str(seed)}
+        images.save_png(directory / f"{row:03d}_{slug}_seed{seed}_{ending}.png", image, text)
+    grid = images.grid(
+        drawn,
+        columns=len(seeds),
+        row_labels=prompts,
+        column_labels=[f"seed {seed}" for seed in seeds],
+        scale=max(1, 128 // drawn.shape[2]),
+    )
+    images.save_png(directory / "grid.png", grid, {**settings, "prompt": "|".join(prompts), "seed": str(tuple(seeds))})
+    print(f"wrote {len(drawn)} images and {directory / 'grid.png'}")

@@ -1,1 +1,1 @@
-"""Training: state, optimiser, step and loop, shared by pretraining, reflow and distillation."""
+"""Training: state, optimizer, step and loop, shared by pretraining, reflow and distillation."""

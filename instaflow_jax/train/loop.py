@@ -1,19 +1,19 @@
-"""The training loop, read from top to bottom; pretraining, reflow and distillation all run in it."""
+"""The training loop, which pretraining, reflow and distillation share."""
 
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from instaflow_jax.arrays import Key
-from instaflow_jax.infra import devices
+from instaflow_jax.infra import cost, devices
 from instaflow_jax.infra.checkpoint import Checkpoints
-from instaflow_jax.infra.cost import describe, rates, step_flops
 from instaflow_jax.infra.metrics import Writer
 from instaflow_jax.infra.preemption import Preempted, Preemption
 from instaflow_jax.infra.progress import Progress
@@ -25,10 +25,10 @@ log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Every:
-    """Something to do after every n-th step and after the last, such as a grid of samples."""
+class Callback:
+    """A function of (step, state) that runs every `every` steps and after the last, such as an evaluation."""
 
-    steps: int
+    every: int
     run: Callable[[int, TrainState], None]
 
 
@@ -43,7 +43,7 @@ def train(
     checkpoints: Checkpoints,
     writer: Writer,
     config: Mapping[str, Any],
-    callbacks: Sequence[Every],
+    callbacks: Sequence[Callback],
     steps: int,
     log_every: int,
     save_every: int,
@@ -53,29 +53,29 @@ def train(
 ) -> TrainState:
     """Trains until `steps`, from the newest checkpoint if there is one.
 
-    A run broken off at any moment and started again gives the same bits as one that was not: the checkpoint
-    holds the state and the position in the data as one fact, keys follow from the step, and metrics written
-    beyond the checkpoint are cut off and written again.
+    A run that is killed at any moment and started again ends with the same bits as an uninterrupted one: a checkpoint
+    holds the state together with the position in the data, keys depend on the step only, and metrics after the
+    checkpoint are deleted and written again.
 
     Args:
       step: from `make_train_step`.
-      state: the state to start from; consumed, its buffers are given to the program.
-      frozen: arrays the loss reads; put on every device unless they already lie on this mesh.
-      batches: position 0; moved to the checkpoint's position on resuming.
+      state: the initial state; its buffers are donated.
+      frozen: arrays that the loss reads; copied to every device unless they are on this mesh already.
+      batches: at position 0; moved to the checkpoint's position if the run resumes.
       key: the run's key, the same on every process.
-      config: the resolved config, saved beside the weights and logged.
-      callbacks: run in order after the steps they ask for, with the step and the state, before the state is saved.
-      steps: the step to stop after, counted from the very first run.
-      log_every: metrics are written every this many steps.
-      save_every: checkpoints are written every this many steps, and after the last.
-      max_skipped: so many steps in a row without a finite gradient stop the run.
+      config: the resolved config, saved with the weights and logged.
+      callbacks: run in order, before the state is saved.
+      steps: number of the last step, counted from the start of the first run.
+      log_every: steps between two rows of metrics.
+      save_every: steps between two checkpoints; the last step is always saved.
+      max_skipped: the run fails after this many steps in a row without a finite gradient.
       profile_steps: (first, last) steps to trace into profile_dir; (0, 0) for none.
 
     Raises:
-      ValueError: the devices cannot share the batch, or the checkpoint is of other weights.
-      FloatingPointError: max_skipped steps in a row had no finite gradient.
+      ValueError: the devices cannot share the batch, or the checkpoint holds other weights.
+      FloatingPointError: the gradient was not finite for max_skipped steps in a row.
       OSError: a checkpoint could not be written.
-      Preempted: SIGTERM came; the state is saved, and the process exits with 0 unless this is caught.
+      Preempted: after SIGTERM, when the state is saved; ends the process with exit code 0 unless it is caught.
     """
     with Preemption() as preemption:
         state, first = resume(state, mesh, batches, checkpoints, writer)
@@ -85,33 +85,34 @@ def train(
         compiled, batch_size, flops = compile_step(step, state, frozen, batches, key, mesh)
         writer.write_hparams(config)
         progress = Progress(steps, "steps", done=first)
-        ledger = Ledger(writer, progress, StepCost(batch_size, flops), first, log_every, max_skipped)
+        rates = functools.partial(cost.rates, samples_per_step=batch_size, flops_per_step=flops)
+        metrics_log = MetricsLog(writer, progress, rates, first, log_every, max_skipped)
         profile = Profile(profile_steps, profile_dir)
 
         batch = devices.global_batch(next(batches), mesh)
-        for now in range(first + 1, steps + 1):
-            profile.before(now)
+        for current in range(first + 1, steps + 1):
+            profile.before(current)
             state, metrics = compiled(state, frozen, batch, key)
-            ledger.add(now, metrics)  # reads the step before, while this one runs
-            profile.after(now, metrics)
-            checkpoints.check()  # or a run whose disk is full would go on for nothing
+            metrics_log.add(current, metrics)  # logs the previous step while this one runs
+            profile.after(current, metrics)
+            checkpoints.check()  # fail now, not at the next save, if the disk is full
 
-            stopping = preemption.requested(now)
+            stopping = preemption.requested(current)
             for callback in callbacks:
-                if now % callback.steps == 0 or now == steps:
-                    ledger.settle()
-                    callback.run(now, state)
-            if now % save_every == 0 or now == steps or stopping:
-                ledger.settle()
+                if current % callback.every == 0 or current == steps:
+                    metrics_log.wait()
+                    callback.run(current, state)
+            if current % save_every == 0 or current == steps or stopping:
+                metrics_log.wait()
                 writer.flush()
-                checkpoints.save(now, state, batches.state(), config)
-            if now == steps or stopping:
+                checkpoints.save(current, state, batches.state(), config)
+            if current == steps or stopping:
                 break
-            batch = devices.global_batch(next(batches), mesh)  # not before the position is saved
+            batch = devices.global_batch(next(batches), mesh)  # after the position is saved
 
         progress.close()
         checkpoints.wait()
-        if now < steps:
+        if current < steps:
             raise Preempted()
         return state
 
@@ -119,13 +120,13 @@ def train(
 def resume(
     state: TrainState, mesh: Mesh, batches: Batches, checkpoints: Checkpoints, writer: Writer
 ) -> tuple[TrainState, int]:
-    """The state in its shards, and how many steps it has seen; batches and metrics are moved to that step."""
+    """The state in its shards and the number of its steps; `batches` and `writer` are moved to that step."""
     first = checkpoints.latest()
     if first is None:
         writer.resume(0)
         return devices.shard(state, mesh), 0
     like = devices.abstract(state, mesh)
-    jax.tree.map(lambda leaf: leaf.delete(), state)  # or there would be two states on the device
+    jax.tree.map(lambda leaf: leaf.delete(), state)  # so that the device never holds two states
     state, position = checkpoints.restore(like)
     batches.restore(position)
     writer.resume(first)
@@ -136,81 +137,78 @@ def resume(
 def compile_step(
     step: TrainStep, state: TrainState, frozen: PyTree, batches: Batches, key: Key, mesh: Mesh
 ) -> tuple[jax.stages.Compiled, int, float]:
-    """Compiles before any data is read, and tells cost and memory.
+    """Compiles the step before any data is read, and logs its cost.
 
     Returns:
-      The program, which takes over the state's buffers; the global batch size; FLOP a step.
+      The compiled step, which donates the state; the global batch size; FLOPs per step.
     """
     batch = devices.abstract_batch(batches.spec(), mesh)
     batch_size = next(iter(batch.values())).shape[0]
     devices.check_batch_size("batch_size", batch_size, mesh, step.accumulate)
-    began = time.monotonic()
+    start = time.monotonic()
     lowered = lower_step(step, state, frozen, batch, key, mesh)
     compiled = lowered.compile()
-    flops = step_flops(lowered, step.accumulate)
-    log.info(describe(compiled, flops, time.monotonic() - began))
+    flops = cost.step_flops(lowered, step.accumulate)
+    log.info(cost.describe(compiled, flops, time.monotonic() - start))
     return compiled, batch_size, flops
 
 
 def lower_step(
     step: TrainStep, state: TrainState, frozen: PyTree, batch: PyTree, key: Key, mesh: Mesh
 ) -> jax.stages.Lowered:
-    """The step that takes over the state's buffers and gives the next state in the same shards; shapes are enough."""
+    """The lowered step, which donates the state and returns the next one in the same shards; takes arrays or shapes."""
     out = jax.tree.map(lambda leaf: leaf.sharding, state), devices.replicated(mesh)
     return jax.jit(step.update, donate_argnums=0, out_shardings=out).lower(state, frozen, batch, key)
 
 
-class StepCost(NamedTuple):
-    """Samples and FLOPs of one step on all devices together."""
-
-    samples: int
-    flops: float
-
-
-class Ledger:
-    """Reads each step's metrics one step late, so that devices do not wait for the host; writes and checks them."""
+class MetricsLog:
+    """Reads each step's metrics one step later, so that devices do not wait for the host; writes and checks them."""
 
     def __init__(
-        self, writer: Writer, progress: Progress, cost: StepCost, first: int, log_every: int, max_skipped: int
+        self,
+        writer: Writer,
+        progress: Progress,
+        rates: Callable[[int, float], dict[str, float]],
+        first: int,
+        log_every: int,
+        max_skipped: int,
     ):
-        self._writer = writer
-        self._progress = progress
-        self._cost = cost
-        self._log_every = log_every
-        self._max_skipped = max_skipped
+        self._writer, self._progress, self._rates = writer, progress, rates
+        self._log_every, self._max_skipped = log_every, max_skipped
         self._skipped = 0
-        self._waiting: tuple[int, Metrics] | None = None
+        self._pending: tuple[int, Metrics] | None = None
         self._start = time.monotonic()
         self._shown = first, self._start  # step and time of the last progress line
 
     def add(self, step: int, metrics: Metrics) -> None:
-        """Takes today's metrics without waiting for them, and settles yesterday's."""
-        self.settle()
-        self._waiting = step, metrics
+        """Keeps these metrics without waiting for them, after `wait` for the previous ones."""
+        self.wait()
+        self._pending = step, metrics
 
-    def settle(self) -> None:
-        """Waits for the metrics taken last; writes them if it is time to.
+    def wait(self) -> None:
+        """Waits for the metrics of the last step and logs them.
 
         Raises:
           FloatingPointError: too many steps in a row without a finite gradient.
         """
-        if self._waiting is None:
+        if self._pending is None:
             return
-        step, metrics = self._waiting
-        self._waiting = None
+        step, metrics = self._pending
+        self._pending = None
         scalars = {name: value.item() for name, value in jax.device_get(metrics).items()}
         if step % self._log_every == 0:
             self._writer.write_scalars(step, scalars)
-        if self._progress.advance(loss=scalars["loss"]):
-            self._writer.write_speed(step, self._rates(step))
+        self._show(step, scalars["loss"])
         self._count_skipped(step, scalars)
 
-    def _rates(self, step: int) -> dict[str, float]:
-        """Rates since the last progress line, so that they follow the current speed."""
-        (step_before, before), now = self._shown, time.monotonic()
-        self._shown = step, now
-        found = rates(step - step_before, max(now - before, 1e-9), self._cost.samples, self._cost.flops)
-        return found | {"elapsed_s": now - self._start}
+    def _show(self, step: int, loss: float) -> None:
+        """Advances the progress line, with rates since the last line, so that they follow the current speed."""
+        (last_step, last), now = self._shown, time.monotonic()
+        rates = self._rates(step - last_step, max(now - last, 1e-9))
+        names = {"tflop_per_s": "TFLOP/s", "mfu": "MFU"}
+        if self._progress.advance(loss=loss, **{names[key]: rates[key] for key in names if rates.get(key)}):
+            self._shown = step, now
+            self._writer.write_speed(step, rates | {"elapsed_s": now - self._start})
 
     def _count_skipped(self, step: int, scalars: Mapping[str, float]) -> None:
         self._skipped = self._skipped + 1 if scalars["skipped"] else 0
@@ -219,13 +217,13 @@ class Ledger:
         if self._skipped >= self._max_skipped:
             self._writer.flush()
             raise FloatingPointError(
-                f"steps {step - self._skipped + 1} to {step} had no finite gradient (loss {scalars['loss']}), and "
-                f"max_skipped={self._max_skipped}: lower the learning rate, or compute in fp32"
+                f"the gradients of steps {step - self._skipped + 1} to {step} are not finite (loss {scalars['loss']}), "
+                f"and max_skipped={self._max_skipped}: use a lower learning rate, or float32"
             )
 
 
 class Profile:
-    """Traces steps first to last into a directory that TensorBoard's profile plugin opens."""
+    """Traces steps first to last into a directory for TensorBoard's profile plugin."""
 
     def __init__(self, steps: tuple[int, int], directory: str):
         self._first, self._last = steps
@@ -238,7 +236,7 @@ class Profile:
             self._running = True
 
     def after(self, step: int, metrics: Metrics) -> None:
-        """Ends the trace when the step is done, not only started."""
+        """Ends the trace after the last step, once the devices have finished it."""
         if self._running and step == self._last:
             jax.block_until_ready(metrics)
             jax.profiler.stop_trace()

@@ -11,41 +11,41 @@ from instaflow_jax.arrays import Params, Scalar
 
 
 def constant(*, peak: float, warmup_steps: int) -> optax.Schedule:
-    """A straight warm-up from 0 to peak over warmup_steps, then peak for ever."""
+    """A linear warm-up from 0 to peak over warmup_steps, then constant."""
     return optax.warmup_constant_schedule(0.0, peak, warmup_steps) if warmup_steps else optax.constant_schedule(peak)
 
 
 def cosine(*, peak: float, warmup_steps: int, total_steps: int, end: float) -> optax.Schedule:
-    """A straight warm-up to peak, then half a cosine down to end at total_steps, then end for ever.
+    """A linear warm-up to peak, a cosine decay to end at total_steps, then constant.
 
     Raises:
-      ValueError: the warm-up leaves no step to the cosine.
+      ValueError: the warm-up leaves no step for the decay.
     """
     if warmup_steps >= total_steps:
-        raise ValueError(f"warmup_steps={warmup_steps} must be below total_steps={total_steps}: shorten the warm-up")
+        raise ValueError(f"warmup_steps={warmup_steps} must be below total_steps={total_steps}: use a shorter warm-up")
     return optax.warmup_cosine_decay_schedule(0.0 if warmup_steps else peak, peak, warmup_steps, total_steps, end)
 
 
 SCHEDULES = {"constant": constant, "cosine": cosine}
 
 
-def make_schedule(kind: str, **fields) -> optax.Schedule:
-    """The schedule called kind ('constant' or 'cosine'); fields are its own keywords."""
-    if kind not in SCHEDULES:
-        raise ValueError(f"schedule={kind!r} is not known: choose one of {sorted(SCHEDULES)}")
-    return SCHEDULES[kind](**fields)
+def make_schedule(name: str, **fields) -> optax.Schedule:
+    """The schedule called `name` ('constant' or 'cosine'); `fields` are its keyword arguments."""
+    if name not in SCHEDULES:
+        raise ValueError(f"schedule={name!r} is unknown: use one of {sorted(SCHEDULES)}")
+    return SCHEDULES[name](**fields)
 
 
 def make_optimizer(
     schedule: optax.Schedule, *, b1: float, b2: float, eps: float, weight_decay: float, clip: float
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter 2019) behind a clip of the gradient's global norm.
+    """AdamW (arXiv 1711.05101) after clipping of the gradient's global norm.
 
-    Biases and norm scales (rank below 2) are not decayed.
+    Weight decay applies to arrays of two or more axes: kernels and embeddings, not biases or norm scales.
 
     Args:
-      schedule: learning rate by number of updates made; skipped steps do not advance it.
-      clip: largest global norm of the gradient; `inf` for none.
+      schedule: learning rate by number of updates; skipped steps do not count.
+      clip: largest global norm of the gradient; `inf` turns clipping off.
     """
     return optax.chain(
         optax.clip_by_global_norm(clip),
@@ -56,19 +56,19 @@ def make_optimizer(
 
 
 def is_matrix(params: Params) -> dict[str, bool]:
-    """Which arrays weight decay pulls on: kernels and embeddings."""
+    """Which arrays have two or more axes."""
     return jax.tree.map(lambda p: p.ndim >= 2, params)
 
 
 class ScheduleState(NamedTuple):
-    """The learning rate last used, kept so that metrics can tell it, and the number of updates made."""
+    """The number of updates, and the last learning rate, kept for the metrics."""
 
     count: Int[Array, ""]
     learning_rate: Scalar
 
 
 def scale_by_schedule(schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Multiplies by minus the learning rate and remembers which it was."""
+    """Multiplies by minus the learning rate and stores that rate in its state."""
 
     def init(params):
         return ScheduleState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
@@ -81,5 +81,5 @@ def scale_by_schedule(schedule: optax.Schedule) -> optax.GradientTransformation:
 
 
 def learning_rate(opt_state: optax.OptState) -> Scalar:
-    """The learning rate of the last update made by an optimiser of `make_optimizer`."""
+    """The learning rate of the last update by an optimizer of `make_optimizer`."""
     return optax.tree.get(opt_state, "learning_rate")

@@ -1,7 +1,7 @@
-"""One training step: gradient, clip, AdamW, running mean. The same for every loss.
+"""One training step: gradient, clipping, AdamW and EMA, for any loss.
 
-A loss is a sentence `(params, frozen, batch, key) -> (scalar, metrics)`; the step is its grammar. Everything
-here is pure and is compiled once, in `loop.py`.
+A loss is a function `(params, frozen, batch, key) → (scalar, metrics)`. All functions here are pure; `loop.py` compiles
+them.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ Gradient = Callable[[Params, PyTree, Batch, Key], tuple[Scalar, Metrics, Params]
 
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
-    """The step, and how many micro-batches it cuts a batch into (the loop checks shapes and cost by it)."""
+    """The step, and the number of micro-batches per batch, from which the loop computes shapes and cost."""
 
     update: Callable[[TrainState, PyTree, Batch, Key], tuple[TrainState, Metrics]]
     accumulate: int
@@ -32,14 +32,14 @@ class TrainStep:
         """Takes one step.
 
         Args:
-          state: training state; donated when the loop compiles this.
-          frozen: what the loss reads and nobody trains, an argument so that it is not baked into the program.
-          batch: arrays whose first axis is the global batch.
-          key: the run's key, the same at every step; `state.step` is folded in here.
+          state: donated by the compiled step of `loop.lower_step`.
+          frozen: arrays that the loss reads and nothing trains; an argument, so that they do not become constants.
+          batch: arrays [global batch, ...].
+          key: the run's key, the same at every step; the step folds `state.step` into it.
 
         Returns:
-          The next state, and scalars: the loss's own metrics and loss, grad_norm, update_norm, param_norm,
-          learning_rate, skipped (1 where the gradient was not finite and the update was left out).
+          The next state, and scalars: the metrics of the loss, and loss, grad_norm, update_norm, param_norm,
+          learning_rate, skipped (1 if the gradient was not finite, so that only `step` changed).
         """
         return self.update(state, frozen, batch, key)
 
@@ -52,18 +52,21 @@ def make_train_step(
     Args:
       loss: a mean over the examples of the batch.
       optimizer: from `optim.make_optimizer`.
-      ema_decay: decay of the running mean once its ramp is over.
-      accumulate: number of micro-batches whose gradients are averaged; 1 for none.
+      ema_decay: decay of the EMA after its ramp (`state.ema_decay_at`).
+      accumulate: number of micro-batches whose gradients are averaged.
+
+    Raises:
+      ValueError: accumulate is below 1.
     """
     if accumulate < 1:
-        raise ValueError(f"accumulate={accumulate} must be 1 or more: 1 takes the batch whole")
+        raise ValueError(f"accumulate={accumulate} must be 1 or more: use 1 for no micro-batches")
     gradient = make_gradient(loss) if accumulate == 1 else make_accumulated_gradient(loss, accumulate)
 
     def update(state: TrainState, frozen: PyTree, batch: Batch, key: Key) -> tuple[TrainState, Metrics]:
         value, metrics, grads = gradient(state.params, frozen, batch, jax.random.fold_in(key, state.step))
         old = state.params, state.ema, state.opt_state
 
-        def take():
+        def apply_update():
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             ema = update_ema(state.ema, params, ema_decay_at(state.step, ema_decay))
@@ -71,8 +74,8 @@ def make_train_step(
 
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
-        # Not a select, for which XLA copies the parameters and both moments before it overwrites them.
-        kept, update_norm = jax.lax.cond(finite, take, lambda: (old, jnp.zeros_like(grad_norm)))
+        # A cond, because for a select XLA would copy the parameters and both moments before it overwrites them.
+        kept, update_norm = jax.lax.cond(finite, apply_update, lambda: (old, jnp.zeros_like(grad_norm)))
         return TrainState(state.step + 1, *kept), metrics | {
             "loss": value,
             "grad_norm": grad_norm,
@@ -86,7 +89,7 @@ def make_train_step(
 
 
 def make_gradient(loss: Loss) -> Gradient:
-    """The loss, its metrics and its gradient by the first argument, on the whole batch."""
+    """A function that returns the loss, its metrics and its gradient with respect to params."""
 
     def gradient(params, frozen, batch, key):
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, frozen, batch, key)
@@ -96,7 +99,7 @@ def make_gradient(loss: Loss) -> Gradient:
 
 
 def make_accumulated_gradient(loss: Loss, count: int) -> Gradient:
-    """Like `make_gradient`, one micro-batch after another: the memory of one, the mean over all."""
+    """Like `make_gradient`, averaged over `count` micro-batches that run one after the other to save memory."""
     gradient = make_gradient(loss)
 
     def accumulated(params, frozen, batch, key):
@@ -114,10 +117,10 @@ def make_accumulated_gradient(loss: Loss, count: int) -> Gradient:
 
 
 def split_batch(batch: Batch, count: int) -> Batch:
-    """[B, ...] to [count, B / count, ...], micro-batch i taking rows i, i + count, ...
+    """[B, ...] to [count, B / count, ...], where micro-batch i holds rows i, i + count, ...
 
-    Taking every count-th row keeps each device's rows on that device; contiguous micro-batches would be
-    moved between devices, since the batch is sharded in contiguous pieces.
+    The batch is sharded in contiguous pieces, so every count-th row stays on its device; contiguous micro-batches would
+    move between devices.
 
     Raises:
       ValueError: count does not divide B.
@@ -128,7 +131,7 @@ def split_batch(batch: Batch, count: int) -> Batch:
         if size % count:
             raise ValueError(
                 f"batch field {name!r} has {size} rows, which accumulate={count} does not divide: "
-                "change batch_size or accumulate"
+                "use another batch_size or accumulate"
             )
         return jnp.swapaxes(array.reshape(size // count, count, *array.shape[1:]), 0, 1)
 

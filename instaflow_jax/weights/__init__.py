@@ -1,0 +1,1 @@
+"""Files ⇄ parameters: the hub, safetensors and PyTorch files, LoRA, tokenizers."""

@@ -1,9 +1,8 @@
-"""Delta weights: a customised Stable Diffusion's change, added to a flow that began as the same model."""
+"""Delta weights: the change that made a custom Stable Diffusion, added to a flow that began as the same model."""
 
 import dataclasses
 from collections.abc import Mapping
 
-import jax
 import numpy as np
 
 from instaflow_jax.arrays import Params
@@ -12,10 +11,10 @@ from instaflow_jax.weights import port
 
 @dataclasses.dataclass(frozen=True)
 class Delta:
-    """W += scale·(custom − origin) over the UNet; autoencoder, text encoder and tokenizer become the custom model's.
+    """W += scale·(custom − origin) for the UNet; autoencoder, text encoder and tokenizer become the custom model's.
 
     Attributes:
-      custom, origin: directories, hub ids or single files; origin is what both models were trained from.
+      custom, origin: directories, hub ids or single files; both models were trained from `origin`.
     """
 
     custom: str
@@ -27,23 +26,21 @@ def add_delta(params: Params, custom: Params, origin: Params, scale: float, *, n
     """params + scale·(custom − origin), host arrays.
 
     Args:
-      names: what to call the two in an error, {"custom": …, "origin": …}.
+      names: names for the error message, {"custom": …, "origin": …}.
 
     Raises:
-      ValueError: they are not of one architecture; names every weight that differs.
+      ValueError: the three do not have the same architecture; names the weights that differ.
     """
     for role, others in (("custom", custom), ("origin", origin)):
-        wrong = [
+        misshapen = [
             f"{port.torch_key(name)} {others[name].shape}, not {weight.shape}"
             for name, weight in params.items()
             if name in others and others[name].shape != weight.shape
         ]
-        port.complain(
-            f"{role}={names[role]!r} is another architecture than the model it is to change",
+        port.raise_for_mismatch(
+            f"{role}={names[role]!r} has another architecture than the model it changes",
             missing=params.keys() - others.keys(),
             extra=others.keys() - params.keys(),
-            misshapen=wrong,
+            misshapen=misshapen,
         )
-    return jax.tree.map(
-        lambda weight, new, old: weight + np.float32(scale) * (new - old), params, dict(custom), dict(origin)
-    )
+    return {name: weight + np.float32(scale) * (custom[name] - origin[name]) for name, weight in params.items()}

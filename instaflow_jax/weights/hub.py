@@ -1,4 +1,4 @@
-"""Where a network's files are: folders and hub ids in diffusers / transformers layout, and which file forms they hold."""
+"""Finds a network's files in a folder or hub repository in diffusers or transformers layout."""
 
 import dataclasses
 import re
@@ -11,15 +11,15 @@ from instaflow_jax.infra.files import read_json
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How one family of networks is named on disk.
+    """How one family of networks names its files and weights on disk.
 
     Attributes:
-      stem: weight file without ending, "diffusion_pytorch_model" or "model".
+      stem: name of the safetensors file without its ending, "diffusion_pytorch_model" or "model".
       pickle: the same for `.bin` files.
       flax: name of the old Flax file.
-      respell: an old key → today's key.
-      flax_spell: today's name → the old Flax class's, where it kept an old one.
-      ignore: patterns of keys that are not part of the network (a classifier head, say).
+      rename_key: a PyTorch key, which old files may spell differently → the current key.
+      to_flax_name: our name → the old Flax class's name, where that kept an old spelling.
+      ignore: patterns of keys that are not part of the network (e.g. a classifier head).
     """
 
     stem: str = "diffusion_pytorch_model"
@@ -30,16 +30,22 @@ class Layout:
     ignore: tuple[str, ...] = ()
 
 
+def add_text_model_prefix(key: str) -> str:
+    """`encoder.layers…` → `text_model.encoder.layers…`: some text encoders were saved from the inner module."""
+    bare = key.startswith(("embeddings.", "encoder.", "final_layer_norm."))
+    return f"text_model.{key}" if bare else key
+
+
 def find(source: str | Path, subfolder: str, layout: Layout, variant: str | None) -> Path:
-    """The local folder that holds a network's `config.json` and weights, downloaded from the hub if need be.
+    """The local folder that holds a network's `config.json` and weights; a hub repository is downloaded if needed.
 
     Raises:
-      FileNotFoundError: no such folder, and `source` does not read as a hub id or cannot be had from it.
+      FileNotFoundError: there is no such folder, and `source` is not a hub id or the hub cannot provide it.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
         if not (folder / subfolder).is_dir():
-            raise FileNotFoundError(f"{folder} has no folder {subfolder!r}; it holds {_listing(folder)}")
+            raise FileNotFoundError(f"{folder} has no folder {subfolder!r}; it contains {_listing(folder)}")
         return folder / subfolder
     prefix = f"{subfolder}/" if subfolder else ""
     for patterns in _forms(layout, variant):
@@ -50,10 +56,10 @@ def find(source: str | Path, subfolder: str, layout: Layout, variant: str | None
 
 
 def snapshot(repository: str, patterns: list[str]) -> Path:
-    """Files of a hub repository that match `patterns`, from the local cache when offline.
+    """Folder with the files of a hub repository that match `patterns`; from the local cache when offline.
 
     Raises:
-      FileNotFoundError: the name is no hub id, or the hub and the cache have no such repository.
+      FileNotFoundError: `repository` is not a hub id, or neither the hub nor the cache has it.
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise FileNotFoundError(f"{repository!r} is neither a directory nor a hub id of the form owner/name")
@@ -64,7 +70,7 @@ def snapshot(repository: str, patterns: list[str]) -> Path:
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise FileNotFoundError(
-            f"{repository!r} is not a directory, and the hub does not give it: {str(error).splitlines()[0]}"
+            f"{repository!r} is not a directory, and downloading it from the hub failed: {str(error).splitlines()[0]}"
         ) from error
 
 
@@ -85,37 +91,36 @@ def weight_files(directory: Path, layout: Layout, variant: str | None) -> list[P
       FileNotFoundError: no form is present, or an index names a shard that is missing.
     """
     for first, *others in _forms(layout, variant):
-        index = [directory / name for name in (first, *others) if (directory / name).is_file()]
-        if index and index[0].name.endswith(".json"):
-            return _shards(index[0])
-        if index:
-            return index
-    asked = f"variant {variant!r} of " if variant else ""
+        found = [directory / name for name in (first, *others) if (directory / name).is_file()]
+        if found:
+            return _shards(found[0]) if found[0].name.endswith(".json") else found
+    wanted = f"variant {variant!r} of " if variant else ""
     raise FileNotFoundError(
-        f"{directory} has no {asked}weights ({layout.stem}.safetensors, {layout.pickle}.bin, their "
-        f"shards or {layout.flax}); it holds {_listing(directory)}. A name such as "
-        "'model.fp16.safetensors' is read with variant='fp16'."
+        f"{directory} has no {wanted}weights ({layout.stem}.safetensors, {layout.pickle}.bin, their shards or "
+        f"{layout.flax}); it contains {_listing(directory)}. For a name such as 'model.fp16.safetensors', use "
+        "variant='fp16'."
     )
 
 
 def _shards(index: Path) -> list[Path]:
     files = [index.parent / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    absent = [f.name for f in files if not f.is_file()]
-    if absent:
-        raise FileNotFoundError(f"{index} names shards that are not there: {', '.join(absent)}. Download them anew.")
+    missing = [f.name for f in files if not f.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{index} names missing shards: {', '.join(missing)}; download them again")
     return files
 
 
 def _listing(directory: Path) -> str:
     names = sorted(p.name for p in directory.iterdir())
-    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "") if names else "nothing"
+    rest = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return ", ".join(names[:20]) + rest if names else "nothing"
 
 
 def read_config(directory: Path, class_name: str) -> dict[str, Any]:
-    """`config.json` of a network, checked to be of the class asked for.
+    """`config.json` of a network, checked to describe the class `class_name`.
 
     Raises:
-      FileNotFoundError, ValueError: no such file, broken JSON, or another class's config.
+      FileNotFoundError, ValueError: the file is missing, is not valid JSON, or describes another class.
     """
     raw = read_json(directory / "config.json")
     named = {n.removeprefix("Flax") for n in (raw.get("_class_name"), *(raw.get("architectures") or ())) if n}

@@ -1,29 +1,26 @@
-"""Single-file checkpoints (`.safetensors`, `.ckpt`) in the naming of the original Latent Diffusion code.
+"""Single-file checkpoints (`.safetensors`, `.ckpt`) with the names of the original Latent Diffusion code.
 
-The rules run from our names to the file's, so that the networks' configs say which keys a file must hold. Those names
-number layers in the order in which CompVis' constructors make them; the text encoder is transformers' CLIP (SD 1.x) or
+The rules map our names to the file's, so the networks' configs say which keys a file must have. The file's names number
+layers in the order in which CompVis' constructors create them. The text encoder is transformers' CLIP (SD 1.x) or
 OpenCLIP's (SD 2.x).
 """
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from instaflow_jax.arrays import Params
-from instaflow_jax.models.clip import CLIPTextModel
-from instaflow_jax.models.net import Net
-from instaflow_jax.models.unet import UNetConfig
-from instaflow_jax.models.vae import VAEConfig
 from instaflow_jax.weights import hub, port
 
 _UNET, _VAE = "model.diffusion_model.", "first_stage_model."
 _CLIP, _OPENCLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
-# What such files carry beside the networks: schedules (names without a dot), a second copy of the weights averaged in
-# training, the autoencoder's discriminator, projections that Stable Diffusion does not use, constants.
-_BESIDE = (
+# Keys in such files that are not part of the networks: schedules (names without a dot), the EMA copy of the weights,
+# the autoencoder's discriminator, projections that Stable Diffusion does not use, constants.
+_EXTRA = (
     r"^[^.]+$|^model_ema\.|^first_stage_model\.loss\.|^cond_stage_model\.(\w+\.)?(logit_scale|text_projection)\b|"
     r"\.position_ids$"
 )
@@ -32,37 +29,14 @@ Place = tuple[str, int | None]  # key in the file; which third of it (query, key
 
 # ---------------------------------------------------------------- names
 
-_UNET_ENDS = {
-    "conv_in": "input_blocks.0.0",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
-_UNET_LAYERS = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-_VAE_LAYERS = {
-    "conv_shortcut": "nin_shortcut",
-    "conv_norm_out": "norm_out",
-    "group_norm": "norm",
-    "to_q": "q",
-    "to_k": "k",
-    "to_v": "v",
-    "to_out.0": "proj_out",
-}
-_OPENCLIP_LAYERS = {
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-    "self_attn.out_proj": "attn.out_proj",
-}
+_UNET_ENDS = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
+_UNET_ENDS |= {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
+_UNET_LAYERS = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3"}
+_UNET_LAYERS |= {"time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
+_VAE_LAYERS = {"conv_shortcut": "nin_shortcut", "conv_norm_out": "norm_out", "group_norm": "norm"}
+_VAE_LAYERS |= {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+_OPENCLIP_LAYERS = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+_OPENCLIP_LAYERS |= {"self_attn.out_proj": "attn.out_proj"}
 _OPENCLIP_ENDS = {
     "embeddings.token_embedding.weight": "token_embedding.weight",
     "embeddings.position_embedding.weight": "positional_embedding",
@@ -71,44 +45,43 @@ _OPENCLIP_ENDS = {
 }
 
 
-def unet_key(key: str, config: UNetConfig) -> str:
+def unet_key(key: str, config: Any) -> str:
     """`down_blocks.0.resnets.1.conv1.weight` → `model.diffusion_model.input_blocks.2.0.in_layers.2.weight`."""
     layer, _, word = key.rpartition(".")
     if layer in _UNET_ENDS:
         return f"{_UNET}{_UNET_ENDS[layer]}.{word}"
-    block, kind, j, layer = re.fullmatch(r"([a-z_]+(?:\.\d+)?)\.([a-z]+)\.(\d+)\.(.+)", layer).groups()
-    if kind == "resnets":
+    block, group, j, layer = re.fullmatch(r"([a-z_]+(?:\.\d+)?)\.([a-z]+)\.(\d+)\.(.+)", layer).groups()
+    if group == "resnets":
         layer = _UNET_LAYERS[layer]
-    return f"{_UNET}{_unet_place(block, kind, int(j), config)}.{'op' if kind == 'downsamplers' else layer}.{word}"
+    return f"{_UNET}{_unet_place(block, group, int(j), config)}.{'op' if group == 'downsamplers' else layer}.{word}"
 
 
-def _unet_place(block: str, kind: str, j: int, config: UNetConfig) -> str:
-    """Where CompVis' flat lists have the j-th layer of a kind: a list entry is what lies between two skips."""
+def _unet_place(block: str, group: str, j: int, config: Any) -> str:
+    """Position in CompVis' flat lists of the j-th layer of a group; a list entry is what lies between two skips."""
     side, _, number = block.partition("_blocks.")
-    after, entries = int(kind == "attentions"), config.layers_per_block + 1
+    after, entries = int(group == "attentions"), config.layers_per_block + 1
     if side == "mid_block":
         return f"middle_block.{1 if after else 2 * j}"
     if side == "down":
-        return f"input_blocks.{1 + int(number) * entries + (entries - 1 if kind == 'downsamplers' else j)}.{after}"
-    if kind == "upsamplers":  # it follows the block's last resnet, and that one's attention
+        return f"input_blocks.{1 + int(number) * entries + (entries - 1 if group == 'downsamplers' else j)}.{after}"
+    if group == "upsamplers":  # it follows the block's last resnet, and that resnet's attention if there is one
         j, after = entries - 1, 1 + config.up_block_types[int(number)].startswith("CrossAttn")
     return f"output_blocks.{int(number) * entries + j}.{after}"
 
 
-def vae_key(key: str, config: VAEConfig) -> str:
+def vae_key(key: str, config: Any) -> str:
     """`decoder.up_blocks.0.resnets.1.conv1.weight` → `first_stage_model.decoder.up.3.block.1.conv1.weight`."""
-    last = len(config.block_out_channels) - 1  # the way up is counted from the picture's side there
+    last = len(config.block_out_channels) - 1  # CompVis counts the decoder's levels from the image
     key = re.sub(r"up_blocks\.(\d+)", lambda found: f"up.{last - int(found[1])}", key).replace("down_blocks.", "down.")
     key = re.sub(r"mid_block\.resnets\.(\d)", lambda found: f"mid.block_{int(found[1]) + 1}", key)
     key = key.replace("mid_block.attentions.0", "mid.attn_1").replace(".resnets.", ".block.")
     key = re.sub(r"(down|up)samplers\.0", r"\1sample", key)
-    return _VAE + re.sub(
-        r"\b({})(?=\.\w+$)".format("|".join(map(re.escape, _VAE_LAYERS))), lambda found: _VAE_LAYERS[found[1]], key
-    )
+    layers = "|".join(map(re.escape, _VAE_LAYERS))
+    return _VAE + re.sub(rf"\b({layers})(?=\.\w+$)", lambda found: _VAE_LAYERS[found[1]], key)
 
 
 def openclip_place(key: str) -> Place:
-    """Place of a text encoder's weight; queries, keys and values lie in one array there."""
+    """Place of a text encoder's weight; OpenCLIP stores queries, keys and values in one array."""
     key = key.removeprefix("text_model.")
     if key in _OPENCLIP_ENDS:
         return _OPENCLIP + _OPENCLIP_ENDS[key], None
@@ -119,67 +92,74 @@ def openclip_place(key: str) -> Place:
     return f"{block}{_OPENCLIP_LAYERS[layer]}.{word}", None
 
 
-def places(name: str, net: Net, openclip: bool) -> dict[str, Place]:
-    """PyTorch key of each weight of "unet", "vae" or "text_encoder" → its place in a single file."""
-    keys = map(port.torch_key, net.shapes)
-    if name == "unet":
-        return {key: (unet_key(key, net.config), None) for key in keys}
-    if name == "vae":
-        return {key: (vae_key(key, net.config), None) for key in keys}
+def places(net: str, config: Any, names: Iterable[str], openclip: bool) -> dict[str, Place]:
+    """PyTorch key of each weight of a network → its place in a single file.
+
+    Args:
+      net: "unet", "vae" or "text_encoder".
+      config: the network's config.
+      names: our names of its weights.
+      openclip: whether the file's text encoder is OpenCLIP's.
+    """
+    keys = map(port.torch_key, names)
+    if net == "unet":
+        return {key: (unet_key(key, config), None) for key in keys}
+    if net == "vae":
+        return {key: (vae_key(key, config), None) for key in keys}
     return {key: openclip_place(key) if openclip else (_CLIP + key, None) for key in keys}
 
 
 # ---------------------------------------------------------------- reading
 
 
-def read(path: Path, nets: Mapping[str, Net]) -> dict[str, Params]:
-    """The weights of a whole Stable Diffusion from one file.
+def read(path: Path, configs: Mapping[str, Any], shapes: Mapping[str, port.Shapes]) -> dict[str, Params]:
+    """The weights of a complete Stable Diffusion from one file, as host arrays.
 
-    Of SD 2.x files the last text block is left out, as Stable Diffusion does, where the config has one block less. Weights
-    averaged in training (`model_ema.`) are left out: published files hold the average as the model itself.
+    An SD 2.x file has one more text block than Stable Diffusion uses; it is ignored if the config has one block less.
+    The EMA copy (`model_ema.`) is ignored too, because published files hold the average as the model itself.
 
     Args:
-      nets: "unet", "vae" and "text_encoder".
+      configs: of "unet", "vae" and "text_encoder".
+      shapes: for each of them, the names and shapes of its parameters.
 
     Raises:
-      ValueError: naming every missing, extra or misshapen weight.
+      ValueError: naming the missing, extra and misshapen weights.
     """
-    stored = {_respell(key): get for key, get in port.open_weights(path).items()}
+    stored = {_modernize_key(key): get for key, get in port.open_weights(path).items()}
     if not any(key.startswith(_UNET) for key in stored):
         raise ValueError(
-            f"{path} holds no {_UNET}… and so is no checkpoint in the original naming; it holds "
-            f"{', '.join(itertools.islice(stored, 3))}, …"
+            f"{path} has no weights named {_UNET}…, so it is not a checkpoint of the original Latent Diffusion code; "
+            f"it contains {', '.join(itertools.islice(stored, 3))}, …"
         )
     openclip = any(key.startswith(_OPENCLIP) for key in stored)
-    tables = {name: places(name, net, openclip) for name, net in nets.items()}
-    _check(path, stored, tables, nets["text_encoder"].config.num_hidden_layers)
-    return {name: _fill(path, stored, name, net, tables[name]) for name, net in nets.items()}
+    tables = {net: places(net, configs[net], shapes[net], openclip) for net in shapes}
+    _check(path, stored, tables, configs["text_encoder"].num_hidden_layers)
+    return {net: _fill(stored, tables[net], shapes[net], source=f"{path} ({net})") for net in shapes}
 
 
-def _respell(key: str) -> str:
-    """Some files hold the inner text model: `cond_stage_model.transformer.encoder…`."""
-    return _CLIP + CLIPTextModel.layout.rename_key(key.removeprefix(_CLIP)) if key.startswith(_CLIP) else key
+def _modernize_key(key: str) -> str:
+    """Some files were saved from the inner text model: `cond_stage_model.transformer.encoder…`."""
+    return _CLIP + hub.add_text_model_prefix(key.removeprefix(_CLIP)) if key.startswith(_CLIP) else key
 
 
 def _check(path: Path, stored: port.Stored, tables: Mapping[str, Mapping[str, Place]], text_blocks: int) -> None:
-    beside = re.compile(rf"{_BESIDE}|^{re.escape(_OPENCLIP)}transformer\.resblocks\.{text_blocks}\.")
-    wanted = {place[0] for table in tables.values() for place in table.values()}
-    held = {key for key in stored if not beside.search(key)}
-    port.complain(
-        f"{path} does not fit the networks that the base's configs describe", missing=wanted - held, extra=held - wanted
-    )
+    ignored = re.compile(rf"{_EXTRA}|^{re.escape(_OPENCLIP)}transformer\.resblocks\.{text_blocks}\.")
+    wanted = {key for table in tables.values() for key, _ in table.values()}
+    present = {key for key in stored if not ignored.search(key)}
+    what = f"{path} does not fit the networks that the configs in base describe"
+    port.raise_for_mismatch(what, missing=wanted - present, extra=present - wanted)
 
 
-def _fill(path: Path, stored: port.Stored, name: str, net: Net, table: Mapping[str, Place]) -> Params:
-    ranks = {port.torch_key(name): len(shape.shape) for name, shape in net.shapes.items()}
+def _fill(stored: port.Stored, table: Mapping[str, Place], shapes: port.Shapes, source: str) -> Params:
+    ranks = {port.torch_key(name): len(shape.shape) for name, shape in shapes.items()}
     readers = {key: _reader(stored, *place, ranks[key]) for key, place in table.items()}
-    return port.fill(readers, net.shapes, hub.Layout(), source=f"{path} ({name})")
+    return port.fill(readers, shapes, hub.Layout(), source=source)
 
 
-def _reader(stored: port.Stored, key: str, third: int | None, rank: int):
+def _reader(stored: port.Stored, key: str, third: int | None, rank: int) -> Callable[[], np.ndarray]:
     def get() -> np.ndarray:
         array = stored[key]()
-        if rank == 2 and array.shape[2:] == (1, 1):  # the autoencoder's attention is made of 1×1 convolutions there
+        if rank == 2 and array.shape[2:] == (1, 1):  # CompVis' autoencoder has 1×1 convolutions in its attention
             return array[..., 0, 0]
         size = len(array) // 3 if third is not None else 0
         return array if third is None else array[third * size : (third + 1) * size]

@@ -1,8 +1,10 @@
-"""LoRA files merged into weights: W += m·(alpha/rank)·up@down, for linear layers and convolutions.
+"""LoRA files (arXiv 2106.09685) merged into weights: W += scale·(alpha/rank)·up@down, linear layers and convolutions.
 
-Read as kohya's trainer writes them (`lora_unet_down_blocks_0_…_to_q.lora_down.weight`), as diffusers does, now
-(`unet.down_blocks.0.….to_q.lora_A.weight`) and before peft (`….to_q.lora.down.weight`, `….processor.to_q_lora.down.weight`),
-and as peft does (`base_model.model.….lora_A.weight` beside an `adapter_config.json`).
+Four formats are supported:
+  kohya's trainer: `lora_unet_down_blocks_0_…_to_q.lora_down.weight`
+  diffusers: `unet.down_blocks.0.….to_q.lora_A.weight`
+  diffusers before peft: `….to_q.lora.down.weight`, `….processor.to_q_lora.down.weight`
+  peft: `base_model.model.….lora_A.weight`, with an `adapter_config.json` in the same folder
 """
 
 import collections
@@ -25,7 +27,7 @@ _PART = re.compile(
     r"(.+?)\.(?:lora\.|lora_linear_layer\.)?(lora_down|lora_A|down|lora_up|lora_B|up)\.weight|(.+)\.alpha"
 )
 _PART_NAMES = {"lora_down": "down", "lora_A": "down", "lora_up": "up", "lora_B": "up", None: "alpha"}
-_OTHER_FORMULAS = ("use_dora", "use_rslora", "lora_bias")  # fields of peft's config that ask for one
+_OTHER_FORMULAS = ("use_dora", "use_rslora", "lora_bias")  # fields of peft's config that change the formula
 Target = tuple[str, str]  # network, parameter
 
 
@@ -34,8 +36,8 @@ class Layer:
     """What a file adds to one weight.
 
     Attributes:
-      down: [rank, inputs, …kernel], up: [outputs, rank, …], as PyTorch has them.
-      alpha: the file's own scale, over the rank.
+      down: [rank, inputs, *kernel], up: [outputs, rank, ...], in PyTorch's layout.
+      alpha: the file's own scale, which is divided by the rank.
     """
 
     down: np.ndarray
@@ -43,49 +45,49 @@ class Layer:
     alpha: float
 
     def delta(self) -> np.ndarray:
-        """(alpha/rank)·up@down in PyTorch's layout, float32; shaped like `down` but for its first axis.
+        """(alpha/rank)·up@down in PyTorch's layout, float32 [outputs, inputs, *kernel].
 
         Raises:
-          ValueError: the two do not have one rank.
+          ValueError: up and down have different ranks.
         """
         rank, outputs = len(self.down), len(self.up)
         if self.up.size != outputs * rank:
-            raise ValueError(f"lora_up {self.up.shape} and lora_down {self.down.shape} have no rank in common")
+            raise ValueError(f"lora_up {self.up.shape} and lora_down {self.down.shape} have different ranks")
         up, down = self.up.reshape(outputs, rank), self.down.reshape(rank, -1)
         return (self.alpha / rank * (up @ down)).reshape(outputs, *self.down.shape[1:])
 
 
 def merge(params: Mapping[str, Params], path: str | Path, scale: float) -> dict[str, Params]:
-    """The weights with a LoRA file added to them `scale` times; several files are merged one after the other.
+    """The weights with `scale` times a LoRA file added; call it once for each file.
 
     Args:
-      params: those of "unet" and "text_encoder" (others are left alone), host arrays, which are not changed.
+      params: host arrays of "unet" and "text_encoder" (other networks are returned unchanged); not modified.
       path: `.safetensors`, or a PyTorch file.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is no LoRA, or holds something that is not understood or does not fit; names all of it.
+      ValueError: the file is not a LoRA, or has keys that are unknown or do not fit; names them.
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such LoRA file")
+        raise FileNotFoundError(f"there is no LoRA file {path}")
     merged = {name: dict(weights) for name, weights in params.items()}
-    wrong = []
+    misshapen = []
     for (net, name), layer in read(path, params).items():
         weight = merged[net][name]
         try:
-            merged[net][name] = weight + np.float32(scale) * _shaped(port.from_torch(name, layer.delta()), weight)
+            merged[net][name] = weight + np.float32(scale) * _reshape(port.from_torch(name, layer.delta()), weight)
         except ValueError as error:
-            wrong.append(f"{port.torch_key(name)} of {net}: {error}")
-    port.complain(f"{path} does not fit this model", misshapen=wrong)
+            misshapen.append(f"{port.torch_key(name)} of {net}: {error}")
+    port.raise_for_mismatch(f"{path} does not fit this model", misshapen=misshapen)
     return merged
 
 
-def _shaped(delta: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """A linear layer and a 1×1 convolution are one; files follow the network they were trained on."""
-    inner = tuple(n for n in delta.shape if n != 1), tuple(n for n in weight.shape if n != 1)
-    if delta.shape != weight.shape and (inner[0] != inner[1] or {delta.ndim, weight.ndim} != {2, 4}):
-        raise ValueError(f"it adds {delta.shape} to a weight of {weight.shape}, both as [kernel, inputs, outputs]")
+def _reshape(delta: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """`delta` with the shape of `weight`; a linear layer's may be added to a 1×1 convolution and the reverse."""
+    squeezed, wanted = (tuple(n for n in array.shape if n != 1) for array in (delta, weight))
+    if delta.shape != weight.shape and (squeezed != wanted or {delta.ndim, weight.ndim} != {2, 4}):
+        raise ValueError(f"the file adds {delta.shape} to a weight of {weight.shape}, both [*kernel, inputs, outputs]")
     return delta.reshape(weight.shape)
 
 
@@ -93,32 +95,33 @@ def _shaped(delta: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 def read(path: Path, params: Mapping[str, Params]) -> dict[Target, Layer]:
-    """The layers of a LoRA file by the weight they belong to; see `merge`."""
+    """The layers of a LoRA file by the weight they change; see `merge`."""
     targets, config = _targets(params), _config(path)
     parts, unknown = {}, []
     for key, get in port.open_weights(path).items():
-        found = _PART.fullmatch(_today(key))
+        found = _PART.fullmatch(_modernize_key(key))
         module, part = (found[1] or found[3], _PART_NAMES.get(found[2], found[2])) if found else (None, None)
         if module in targets:
             parts.setdefault(module, {})[part] = np.asarray(get(), np.float32)
         else:
             unknown.append(key)
-    halves = [module for module, held in parts.items() if not {"up", "down"} <= held.keys()]
-    port.complain(f"{path} is no LoRA of this model", unknown=unknown, **{"without up or down": halves})
-    common = _common_ranks((targets[module][0], len(held["down"])) for module, held in parts.items())
+    incomplete = [module for module, arrays in parts.items() if not {"up", "down"} <= arrays.keys()]
+    what = f"{path} is not a LoRA of this model"
+    port.raise_for_mismatch(what, unknown=unknown, **{"without up or down": incomplete})
+    common = _common_ranks((targets[module][0], len(arrays["down"])) for module, arrays in parts.items())
     return {
-        targets[module]: Layer(held["down"], held["up"], _alpha(module, held, config, common[targets[module][0]]))
-        for module, held in parts.items()
+        targets[module]: Layer(arrays["down"], arrays["up"], _alpha(module, arrays, config, common[targets[module][0]]))
+        for module, arrays in parts.items()
     }
 
 
-def _today(key: str) -> str:
-    """The first diffusers versions kept LoRAs in attention processors: `attn1.processor.to_out_lora.down.weight`."""
+def _modernize_key(key: str) -> str:
+    """The first diffusers versions named attention processors: `attn1.processor.to_out_lora.down.weight`."""
     return re.sub(r"\.processor\.(to_\w+)_lora\.", r".\1.lora.", key).replace(".to_out.lora.", ".to_out.0.lora.")
 
 
 def _targets(params: Mapping[str, Params]) -> dict[str, Target]:
-    """Every name that a layer goes by in some file → its weight."""
+    """Every name that some format gives a layer → the weight it changes."""
     targets = {}
     for net, prefix in _KOHYA.items():
         for name in params[net]:
@@ -130,17 +133,17 @@ def _targets(params: Mapping[str, Params]) -> dict[str, Target]:
 
 
 def _common_ranks(ranks: Iterable[tuple[str, int]]) -> dict[str, int]:
-    """The rank that most layers of each network have."""
+    """The most frequent rank among the layers of each network."""
     counts = {}
     for net, rank in ranks:
         counts.setdefault(net, collections.Counter())[rank] += 1
     return {net: counter.most_common(1)[0][0] for net, counter in counts.items()}
 
 
-def _alpha(module: str, held: Mapping[str, np.ndarray], config: Mapping[str, Any], common: int) -> float:
-    """The layer's own alpha; without one, peft's; without that the network's usual rank, as diffusers takes it."""
-    if "alpha" in held:
-        return float(held["alpha"].reshape(()))
+def _alpha(module: str, arrays: Mapping[str, np.ndarray], config: Mapping[str, Any], common: int) -> float:
+    """The layer's own alpha, else the one in peft's config, else the network's most frequent rank, as in diffusers."""
+    if "alpha" in arrays:
+        return float(arrays["alpha"].reshape(()))
     name = module.removeprefix(_PEFT)
     net = name.partition(".")[0]
     fields = config.get(net, config.get("", {}))
@@ -151,22 +154,23 @@ def _alpha(module: str, held: Mapping[str, np.ndarray], config: Mapping[str, Any
 
 
 def _config(path: Path) -> dict[str, dict[str, Any]]:
-    """peft's config by network: that in the file's metadata, as diffusers writes it, or under "" the one beside it.
+    """peft's config by network, from the file's metadata (diffusers), else from `adapter_config.json`, under "".
 
     Raises:
-      ValueError: it asks for another formula.
+      ValueError: the config asks for another formula.
     """
     packed = json.loads(port.read_metadata(path).get("lora_adapter_metadata", "{}"))
     config = {}
     for key, value in packed.items():
         net, _, field = key.partition(".")
         config.setdefault(net, {})[field] = value
-    beside = path.with_name("adapter_config.json")
-    if not config and beside.is_file():
-        config = {"": files.read_json(beside)}
-    strange = sorted({field for fields in config.values() for field in _OTHER_FORMULAS if fields.get(field)})
-    if strange:
+    adapter = path.with_name("adapter_config.json")
+    if not config and adapter.is_file():
+        config = {"": files.read_json(adapter)}
+    unsupported = sorted({field for fields in config.values() for field in _OTHER_FORMULAS if fields.get(field)})
+    if unsupported:
         raise ValueError(
-            f"{path} is made with {', '.join(strange)}, which is not W + scale·up@down; merge it with peft"
+            f"{path} was trained with {', '.join(unsupported)}, so its formula is not W + scale·up@down; "
+            "merge it into the model with peft first"
         )
     return config

@@ -1,13 +1,14 @@
 """CLIP's tokenizer, read from a diffusers `tokenizer/` folder: prompts → token ids of one fixed length.
 
-Stands on the `tokenizers` library, because importing transformers would load torch. Equal to transformers'
-`CLIPTokenizerFast`. Its slow `CLIPTokenizer` gives other ids where its stand-in for `ftfy` cleans more than OpenAI's
-own tokenizer did: it splits CJK words into characters, drops control and joining characters (as inside family emoji)
-and knows the Greek final sigma.
+Built on the `tokenizers` library, because importing transformers would load torch. The ids equal those of transformers'
+`CLIPTokenizerFast`. The slow `CLIPTokenizer` gives other ids where its replacement for `ftfy` cleans more than OpenAI's
+own tokenizer: it splits CJK words into characters, drops control and joining characters (as inside family emoji) and
+distinguishes the Greek final sigma.
 """
 
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +21,20 @@ from instaflow_jax.infra import files
 from instaflow_jax.weights import hub
 
 _FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-_END = "</w>"  # closes every word, so that "cat" and the beginning of "catch" are two tokens
+WORD_END = "</w>"  # ends the last token of every word, so "cat" and the start of "catch" are different tokens
 _WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-_SPECIAL = {
-    "bos_token": "<|startoftext|>",
-    "eos_token": "<|endoftext|>",
-    "unk_token": "<|endoftext|>",
-    "pad_token": "<|endoftext|>",
-}  # what absent keys mean, as in transformers
+START, END = "<|startoftext|>", "<|endoftext|>"
+# Defaults of absent keys, as in transformers.
+SPECIAL = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
 
 
 class Tokenizer:
     """Byte-pair encoding of prompts between a start and an end token, padded to `model_max_length`.
 
     Attributes:
-      vocab: token → id, without tokens that were added later.
-      model_max_length: length of every row, start and end included.
-      bos_id, eos_id, pad_id: ids of the start, end and padding token.
+      vocab: token → id, without tokens that were added later (`added_tokens_decoder`).
+      model_max_length: length of every row, including start and end.
+      bos_id, eos_id, pad_id: ids of the start, end and padding tokens.
     """
 
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], config: dict[str, Any]):
@@ -44,18 +42,18 @@ class Tokenizer:
         Args:
           vocab: token → id.
           merges: pairs of tokens in the order in which they are joined.
-          config: `tokenizer_config.json` together with `special_tokens_map.json`.
+          config: the fields of `tokenizer_config.json` and `special_tokens_map.json`.
 
         Raises:
-          ValueError: a merge or special token is not in the vocabulary, or `model_max_length` is not stated.
+          ValueError: a merge or special token is not in the vocabulary, or `model_max_length` is missing.
         """
         self.vocab, self.merges, self.config = vocab, merges, config
         self.model_max_length = _length(config)
         special, learned = _special_tokens(config), _learned_tokens(config)
         _check_merges(vocab, merges)
         _check_special(special, vocab.keys() | {t.content for t in learned.values()})
-        self._engine = _engine(vocab, merges, special["unk_token"].content)
-        self._engine.add_tokens([*learned.values(), *special.values()])  # of equal ones the first counts
+        self._engine = make_engine(vocab, merges, special["unk_token"].content)
+        self._engine.add_tokens([*learned.values(), *special.values()])  # the first of equal tokens counts
         _check_learned(learned, self._engine)
         self.bos_id, self.eos_id, self.pad_id = (
             self._engine.token_to_id(special[key].content) for key in ("bos_token", "eos_token", "pad_token")
@@ -66,13 +64,13 @@ class Tokenizer:
         """Reads `vocab.json` and `merges.txt`, or else `tokenizer.json`, and their configs, from a folder or hub id.
 
         Raises:
-          FileNotFoundError, ValueError: a file is missing or broken, with its path.
+          FileNotFoundError, ValueError: naming the file that is missing or wrong.
         """
         folder = _folder(source, subfolder)
         vocab, merges = _vocabulary(folder)
         config = files.read_json(folder / "tokenizer_config.json")
         special = folder / "special_tokens_map.json"
-        if special.is_file() and "added_tokens_decoder" not in config:  # newer configs say it all themselves
+        if special.is_file() and "added_tokens_decoder" not in config:  # newer configs include the special tokens
             config = config | files.read_json(special)
         try:
             return cls(vocab, merges, config)
@@ -80,10 +78,10 @@ class Tokenizer:
             raise ValueError(f"{folder}: {error}") from error
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes the files that `from_pretrained` and transformers read."""
+        """Writes the four files that `from_pretrained` and transformers read."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        special = {key: self.config[key] for key in _SPECIAL if key in self.config}
+        special = {key: self.config[key] for key in SPECIAL if key in self.config}
         texts = {
             "vocab.json": json.dumps(self.vocab, ensure_ascii=False),
             "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, self.merges)]),
@@ -91,19 +89,16 @@ class Tokenizer:
             "special_tokens_map.json": json.dumps(special, indent=2),
         }
         for name, text in texts.items():
-            with files.atomic_write(directory / name) as temporary:
-                temporary.write_text(text + "\n", encoding="utf-8")
+            files.write_text(directory / name, text + "\n")
 
-    def __call__(self, prompts: list[str]) -> Int[np.ndarray, "B L"]:
-        """Token ids, int32. What exceeds the length is cut off with a warning naming the prompt and the lost words.
+    def __call__(self, prompts: Sequence[str]) -> Int[np.ndarray, "B L"]:
+        """Token ids, int32. A longer prompt is truncated, with a warning that names the prompt and the lost words.
 
         Raises:
           ValueError: `prompts` is one string instead of a list.
         """
         if isinstance(prompts, str):
-            raise ValueError(  # noqa: TRY004 (the house raises no TypeError)
-                f"expected a list of prompts, got the one string {prompts!r}; put it into a list"
-            )
+            raise ValueError(f"expected a list of prompts, got the string {prompts!r}; put it into a list")
         rows = np.full((len(prompts), self.model_max_length), self.pad_id, np.int32)
         for row, prompt in zip(rows, prompts, strict=True):
             ids = [self.bos_id, *self._words(prompt), self.eos_id]
@@ -111,7 +106,7 @@ class Tokenizer:
         return rows
 
     def count(self, prompt: str) -> int:
-        """Tokens of a prompt, without the marks of its begin and end; `model_max_length - 2` of them fit."""
+        """Number of tokens of a prompt, without start and end; `model_max_length - 2` of them fit."""
         return len(self._engine.encode(prompt, add_special_tokens=False).ids)
 
     def _words(self, prompt: str) -> list[int]:
@@ -119,8 +114,8 @@ class Tokenizer:
         if len(words.ids) > room:
             lost = prompt[words.offsets[room][0] :].strip()
             warnings.warn(
-                f"the prompt {prompt!r} is longer than the {self.model_max_length} tokens the text encoder "
-                f"takes; these words are lost: {lost!r}",
+                f"the prompt {prompt!r} is longer than the text encoder's {self.model_max_length} tokens; "
+                f"these words are lost: {lost!r}",
                 stacklevel=3,
             )
         return words.ids[:room]
@@ -146,8 +141,8 @@ def _vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     if not both.is_file():
         raise FileNotFoundError(f"{folder} has no tokenizer: it needs vocab.json and merges.txt, or tokenizer.json")
     model = files.read_json(both).get("model", {})
-    if model.get("type") != "BPE" or model.get("end_of_word_suffix") != _END:
-        raise ValueError(f"{both} is not CLIP's tokenizer: its model must be BPE with words ending in {_END!r}")
+    if model.get("type") != "BPE" or model.get("end_of_word_suffix") != WORD_END:
+        raise ValueError(f"{both} is not CLIP's tokenizer: its model must be BPE with words ending in {WORD_END!r}")
     return model["vocab"], [_pair(m, both) for m in model["merges"]]
 
 
@@ -155,7 +150,7 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file ({error}); download it anew") from error
+        raise ValueError(f"{path} is not a text file ({error}); download it again") from error
     return [_pair(line, path) for line in lines if line.strip() and not line.startswith("#version")]
 
 
@@ -168,18 +163,21 @@ def _pair(merge: str | list[str], path: Path) -> tuple[str, str]:
 
 def _length(config: dict[str, Any]) -> int:
     length = config.get("model_max_length")
-    if not isinstance(length, int) or not 2 < length < 10**6:  # transformers writes 10³⁰ for "not known"
+    if not isinstance(length, int) or not 2 < length < 10**6:  # transformers writes 10³⁰ for "unknown"
         raise ValueError(
-            f"tokenizer_config.json states model_max_length={length!r}; it must be the number of tokens "
-            "that the text encoder takes (its max_position_embeddings)"
+            f"tokenizer_config.json has model_max_length={length!r}; use the number of tokens that the text encoder "
+            "takes (its max_position_embeddings)"
         )
     return length
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, tokenizers.AddedToken]:
-    """The four special tokens. Where a file gives a bare string, transformers looks for the padding token in the raw
-    prompt (SD 2.x pads with "!", so every "!" of a prompt becomes padding) and for the others in the normalised one."""
-    stated = {key: config[key] if config.get(key) is not None else text for key, text in _SPECIAL.items()}
+    """The four special tokens, matched as transformers matches those that a file gives as bare strings.
+
+    It looks for the padding token in the raw prompt (SD 2.x pads with "!", so every "!" of a prompt becomes padding),
+    and for the others in the normalized prompt.
+    """
+    stated = {key: config[key] if config.get(key) is not None else text for key, text in SPECIAL.items()}
     bare = {
         key: {"content": text, "normalized": key != "pad_token"}
         for key, text in stated.items()
@@ -189,7 +187,7 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, tokenizers.AddedToken]:
 
 
 def _learned_tokens(config: dict[str, Any]) -> dict[int, tokenizers.AddedToken]:
-    """Tokens with flags of their own, by id: the special ones in newer files, and words added by textual inversion."""
+    """Added tokens by id: the special ones in newer files, and words learned by textual inversion."""
     listed = config.get("added_tokens_decoder", {}).items()
     return {int(i): _added(token) for i, token in sorted(listed, key=lambda item: int(item[0]))}
 
@@ -198,52 +196,43 @@ def _added(token: dict[str, Any]) -> tokenizers.AddedToken:
     return tokenizers.AddedToken(**{key: value for key, value in token.items() if key != "__type"})
 
 
-# ---------------------------------------------------------------- checks, made here because the library raises bare
-# Exceptions
+# ---------------------------------------------------------------- checks (the library itself raises bare Exceptions)
 
 
 def _check_merges(vocab: dict[str, int], merges: list[tuple[str, str]]) -> None:
     for first, second in merges:
-        absent = [t for t in (first, second, first + second) if t not in vocab]
-        if absent:
+        missing = [token for token in (first, second, first + second) if token not in vocab]
+        if missing:
             raise ValueError(
-                f"merge {first!r} + {second!r} needs {absent[0]!r}, which the vocabulary does not have; "
-                "vocab.json and merges.txt must belong together"
+                f"merge {first!r} + {second!r} needs {missing[0]!r}, which is not in the vocabulary; "
+                "use vocab.json and merges.txt of the same tokenizer"
             )
 
 
 def _check_special(special: dict[str, tokenizers.AddedToken], known: set[str]) -> None:
     for key, token in special.items():
         if token.content not in known:
-            raise ValueError(f"{key} is {token.content!r}, which the vocabulary does not have")
+            raise ValueError(f"{key} is {token.content!r}, which is not in the vocabulary")
 
 
 def _check_learned(learned: dict[int, tokenizers.AddedToken], engine: tokenizers.Tokenizer) -> None:
     for i, token in learned.items():
         if engine.token_to_id(token.content) != i:
             raise ValueError(
-                f"added_tokens_decoder gives {token.content!r} the id {i}, but it would be "
-                f"{engine.token_to_id(token.content)} in this vocabulary"
+                f"added_tokens_decoder gives {token.content!r} the id {i}, but in this vocabulary it has "
+                f"{engine.token_to_id(token.content)}"
             )
 
 
 # ---------------------------------------------------------------- the tokenizer itself
 
 
-def _engine(vocab: dict[str, int], merges: list[tuple[str, str]], unknown: str) -> tokenizers.Tokenizer:
-    """CLIP's pipeline: compose, squeeze spaces, lower case; split into words, digits and marks; join bytes by merges."""
-    engine = tokenizers.Tokenizer(
-        models.BPE(
-            vocab, merges, end_of_word_suffix=_END, continuing_subword_prefix="", unk_token=unknown, fuse_unk=False
-        )
-    )
-    engine.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    engine.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(_WORD), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+def make_engine(vocab: dict[str, int], merges: list[tuple[str, str]], unknown: str) -> tokenizers.Tokenizer:
+    """CLIP's pipeline: compose, collapse spaces, lower case; split into words, digits and marks; merge bytes."""
+    affixes = {"end_of_word_suffix": WORD_END, "continuing_subword_prefix": ""}
+    engine = tokenizers.Tokenizer(models.BPE(vocab, merges, **affixes, unk_token=unknown, fuse_unk=False))
+    spaces = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
+    engine.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
+    words = pre_tokenizers.Split(tokenizers.Regex(_WORD), behavior="removed", invert=True)
+    engine.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     return engine

@@ -1,9 +1,9 @@
 """Reads tensors from PyTorch's pickled files (`.bin`, `.pth`) without PyTorch and without running code.
 
-Both containers are read: the zip archive torch writes since 1.6, and the older stream of pickles in which torchvision's
-and pytorch-fid's weights were published. Only the handful of names that describe tensors may be unpickled; what training
-frameworks leave beside them in a `.ckpt` (callbacks, settings, numbers of numpy) is replaced by objects that do nothing,
-and every other name is refused.
+Two containers are supported: the zip archive that torch writes since 1.6, and the older stream of pickles, in which
+torchvision and pytorch-fid published their weights. Only the few names that describe tensors may be unpickled. Other
+objects that training frameworks put into a `.ckpt` (callbacks, settings, numpy numbers) become placeholders that do
+nothing, and every other name is refused.
 """
 
 import collections
@@ -19,18 +19,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-_STORAGES = {
-    "DoubleStorage": np.float64,
-    "FloatStorage": np.float32,
-    "HalfStorage": np.float16,
-    "BFloat16Storage": ml_dtypes.bfloat16,
-    "LongStorage": np.int64,
-    "IntStorage": np.int32,
-    "ShortStorage": np.int16,
-    "CharStorage": np.int8,
-    "ByteStorage": np.uint8,
-    "BoolStorage": np.bool_,
-}
+_STORAGES = {"DoubleStorage": np.float64, "FloatStorage": np.float32, "HalfStorage": np.float16}
+_STORAGES |= {"BFloat16Storage": ml_dtypes.bfloat16, "LongStorage": np.int64, "IntStorage": np.int32}
+_STORAGES |= {"ShortStorage": np.int16, "CharStorage": np.int8, "ByteStorage": np.uint8, "BoolStorage": np.bool_}
+_DAMAGED = (pickle.UnpicklingError, zipfile.BadZipFile, struct.error, EOFError, LookupError)  # raised by damaged files
+_DAMAGED += (ValueError, TypeError, AttributeError, OverflowError)
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of the container used before torch 1.6
 
 
@@ -39,9 +32,9 @@ class _Dtype(str):
 
 
 class _Storage:
-    """The flat numbers behind one or more tensors, read when first asked for: an optimiser's state never is.
+    """The flat numbers behind one or more tensors, read on first use, so that an optimizer's state is never read.
 
-    The older container sets `data` after the pickle.
+    In the older container the numbers follow the pickle; its reader sets `data` then.
     """
 
     def __init__(self, dtype, read: Callable[[], np.ndarray] | None = None):
@@ -61,8 +54,8 @@ class _Tensor:
         last = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
         if 0 not in self.shape and (min(self.offset, *self.stride, 0) < 0 or last >= flat.size):
             raise pickle.UnpicklingError("a tensor reaches beyond its storage")
-        steps = [s * flat.itemsize for s in self.stride]
-        view = np.lib.stride_tricks.as_strided(flat[self.offset :], self.shape, steps, writeable=False)
+        strides = [s * flat.itemsize for s in self.stride]
+        view = np.lib.stride_tricks.as_strided(flat[self.offset :], self.shape, strides, writeable=False)
         return np.ascontiguousarray(view).reshape(self.shape)
 
 
@@ -80,31 +73,29 @@ _ALLOWED = {
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
 }
-
-
-# Training frameworks and the parts of Python their states are pickled with. None of them is imported.
-_IDLE = re.compile(r"(pytorch_lightning|lightning\w*|omegaconf|numpy|_codecs|typing|ldm)(\.|$)")
-_IDLE_NAMES = {
+# Modules and names that become placeholders: training frameworks and what their states contain. None is imported.
+_IGNORED = re.compile(r"(pytorch_lightning|lightning\w*|omegaconf|numpy|_codecs|typing|ldm)(\.|$)")
+_IGNORED_NAMES = {
     "__builtin__": ("bool", "dict", "float", "int", "list", "object", "set", "str", "tuple"),
     "collections": ("Counter", "defaultdict", "deque"),
 }
-_IDLE_NAMES["builtins"] = _IDLE_NAMES["__builtin__"]
+_IGNORED_NAMES["builtins"] = _IGNORED_NAMES["__builtin__"]
 
 
-class _Idle:
-    """Stands for an object that is no tensor: it may be built, filled and called, and forgets it all."""
+class _Placeholder:
+    """Replaces an object that is not a tensor: it can be created, filled and called, and does nothing."""
 
     def __new__(cls, *_arguments, **_named):
         return super().__new__(cls)
 
-    def _nothing(self, *_arguments, **_named):
+    def _do_nothing(self, *_arguments, **_named):
         return None
 
-    __init__ = __setstate__ = __setitem__ = append = extend = add = __call__ = _nothing
+    __init__ = __setstate__ = __setitem__ = append = extend = add = __call__ = _do_nothing
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds dicts, lists, numbers and tensors; no name in the pickle but those above is accepted."""
+    """Builds dicts, lists, numbers and tensors; refuses every name that is not listed above."""
 
     def __init__(self, file, storage_of):
         super().__init__(file, encoding="utf-8")
@@ -113,8 +104,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
         if module == "torch" and name in _STORAGES:
             return _Dtype(name)
-        if _IDLE.match(module) or name in _IDLE_NAMES.get(module, ()):
-            return _Idle
+        if _IGNORED.match(module) or name in _IGNORED_NAMES.get(module, ()):
+            return _Placeholder
         if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"it asks to run {module}.{name}")
         return _ALLOWED[module, name]
@@ -153,7 +144,7 @@ def _read_stream(file) -> dict:
 
     if load() != _LEGACY_MAGIC:
         raise pickle.UnpicklingError("it is not a PyTorch file")
-    load(), load()  # protocol version, description of the machine that wrote it
+    load(), load()  # protocol version, description of the writing machine
     state = load()
     for key in load():
         storage, (size,) = storages[key], struct.unpack("<q", file.read(8))
@@ -162,37 +153,23 @@ def _read_stream(file) -> dict:
 
 
 def read(path: str | Path) -> dict[str, np.ndarray]:
-    """The tensors of a PyTorch file, by key. A {"state_dict": …} wrapper is looked through.
+    """The tensors of a PyTorch file by key, those inside {"state_dict": …} if there is such a wrapper.
 
     Raises:
-      ValueError: the file is truncated, is no PyTorch file, or its pickle asks for code (which is never run).
+      ValueError: the file is truncated, is not a PyTorch file, or its pickle asks for code (which is never run).
     """
     try:
         with open(path, "rb") as file:
-            state = _read_zip(file) if zipfile.is_zipfile(file) else _read_stream(_rewound(file))
+            is_zip = zipfile.is_zipfile(file)  # moves the file position
+            file.seek(0)
+            state = _read_zip(file) if is_zip else _read_stream(file)
             state = state.get("state_dict", state) if isinstance(state, dict) else {}
             tensors = {key: value.array() for key, value in state.items() if isinstance(value, _Tensor)}
-    except (
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        EOFError,
-        KeyError,
-        ValueError,
-        TypeError,
-        IndexError,
-        AttributeError,
-        struct.error,
-        OverflowError,
-    ) as error:
+    except _DAMAGED as error:
         raise ValueError(
-            f"{path}: not readable as PyTorch weights ({error}); the file may be truncated or hold "
-            "more than tensors. Save it again as safetensors, or download it anew."
+            f"{path} is not readable as PyTorch weights ({error}); the file may be truncated or contain more than "
+            "tensors. Download it again, or save it as safetensors."
         ) from error
     if not tensors:
-        raise ValueError(f"{path}: holds no named tensors; expected a state dict.")
+        raise ValueError(f"{path} contains no named tensors; use a file with a state dict")
     return tensors
-
-
-def _rewound(file):
-    file.seek(0)
-    return file

@@ -1,0 +1,1 @@
+"""The embedded data set: emoji, their captions and their images."""

@@ -1,8 +1,7 @@
-"""What an emoji is called, at several levels, so that one prompt has many right answers.
+"""Captions of an emoji at several levels of detail, so that one prompt has many right answers.
 
-"woman astronaut dark skin tone" is one picture, "astronaut" is eighteen (every tone and gender), "a person" hundreds.
-This many-valuedness is what makes straightening the flow matter: a velocity averaged over eighteen astronauts points at
-none of them.
+"woman astronaut dark skin tone" fits one image, "astronaut" eighteen (every tone and gender), "a person" hundreds. This
+ambiguity is why straightening the flow matters: a velocity averaged over eighteen astronauts points at none of them.
 """
 
 import re
@@ -16,13 +15,13 @@ from jaxtyping import Int
 from instaflow_jax.data.openmoji.groups import SUBGROUPS
 
 LEVELS = ("full", "toneless", "base", "subgroup", "kind", "empty")
-# How often each level is drawn among the captions that are not empty.
+# Probabilities of the levels among captions that are not empty.
 WEIGHTS = {"full": 0.60, "toneless": 0.10, "base": 0.16, "subgroup": 0.08, "kind": 0.06}
 
 _TONE = re.compile(r" ?\b(light|medium-light|medium|medium-dark|dark) skin tone\b")
 _ADULT = re.compile(r"\b(man|woman|men|women)\b(?!')")
 _COUPLE = re.compile(r"^(family|kiss|couple with heart)((?: (?:man|woman|boy|girl|person|adult|child))+)$")
-# (gender, base) where putting "person" for the gendered word does not give the neutral emoji's name.
+# (gender, base) of names where replacing the gendered word by "person" does not give the neutral emoji's name.
 _IRREGULAR = {
     "boy": ("man", "child"),
     "girl": ("woman", "child"),
@@ -37,7 +36,7 @@ _IRREGULAR = {
 
 
 class Emoji(NamedTuple):
-    """One picture's words. `skin_tone` and `gender` are "" where the name has none; see `parse` for examples."""
+    """The words of one image. `skin_tone` and `gender` are "" if the name has none; see `parse` for an example."""
 
     hexcode: str
     name: str
@@ -67,14 +66,14 @@ def split_gender(toneless: str, names: Collection[str]) -> tuple[str, str]:
 
     Args:
       toneless: a clean name without skin tone.
-      names: all clean names; the base is what the genderless emoji is called there, if there is one.
+      names: all clean names; if they contain the genderless emoji, its name is the base.
     """
     if toneless in _IRREGULAR:
         return _IRREGULAR[toneless]
     if couple := _COUPLE.match(toneless):
         return " and ".join(_ADULT.findall(couple[2])), couple[1]
     found = _ADULT.search(toneless)
-    if found is None or toneless.endswith("holding hands") and " and " in toneless:
+    if found is None or (toneless.endswith("holding hands") and " and " in toneless):
         return "", toneless
     neutral = _ADULT.sub("person" if found[1] in ("man", "woman") else "people", toneless)
     without = neutral.removeprefix("person ").removeprefix("people ")
@@ -82,13 +81,14 @@ def split_gender(toneless: str, names: Collection[str]) -> tuple[str, str]:
 
 
 def parse(hexcode: str, name: str, subgroup: str, names: Collection[str]) -> Emoji:
-    """Split a name into its parts.
+    """Splits a name into its parts.
 
     Args:
       hexcode: code points, "1F469-1F3FF-200D-1F680".
-      name: as the `emoji` package spells it, ":woman_astronaut_dark_skin_tone:".
+      name: the name in the `emoji` package, ":woman_astronaut_dark_skin_tone:".
       subgroup: a key of `SUBGROUPS`, "person-role".
       names: all clean names without tone (see `split_gender`).
+
     Returns:
       Emoji(hexcode, "woman astronaut dark skin tone", "people-body", "person-role", "dark", "woman", "astronaut").
     """
@@ -101,26 +101,26 @@ def parse(hexcode: str, name: str, subgroup: str, names: Collection[str]) -> Emo
 
 
 def captions(emoji: Emoji) -> dict[str, str]:
-    """The caption of every level in `LEVELS`, most exact first; neighbours may agree ("red apple" has no tone)."""
+    """The captions at all `LEVELS`, most exact first; adjacent levels may be equal ("red apple" has no tone)."""
     row = SUBGROUPS[emoji.subgroup]
     toneless = emoji.name.removesuffix(f" {emoji.skin_tone} skin tone")
     return dict(zip(LEVELS, (emoji.name, toneless, emoji.base, row.phrase, row.kind, ""), strict=True))
 
 
 def level_probabilities(empty: float = 0.1, weights: Mapping[str, float] = WEIGHTS) -> np.ndarray:
-    """Probability of each of `LEVELS`: `empty` for no caption (classifier-free guidance), the rest shared by `weights`.
+    """Probabilities of `LEVELS`: `empty` for the empty caption (classifier-free guidance), the rest by `weights`.
 
     Raises:
       ValueError: `empty` is outside [0, 1].
     """
     if not 0 <= empty <= 1:
-        raise ValueError(f"empty={empty} must be a probability in [0, 1]; 0.1 is usual for guidance")
+        raise ValueError(f"empty={empty} must be a probability in [0, 1]; use 0.1, the usual value for guidance")
     share = np.array([weights[level] for level in LEVELS[:-1]])
     return np.append((1 - empty) * share / share.sum(), empty)
 
 
 def draw(emoji: Emoji, seed: int, index: int, empty: float = 0.1) -> str:
-    """One caption at a random level; the same (seed, index) always gives the same one."""
+    """One caption at a random level, determined by (seed, index)."""
     level = np.random.default_rng([seed, index]).choice(LEVELS, p=level_probabilities(empty))
     return captions(emoji)[str(level)]
 
@@ -128,7 +128,7 @@ def draw(emoji: Emoji, seed: int, index: int, empty: float = 0.1) -> str:
 def caption_table(emoji: Sequence[Emoji]) -> tuple[list[str], Int[np.ndarray, "N L"]]:
     """All distinct captions, sorted, and for each emoji the index of its caption at each of the L = 6 `LEVELS`.
 
-    Embed the list once; a training step then only draws a level from `level_probabilities` and looks up the row.
+    Encode the list once; a training step then draws a level from `level_probabilities` and looks up the row.
     """
     rows = [list(captions(e).values()) for e in emoji]
     texts = sorted({text for row in rows for text in row})

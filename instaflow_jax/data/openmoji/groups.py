@@ -1,7 +1,7 @@
-"""Which emoji belongs to which group: Unicode's order and subgroups (emoji-test.txt 17.0), a readable phrase for each.
+"""The groups of emoji: Unicode's order and subgroups (emoji-test.txt 17.0), with a readable phrase for each subgroup.
 
-The `emoji` package knows names but no groups, so the table is kept here. It lists every emoji once in its neutral form;
-`subgroup_of` folds skin tones, genders and presentation selectors away before it looks.
+The `emoji` package has names but no groups, hence this table. It lists every emoji once in its neutral form;
+`subgroup_of` removes skin tones, genders and presentation selectors before the look-up.
 """
 
 import re
@@ -222,7 +222,7 @@ _FLAG = re.compile("[\U0001f1e6-\U0001f1ff]{2}")
 
 
 class Subgroup(NamedTuple):
-    """A row of the table: `phrase` speaks of the subgroup ("a smiling face"), `kind` of many alike ("a face")."""
+    """A row of the table: `phrase` describes the subgroup ("a smiling face"), `kind` several subgroups ("a face")."""
 
     name: str
     group: str
@@ -238,7 +238,7 @@ def _parse(table: str) -> tuple[dict[str, Subgroup], dict[str, Subgroup]]:
             row = Subgroup(*line.split("; "))
             subgroups[row.name] = row
         else:
-            members.update({symbol: row for symbol in line.split()})
+            members.update(dict.fromkeys(line.split(), row))
     return subgroups, members
 
 
@@ -246,7 +246,7 @@ SUBGROUPS, _MEMBERS = _parse(_TABLE)
 
 
 def subgroup_of(symbol: str) -> Subgroup:
-    """Subgroup of one emoji, whatever its tone or gender.
+    """The subgroup of an emoji of any tone or gender.
 
     Raises:
       KeyError: the emoji is newer than the table.
@@ -262,6 +262,6 @@ def subgroup_of(symbol: str) -> Subgroup:
 
 
 def _neutral(plain: str) -> str:
-    """The genderless spelling: sign and direction dropped, man and woman in a sequence replaced by person."""
+    """The genderless form: without gender sign and direction, "man" and "woman" in sequences replaced by "person"."""
     plain = re.sub("\u200d[\u2640\u2642\u27a1]", "", plain)
     return re.sub("[\U0001f468\U0001f469](?=\u200d)", "\U0001f9d1", plain)

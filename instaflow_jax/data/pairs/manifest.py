@@ -1,4 +1,4 @@
-"""`manifest.json`: by what recipe a directory of pairs was made, so that no other recipe's are ever put beside them."""
+"""`manifest.json`: the recipe a directory of pairs was made by, which keeps pairs of another recipe out of it."""
 
 import json
 from collections.abc import Mapping
@@ -17,35 +17,39 @@ def shard_count(recipe: Recipe) -> int:
 
 
 def shard_range(recipe: Recipe, shard: int) -> range:
-    """The numbers of the pairs that a shard holds."""
+    """The numbers of the pairs in a shard."""
     first = shard * recipe["shard_size"]
     return range(first, min(first + recipe["shard_size"], recipe["count"]))
 
 
 def begin(directory: Path, recipe: Recipe, about: Mapping[str, Any]) -> None:
-    """Writes the manifest, or makes sure that the one there is of the same recipe.
+    """Writes the manifest, or checks that the existing one has the same recipe.
 
     Args:
-      about: what is good to know and does not decide the pairs: versions, config, where the teacher was read from.
+      about: information that does not affect the pairs: versions, config, where the teacher was read from.
 
     Raises:
       ValueError: the directory holds pairs of another recipe; names the fields that differ.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / MANIFEST
-    if path.is_file():
-        _check_same(path, read(directory)["recipe"], recipe)
-    else:
-        recipe = json.loads(json.dumps(recipe))
+    path, recipe = directory / MANIFEST, json.loads(json.dumps(recipe))
+    if not path.is_file():
         write_json(path, {"format": FORMAT, "recipe": recipe, "recipe_sha256": sha256_of_json(recipe), "about": about})
+        return
+    found = read(directory)["recipe"]
+    if differ := [name for name in sorted({*found, *recipe}) if found.get(name) != recipe.get(name)]:
+        listed = "; ".join(f"{name} is {_short(found.get(name))}, not {_short(recipe.get(name))}" for name in differ)
+        raise ValueError(
+            f"{path} belongs to other pairs: {listed}. Use another directory, or delete this one to replace its pairs"
+        )
 
 
 def read(directory: Path) -> dict[str, Any]:
-    """The manifest, which must be one that this version reads and that nobody has edited.
+    """The manifest, checked for its format version and its checksum.
 
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: it is broken, newer, or not what it was when it was written.
+      FileNotFoundError: there is no manifest.
+      ValueError: it is not valid JSON, has another format version, or was edited.
     """
     path = Path(directory) / MANIFEST
     if not path.is_file():
@@ -55,20 +59,10 @@ def read(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: format {manifest.get('format')!r} is not {FORMAT}, the one this version reads")
     if sha256_of_json(manifest["recipe"]) != manifest["recipe_sha256"]:
         raise ValueError(
-            f"{path}: the recipe does not agree with its checksum, so it was changed after the pairs were "
-            "made; put the original back"
+            f"{path}: the recipe does not match its checksum, so it was edited after the pairs were made; "
+            "restore the original file"
         )
     return manifest
-
-
-def _check_same(path: Path, there: Recipe, wanted: Recipe) -> None:
-    here = json.loads(json.dumps(wanted))
-    differ = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
-    if differ:
-        listed = "; ".join(f"{name} is {_short(there.get(name))}, not {_short(here.get(name))}" for name in differ)
-        raise ValueError(
-            f"{path} is of other pairs: {listed}. Take another directory, or delete this one to replace its pairs"
-        )
 
 
 def _short(value: Any) -> str:

@@ -1,14 +1,14 @@
-"""A directory of (X0, text, X1): shards that TFDS opens, a note beside each, and one manifest.
+"""A directory of (X0, text, X1): shards that TFDS opens, a metadata file beside each shard, and one manifest.
 
-`manifest.json` says by what recipe the pairs were made (teacher, solver, noise, prompts: all that decides their bytes).
-Shard s holds pairs s * shard_size and following. It is written under a temporary name, renamed when whole, and then
-gets its note: `SHARD.json` with its checksum and the recipe's. A shard with its note is finished and is never touched
-again; nothing else about progress is kept. When the last one is finished, the manifest gets the list of shards and TFDS
-its metadata.
+`manifest.json` holds the recipe of the pairs (teacher, solver, noise, prompts: everything that decides their bytes).
+Shard s holds the pairs from s * shard_size on. It is written under a temporary name and renamed when complete; then
+`SHARD.json` is written with its checksum and the recipe's. A shard with this metadata is finished and never changes;
+no other progress is stored. When all shards are finished, the list of shards is added to the manifest, and TFDS's own
+metadata is written.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,20 @@ NAME, SPLIT = "pairs", "train"
 
 
 def shard_path(directory: Path, recipe: Recipe, shard: int) -> Path:
-    """Named as TFDS names it."""
+    """The path of a shard, named as TFDS names it."""
     return directory / f"{NAME}-{SPLIT}.array_record-{shard:05d}-of-{shard_count(recipe):05d}"
 
 
-def note_path(shard: Path) -> Path:
+def metadata_path(shard: Path) -> Path:
     return shard.with_name(shard.name + ".json")
 
 
 def make_features(recipe: Recipe):
-    """The TFDS features of a pair: prompt, ids [L], seed (the pair's number, which with the run's seed gives X0), X0 and
-    X1 [h, w, c] in float16; `noise_crc` in place of X0 where it is drawn again."""
+    """The TFDS features of a pair: prompt, ids [L], seed, X0 and X1 [h, w, c] in float16.
+
+    `seed` is the pair's number; together with the run's seed it gives X0. If the recipe does not store noise,
+    `noise_crc` takes the place of X0.
+    """
     import tensorflow_datasets as tfds
 
     latent = tfds.features.Tensor(shape=tuple(recipe["latent_shape"]), dtype=np.float16, encoding="bytes")
@@ -46,24 +49,24 @@ def make_features(recipe: Recipe):
 
 
 def serialize(features, recipe: Recipe, *, prompt: str, ids, seed: int, X0, X1) -> bytes:
-    """A record, the same bytes in every process."""
+    """A pair as a record with the same bytes in every process."""
     noise = {"X0": X0} if recipe["store_noise"] else {"noise_crc": checksum(X0)}
     row = {"prompt": prompt, "ids": ids, "seed": seed, "X1": X1} | noise
     return records.stable(features.serialize_example(row))
 
 
-def write_shard(directory: Path, recipe: Recipe, shard: int, pairs: Iterator[bytes]) -> int:
-    """Writes one shard and its note, and returns its size in bytes. Until it is whole it has another name.
+def write_shard(directory: Path, recipe: Recipe, shard: int, pairs: Iterable[bytes]) -> None:
+    """Writes one shard under a temporary name, renames it when complete, and writes its metadata.
 
     Raises:
-      OSError: the disk is full or broken; what was begun is removed, finished shards stay as they are.
+      OSError: the disk is full or broken. The incomplete shard is removed; finished shards are not changed.
     """
     path = shard_path(directory, recipe, shard)
     temporary = files.temporary_name(path)
     try:
         records.write(temporary, pairs)
         numbers = shard_range(recipe, shard)
-        note = {
+        metadata = {
             "file": path.name,
             "first": numbers[0],
             "pairs": len(numbers),
@@ -71,76 +74,78 @@ def write_shard(directory: Path, recipe: Recipe, shard: int, pairs: Iterator[byt
             "sha256": files.sha256_of_file(temporary),
             "recipe_sha256": sha256_of_json(recipe),
         }
-        note_path(path).unlink(missing_ok=True)  # that of an earlier file must not speak for this one
+        metadata_path(path).unlink(missing_ok=True)  # an earlier file's metadata must not describe this one
         os.replace(temporary, path)
-        files.write_json(note_path(path), note)
+        files.write_json(metadata_path(path), metadata)
     except OSError as error:
         raise OSError(
-            f"{error}. {path.name} is not finished; finished shards in {directory} are whole: make room and "
-            "start again, and it goes on from here"
+            f"{error}. {path.name} is not finished; the finished shards in {directory} are intact: make room and "
+            "start again, and the run continues from here"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
-    return note["bytes"]
 
 
-def finished(directory: Path, recipe: Recipe, shard: int) -> dict[str, Any] | None:
-    """The note of a shard that is there in its full length, else None.
+def shard_metadata(directory: Path, recipe: Recipe, shard: int) -> dict[str, Any] | None:
+    """The metadata of a finished shard; None if the shard is missing, unfinished or has another length.
 
     Raises:
-      ValueError: it was made by another recipe.
+      ValueError: the shard was made by another recipe.
     """
     path = shard_path(directory, recipe, shard)
-    if not note_path(path).is_file() or not path.is_file():
+    if not metadata_path(path).is_file() or not path.is_file():
         return None
-    note = files.read_json(note_path(path))
-    if note["recipe_sha256"] != sha256_of_json(recipe):
+    metadata = files.read_json(metadata_path(path))
+    if metadata["recipe_sha256"] != sha256_of_json(recipe):
         raise ValueError(
-            f"{note_path(path)}: this shard was made by another recipe (teacher, solver, prompts or seed) "
-            f"than {directory / MANIFEST} says; put the right manifest back, or delete the shard"
+            f"{metadata_path(path)}: this shard was made by another recipe (teacher, solver, prompts or seed) "
+            f"than {directory / MANIFEST} says; restore the right manifest, or delete the shard"
         )
-    return note if path.stat().st_size == note["bytes"] else None
+    return metadata if path.stat().st_size == metadata["bytes"] else None
 
 
 def finish(directory: Path, recipe: Recipe) -> bool:
-    """Completes the directory if every shard is finished; says whether it is. Any process may, and twice does no harm."""
-    notes = [finished(directory, recipe, shard) for shard in range(shard_count(recipe))]
-    if None in notes:
+    """Completes the directory if every shard is finished, and returns whether it is complete.
+
+    Any process may call this, also more than once.
+    """
+    shards = [shard_metadata(directory, recipe, shard) for shard in range(shard_count(recipe))]
+    if None in shards:
         return False
     manifest = pairs_manifest.read(directory)
-    if manifest.get("shards") != notes or not (directory / "dataset_info.json").is_file():
+    if manifest.get("shards") != shards or not (directory / "dataset_info.json").is_file():
         records.write_metadata(
             directory,
             NAME,
             make_features(recipe),
-            {SPLIT: [(note["pairs"], note["bytes"]) for note in notes]},
+            {SPLIT: [(shard["pairs"], shard["bytes"]) for shard in shards]},
             version="1.0.0",
             description=f"(X0, text, X1) of {recipe['teacher']['unet']}; see {MANIFEST}",
             license="",
             homepage="",
         )
-        files.write_json(directory / MANIFEST, manifest | {"shards": notes})
+        files.write_json(directory / MANIFEST, manifest | {"shards": shards})
     return True
 
 
 def verify(directory: Path) -> dict[str, Any]:
-    """Reads every byte again, and returns the manifest.
+    """Reads every byte of every shard, compares checksums, and returns the manifest.
 
     Raises:
-      FileNotFoundError, ValueError: naming every shard that is missing, unfinished or damaged, and what to do.
+      FileNotFoundError, ValueError: lists every shard that is missing, unfinished or damaged, and the way out.
     """
     manifest = pairs_manifest.read(directory)
     recipe, faults = manifest["recipe"], []
     for shard in range(shard_count(recipe)):
         path = shard_path(directory, recipe, shard)
-        note = finished(directory, recipe, shard)
-        if note is None:
-            faults.append(f"{path} is missing or not whole")
-        elif files.sha256_of_file(path) != note["sha256"]:
-            faults.append(f"{path} is damaged: its bytes do not agree with {note_path(path).name}")
+        metadata = shard_metadata(directory, recipe, shard)
+        if metadata is None:
+            faults.append(f"{path} is missing or incomplete")
+        elif files.sha256_of_file(path) != metadata["sha256"]:
+            faults.append(f"{path} is damaged: its checksum differs from the one in {metadata_path(path).name}")
     if faults:
         raise ValueError(
-            f"{len(faults)} of {shard_count(recipe)} shards must be made again: {'; '.join(faults)}. Delete "
-            "the damaged ones and start generate with the same config: it makes just these"
+            f"{len(faults)} of {shard_count(recipe)} shards must be made again: {'; '.join(faults)}. Delete the "
+            "damaged ones and start generate with the same config, which makes only these"
         )
     return manifest

@@ -1,0 +1,1 @@
+"""Convolutions for XLA's CPU backend."""

@@ -1,0 +1,1 @@
+"""What several stages share: loading models, and training."""

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from instaflow_jax.infra import files
-from instaflow_jax.infra.files import sha256_of_json
 
 
 class Record(NamedTuple):
@@ -18,20 +17,20 @@ class Record(NamedTuple):
     arrays: dict[str, np.ndarray]
 
 
-class Store:
-    """Records under one directory."""
+class Cache:
+    """Records in one directory."""
 
     def __init__(self, directory: Path):
         self._directory = directory
         directory.mkdir(parents=True, exist_ok=True)
 
     def get(self, settings: Mapping[str, Any], make: Callable[[], Record]) -> tuple[Record, bool]:
-        """The record of these settings, and whether it was there; else `make` measures it, and it is kept.
+        """The record of these settings, and whether it was cached; if it was not, `make` measures it.
 
         Raises:
-          ValueError: the file there was damaged.
+          ValueError: the cached file is damaged.
         """
-        path = self._directory / f"{settings['what']}-{sha256_of_json(settings)[:16]}.npz"
+        path = self._directory / f"{settings['what']}-{files.sha256_of_json(settings)[:16]}.npz"
         if path.is_file():
             return _read(path), True
         record = make()
@@ -47,4 +46,4 @@ def _read(path: Path) -> Record:
             arrays = {name: file[name] for name in file.files}
         return Record(json.loads(str(arrays.pop("about")))["numbers"], arrays)
     except (ValueError, KeyError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it, and it is measured again") from error
+        raise ValueError(f"{path} is damaged ({error}); delete it to measure again") from error

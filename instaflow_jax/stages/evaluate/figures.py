@@ -1,12 +1,22 @@
-"""The curves of `evaluate`; the only file that knows matplotlib."""
+"""The figures of `evaluate`: two curves, one seed's paths, and every model's images from the same noise.
+
+The only file that uses matplotlib.
+"""
 
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from instaflow_jax.infra import files
+import numpy as np
+from jaxtyping import UInt8
+
+from instaflow_jax.infra import files, images
+from instaflow_jax.stages.evaluate.measures import Measurements
+from instaflow_jax.stages.evaluate.models import Model
 from instaflow_jax.stages.evaluate.table import Row
 
+FEW_STEPS, GUIDANCE, TRAJECTORIES, GRID = "few_steps.png", "guidance.png", "trajectories.png", "grid.png"
+_SIDE = 96  # pixels that a small image is enlarged to
 _COLOURS = {
     "teacher": "#666666",
     "reflow": "#1f6fb4",
@@ -15,44 +25,97 @@ _COLOURS = {
     "direct": "#edae49",
 }
 _MARKERS = {"teacher": "s", "reflow": "o", "distill": "D", "distill_lpips": "P", "direct": "X"}
+_LINE = {"linewidth": 2, "markersize": 7}
 _DPI = 110
 
 
+def write(
+    directory: Path,
+    measurements: Measurements,
+    models: list[Model],
+    rows: Sequence[Row],
+    guidance_rows: Sequence[Row],
+    prompts: list[str],
+) -> None:
+    """Writes all figures to `directory`; no guidance curve if there are no rows for it."""
+    few_steps(directory / FEW_STEPS, rows)
+    if guidance_rows:
+        guidance(directory / GUIDANCE, guidance_rows)
+    trajectories(directory / TRAJECTORIES, measurements, models)
+    grid(directory / GRID, measurements, models, prompts)
+
+
+# ---------------------------------------------------------------- images
+
+
+def columns(models: list[Model]) -> list[tuple[Model, int]]:
+    """The grid's columns: one step of each model, and the most steps of teacher and 2-RF, where evaluated."""
+    return [
+        (model, N)
+        for model in models
+        for N in dict.fromkeys((max(model.N), 1))
+        if N in model.N and (N == 1 or model.name in ("teacher", "reflow"))
+    ]
+
+
+def grid(path: Path, measurements: Measurements, models: list[Model], prompts: list[str]) -> None:
+    """A row for each prompt, a column for each model, the same noise throughout."""
+    chosen = columns(models)
+    shown = [measurements.row(model, N, model.alpha)[0].arrays["shown"] for model, N in chosen]
+    _save_grid(path, np.stack(shown, axis=1), prompts, [f"{model.title}, {N}" for model, N in chosen])
+
+
+def trajectories(path: Path, measurements: Measurements, models: list[Model]) -> None:
+    """Two rows each for teacher, 2-RF and one-step model: Z_t with t growing to the right, and where v points."""
+    rows, labels = [], []
+    for model in models:
+        if model.name in ("teacher", "reflow", "distill"):
+            N = 1 if model.name == "distill" else max(model.N)
+            arrays = measurements.path(model, N)[0].arrays
+            rows += [arrays["until"], arrays["endpoint"]]
+            labels += [f"{model.title}, N = {N}: on the way", "   … and where it points"]
+    _save_grid(path, np.stack(rows), labels, [f"t = {t:.1f}" for t in np.linspace(0, 1, len(rows[0]))])
+
+
+def _save_grid(path: Path, cells: UInt8[np.ndarray, "R C H W 3"], rows: list[str], columns: list[str]) -> None:
+    drawn = images.grid(
+        cells.reshape(-1, *cells.shape[2:]),
+        columns=len(columns),
+        row_labels=rows,
+        column_labels=columns,
+        scale=max(1, _SIDE // cells.shape[3]),
+    )
+    images.save_png(path, drawn, {"rows": "|".join(rows), "columns": "|".join(columns)})
+
+
+# ---------------------------------------------------------------- curves
+
+
 def few_steps(path: Path, rows: Sequence[Row]) -> None:
-    """Quality against the number of steps, a line a model: Fréchet distance and pictures found."""
+    """Quality against the number of steps, one line per model: Fréchet distance, and images found."""
     figure, axes = _figure(2)
     from matplotlib import ticker
 
-    floor = {row["model"]: row for row in rows}["decoded"]
+    best = {row["model"]: row for row in rows}["decoded"]
+    models = {row["model"]: row["title"] for row in rows if row["N"]}
+    steps = sorted({row["N"] for row in rows if row["N"]})
     for axis, key, scale, title in (
         (axes[0], "fd_emoji", 1, "Fréchet distance to real emoji (less is better)"),
-        (axes[1], "found", 100, "pictures that show their prompt, % (more is better)"),
+        (axes[1], "found", 100, "images that show their prompt, % (more is better)"),
     ):
         others = itertools.count()
-        for name in dict.fromkeys(row["model"] for row in rows if row["N"]):
+        for name, label in models.items():
             line = sorted((row["N"], scale * row[key]) for row in rows if row["model"] == name)
-            axis.plot(
-                *zip(*line, strict=True),
-                color=_COLOURS.get(name) or f"C{next(others)}",
-                marker=_MARKERS.get(name, "v"),
-                linewidth=2,
-                markersize=7,
-                label=_title(rows, name),
-            )
-        axis.axhline(
-            scale * floor[key],
-            color="black",
-            linestyle=":",
-            linewidth=1,
-            label="emoji through the autoencoder: the best possible",
-        )
-        steps = sorted({row["N"] for row in rows if row["N"]})
+            colour, marker = _COLOURS.get(name) or f"C{next(others)}", _MARKERS.get(name, "v")
+            axis.plot(*zip(*line, strict=True), color=colour, marker=marker, label=label, **_LINE)
+        label = "emoji through the autoencoder: the best possible"
+        axis.axhline(scale * best[key], color="black", linestyle=":", linewidth=1, label=label)
         axis.set_xscale("log", base=2)
         axis.set_xticks(steps, [str(N) for N in steps])
         axis.minorticks_off()
         axis.set_xlabel("steps")
         axis.set_title(title, fontsize=11)
-    axes[0].set_yscale("log")  # the teacher's first distance is ten times the others
+    axes[0].set_yscale("log")  # the teacher's distance at one step is ten times the others
     axes[0].yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes[0].yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     axes[0].minorticks_off()
@@ -62,10 +125,10 @@ def few_steps(path: Path, rows: Sequence[Row]) -> None:
 
 
 def guidance(path: Path, rows: Sequence[Row]) -> None:
-    """Fréchet distance against CLIP score as guidance grows."""
+    """Fréchet distance against CLIP score for growing guidance."""
     figure, (axis,) = _figure(1)
     line = [(row["clip_score"], row["fd_emoji"]) for row in rows]
-    axis.plot(*zip(*line, strict=True), color=_COLOURS["reflow"], marker="o", linewidth=2, markersize=7)
+    axis.plot(*zip(*line, strict=True), color=_COLOURS["reflow"], marker=_MARKERS["reflow"], **_LINE)
     for (x, y), row in zip(line, rows, strict=True):
         axis.annotate(f"α = {row['alpha']:g}", (x, y), textcoords="offset points", xytext=(8, 4), fontsize=10)
     axis.set_xlabel("CLIP score (more is better)")
@@ -75,17 +138,14 @@ def guidance(path: Path, rows: Sequence[Row]) -> None:
     _save(figure, path)
 
 
-def _title(rows: Sequence[Row], name: str) -> str:
-    return next(row["title"] for row in rows if row["model"] == name)
-
-
-def _figure(columns: int):
+def _figure(count: int):
+    """A figure of `count` axes side by side, and the axes."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, columns, figsize=(5.2 * columns, 4.2), dpi=_DPI, squeeze=False)
+    figure, axes = pyplot.subplots(1, count, figsize=(5.2 * count, 4.2), dpi=_DPI, squeeze=False)
     for axis in axes[0]:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(color="#dddddd", linewidth=0.6)

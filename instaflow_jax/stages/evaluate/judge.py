@@ -1,94 +1,98 @@
-"""The embedded CLIP as a judge: features of pictures and of names, and whether a picture shows its prompt."""
+"""The embedded CLIP as a judge: features of images and of names, and whether an image shows its prompt."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
+from instaflow_jax import pipeline
 from instaflow_jax.data.openmoji import dataset as openmoji
 from instaflow_jax.data.openmoji.captions import Emoji, captions
-from instaflow_jax.evals.features import Spread
+from instaflow_jax.evals.retrieval import unit
+from instaflow_jax.infra.images import to_pixels
+from instaflow_jax.infra.runner import BatchedRunner
 from instaflow_jax.models.clip import CLIPModel
-from instaflow_jax.stages.pretrain.clip import unit
-from instaflow_jax.stages.pretrain.recipe import caption_tokens, to_pixels
+from instaflow_jax.weights.tokenizer import Tokenizer
 
 _PER_DEVICE = 64
 
 
 class Judge:
-    """Everything there is to know of the real emoji.
+    """Compares images with the real emoji and their names.
 
     Attributes:
-      data: pictures and words of all emoji.
-      kinds: an integer for each emoji; see `kinds_of`.
-      pictures: CLIP's features of each picture, [M, D]; not of length one.
-      names: CLIP's features of each full name, [M, D].
+      data: images and words of all emoji.
+      lookalikes: an integer for each emoji; see `lookalikes`.
+      real: CLIP's features of each emoji's image, [M, D], not normalised.
+      names: CLIP's features of each emoji's full name, [M, D], not normalised.
     """
 
     def __init__(self, source: str, data: openmoji.Arrays):
-        """`source` is a directory or hub id with clip/, which knows the embedded tokenizer."""
-        net, params = CLIPModel.from_pretrained(source, "clip")
-        self.data, self.kinds = data, kinds_of(data)
-        self.look = make_look(net, params)
-        read = Spread(lambda p, ids: net.apply(p, ids, method="get_text_features"), params, _PER_DEVICE)
-        self._texts = lambda: read(caption_tokens(data.emoji)[:, 0])
+        """`source` is a directory or hub id with a clip/ that uses the embedded tokenizer."""
+        self.data, self.lookalikes = data, lookalikes(data)
+        net, self._params = CLIPModel.from_pretrained(source, "clip")
+        self._image, self._text = (
+            BatchedRunner(functools.partial(net.apply, method=method), _PER_DEVICE)
+            for method in ("get_image_features", "get_text_features")
+        )
+
+    def image_features(self, images: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N D"]:
+        """CLIP's features of images in bytes."""
+        return self._image(self._image.place(self._params), to_pixels(images))
 
     @functools.cached_property
-    def pictures(self) -> Float[np.ndarray, "M D"]:
-        return self.look(self.data.images)
+    def real(self) -> Float[np.ndarray, "M D"]:
+        return self.image_features(self.data.images)
 
     @functools.cached_property
     def names(self) -> Float[np.ndarray, "M D"]:
-        return self._texts()
+        tokenizer = Tokenizer.from_pretrained(pipeline.locate("openmoji"))
+        ids = openmoji.caption_ids(tokenizer, self.data.emoji)[:, 0]
+        return self._text(self._text.place(self._params), ids)
 
     def scores(self, features: Float[np.ndarray, "N D"], wanted: Int[np.ndarray, " N"]) -> dict[str, float]:
-        """How well pictures show the emoji they were asked for.
+        """How well images show the emoji they were prompted with.
 
         Args:
-          features: CLIP's, of pictures.
-          wanted: which emoji each was to be.
+          features: CLIP's features of the images.
+          wanted: the number of each image's emoji.
 
         Returns:
-          clip_score, the mean cosine of picture and name; found, the share whose nearest emoji, of all pictures of
-          emoji, is of the kind wanted; found_by_name, the same by the nearest name.
+          clip_score, the mean cosine of image and name; found, the share whose nearest emoji image belongs to the
+          wanted emoji or a lookalike of it; found_by_name, the same for the nearest name.
         """
         features, names = unit(features), unit(self.names)
         return {
             "clip_score": float(np.mean(np.sum(features * names[wanted], axis=1))),
-            "found": float(np.mean(self.is_right((features @ unit(self.pictures).T).argmax(1), wanted))),
+            "found": float(np.mean(self.is_right((features @ unit(self.real).T).argmax(1), wanted))),
             "found_by_name": float(np.mean(self.is_right((features @ names.T).argmax(1), wanted))),
         }
 
     def is_right(self, found: Int[np.ndarray, " N"], wanted: Int[np.ndarray, " N"]) -> Bool[np.ndarray, " N"]:
-        """Whether emoji `found` pass for `wanted`: skin tone is forgiven, and so are twins."""
-        return self.kinds[found] == self.kinds[wanted]
+        """Whether emoji `found` count as `wanted`: skin tones and lookalikes are ignored."""
+        return self.lookalikes[found] == self.lookalikes[wanted]
 
 
-def make_look(net, params) -> Callable[[UInt8[np.ndarray, "N H W 3"]], Float[np.ndarray, "N D"]]:
-    """A CLIP's features of pictures in bytes."""
-    run = Spread(lambda p, pixels: net.apply(p, pixels, method="get_image_features"), params, _PER_DEVICE)
-    return lambda images: run(to_pixels(images))
+def lookalikes(data: openmoji.Arrays) -> Int[np.ndarray, " M"]:
+    """The same number for emoji that nobody could tell apart by their images, apart from the skin tone.
 
-
-def kinds_of(data: openmoji.Arrays) -> Int[np.ndarray, " M"]:
-    """Emoji that nobody could tell apart by their pictures, but for the skin tone, get the same number.
-
-    These are the tones of one name, and names that some identical picture joins: "astronaut" is drawn as "man
-    astronaut" is, and France's flag is Saint Martin's.
+    These are the tones of one name, and names that share an identical image: "astronaut" has the image of "man
+    astronaut", and Saint Martin has the flag of France.
     """
     parent: dict[str, str] = {}
     first: dict[bytes, str] = {}
-    for name, image in zip(toneless(data.emoji), data.images, strict=True):
+    names = toneless(data.emoji)
+    for name, image in zip(names, data.images, strict=True):
         parent.setdefault(name, name)
         twin = first.setdefault(image.tobytes(), name)
         parent[_root(parent, name)] = _root(parent, twin)
-    roots = [_root(parent, name) for name in toneless(data.emoji)]
-    return np.unique(roots, return_inverse=True)[1]
+    return np.unique([_root(parent, name) for name in names], return_inverse=True)[1]
 
 
 def toneless(emoji: Sequence[Emoji]) -> list[str]:
-    return [captions(e)["toneless"] for e in emoji]
+    """Full names without the skin tone."""
+    return [captions(each)["toneless"] for each in emoji]
 
 
 def _root(parent: dict[str, str], name: str) -> str:

@@ -1,127 +1,158 @@
-"""The measurements of the embedded world, each made once and kept (`evaluate_store`)."""
+"""The measurements of the embedded world, each made once and cached."""
 
+import dataclasses
 import functools
-import platform
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Float, UInt8
-from ml_collections import ConfigDict
 
-from instaflow_jax import pipeline, sampling
+from instaflow_jax import __version__, pipeline, sampling
 from instaflow_jax.data import prompts
 from instaflow_jax.data.noise import noise
-from instaflow_jax.data.openmoji import dataset as openmoji
 from instaflow_jax.data.openmoji.captions import captions
-from instaflow_jax.evals import frechet, straightness
-from instaflow_jax.evals import kid as kernel
-from instaflow_jax.evals import precision_recall as neighbours
+from instaflow_jax.data.openmoji.dataset import Arrays
+from instaflow_jax.evals import frechet
+from instaflow_jax.evals.error_bar import mean_and_error
+from instaflow_jax.evals.kid import kid
+from instaflow_jax.evals.precision_recall import precision_recall
+from instaflow_jax.infra import images
 from instaflow_jax.infra.files import sha256_of_json
-from instaflow_jax.stages.evaluate import path as evaluate_path
-from instaflow_jax.stages.evaluate.cache import Record, Store
+from instaflow_jax.solvers import Multistep
+from instaflow_jax.stages.common.machine import machine
+from instaflow_jax.stages.evaluate import path
+from instaflow_jax.stages.evaluate.cache import Cache, Record
 from instaflow_jax.stages.evaluate.judge import Judge
 from instaflow_jax.stages.evaluate.models import Model
 from instaflow_jax.stages.evaluate.programs import Programs
-from instaflow_jax.stages.pretrain.recipe import to_pixels
 
-_VERSION = 2  # raise it when a measurement changes its meaning, so that kept ones are made again
+_VERSION = 3  # raise it when a measurement changes its meaning, so that cached ones are made again
 _LONGEST = 100  # solver steps that the compiled programs have room for
 _KID_SUBSETS = 20
 
 
-class Bench:
-    """Measures models on the same prompts and the same noise: names of emoji drawn without replacement, and their kinds.
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is measured; see `configs/evaluate.py`."""
 
-    A name ("woman astronaut light skin tone") is one picture; a kind ("a person", "a flag") has hundreds of right ones.
-    Of the seeds from `config.seed` on, the first is that noise's, the second that of the teacher's pictures which others
-    are compared with, the third that of the pictures shown.
+    judge: str
+    count: int
+    seed: int
+    neighbours: int
+    batch: int
+    repeats: int
+    straightness_N: int
+    straightness_count: int
+    shown_prompts: tuple[str, ...]
+    path_prompt: str
+    path_points: int
+
+
+class Measurements:
+    """Measures models on the same prompts and the same noise.
+
+    The prompts are full names of emoji, drawn without replacement, and the kinds of the same emoji. A name ("woman
+    astronaut light skin tone") has one right image; a kind ("a person", "a flag") has hundreds. `seed` draws the
+    prompts and the shared noise, `seed + 1` the noise of the teacher's reference images, `seed + 2` that of the images
+    shown.
+
+    Every method returns the record, and whether it was cached.
     """
 
-    def __init__(self, config: ConfigDict, workdir: Path, teacher: Model):
-        self._config, self._teacher = config, teacher
-        self._judge = Judge(pipeline.locate(config.judge), openmoji.load(config.data_dir or workdir / "data"))
-        self._store = Store(workdir / "evaluate" / "measured")
-        emoji = self._judge.data.emoji
-        if not 2 <= config.count <= len(emoji):
-            raise ValueError(f"config.count={config.count} must be 2 to the {len(emoji)} emoji there are")
-        self._chosen = np.random.default_rng(config.seed).choice(len(emoji), config.count, replace=False)
+    def __init__(self, options: Options, directory: Path, data: Arrays, teacher: Model):
+        """
+        Args:
+          directory: holds the cache.
+          data: all emoji.
+
+        Raises:
+          ValueError: there are fewer emoji than prompts asked for.
+        """
+        self._options, self._teacher = options, teacher
+        count, emoji = options.count, data.emoji
+        if not 2 <= count <= len(emoji):
+            raise ValueError(f"config.count={count} must be from 2 to {len(emoji)}, the number of emoji")
+        self._judge, self._cache = Judge(pipeline.locate(options.judge), data), Cache(directory)
+        self._chosen = np.random.default_rng(options.seed).choice(len(emoji), count, replace=False)
         words = [captions(emoji[i]) for i in self._chosen]
-        names, kinds = [each["full"] for each in words], [each["kind"] for each in words]
-        self._shown, self._names, self._kinds = map(teacher.pipe.tokenizer, (list(config.show.prompts), names, kinds))
-        self._settings = {
+        names, kinds, shown = [each["full"] for each in words], [each["kind"] for each in words], options.shown_prompts
+        self._names, self._kinds, self._shown = map(teacher.pipe.tokenizer, (names, kinds, list(shown)))
+        self._settings = {name: getattr(options, name) for name in ("count", "seed", "judge", "neighbours")} | {
             "version": _VERSION,
-            "count": config.count,
-            "seed": config.seed,
             "prompts": prompts.sha256(names + kinds),
-            "shown": list(config.show.prompts),
-            "judge": config.judge,
-            "neighbours": config.neighbours,
+            "shown": list(shown),
             "teacher": teacher.weights,
             "teacher_alpha": teacher.alpha,
-            "teacher_N": max(teacher.steps),
+            "teacher_N": max(teacher.N),
         }
 
     @functools.cached_property
     def _programs(self) -> Programs:
         pipe = self._teacher.pipe
-        return Programs(pipe.nets, pipe.tokenizer([""]), per_device=self._config.batch, longest=_LONGEST)
+        return Programs(pipe.nets, pipe.tokenizer([""]), per_device=self._options.batch, longest=_LONGEST)
 
-    def _noise(self, seed: int, count: int) -> Float[np.ndarray, "N h w c"]:
-        """Of other seeds than the pairs', by the same generator."""
-        return np.stack([noise(seed, i, self._teacher.pipe.latent_shape) for i in range(count)]).astype(np.float32)
+    def _noise(self, offset: int, count: int) -> Float[np.ndarray, "N h w c"]:
+        """Noise of `seed + offset`, from the same generator as that of the pairs."""
+        seed, shape = self._options.seed + offset, self._teacher.pipe.latent_shape
+        return np.stack([noise(seed, i, shape) for i in range(count)]).astype(np.float32)
 
     # ------------------------------------------------------------ quality
 
     def row(self, model: Model, N: int, alpha: float) -> tuple[Record, bool]:
-        """Quality of one model at N steps; its array `shown` holds the pictures of the grid."""
-        first = self._teacher, max(self._teacher.steps), self._teacher.alpha
+        """Quality of one model at N steps; the array `shown` holds its images of the grid."""
+        first = self._teacher, max(self._teacher.N), self._teacher.alpha
 
         def make() -> Record:
-            count = self._config.count
-            X0 = self._noise(self._config.seed, count)
-            ids, X0 = (
-                np.concatenate([self._names, self._kinds, self._shown]),
-                np.concatenate([X0, X0, self._noise(self._config.seed + 2, len(self._shown))]),
-            )
-            latents, pictures = self._programs.draw(model, model.table(N), alpha, ids, X0)
-            named, of_kinds, shown = np.split(pictures, [count, 2 * count])
+            count, X0 = self._options.count, self._noise(0, self._options.count)
+            ids = np.concatenate([self._names, self._kinds, self._shown])
+            X0 = np.concatenate([X0, X0, self._noise(2, len(self._shown))])
+            latents, drawn = self._programs.draw(model, model.table(N), alpha, ids, X0)
+            of_names, of_kinds, shown = np.split(drawn, [count, 2 * count])
             is_first, latents = model is first[0] and (N, alpha) == first[1:], latents[: 2 * count]
             error = np.square(latents - (latents if is_first else self.row(*first)[0].arrays["latents"]))
-            numbers = (
-                self._quality(named)
-                | self._latent_distance(latents[:count])
-                | {
-                    "fd_kinds": self._distance(self._judge.look(of_kinds)),
-                    "error_names": float(error[:count].mean()),
-                    "error_kinds": float(error[count:].mean()),
-                }
-            )
+            reference = _load(self.reference()[0], "latents")
+            numbers = self._quality(of_names) | {
+                "fd_latents": frechet.distance(_moments(latents[:count].reshape(count, -1)), reference),
+                "fd_kinds": self._distance(self._judge.image_features(of_kinds)),
+                "error_names": float(error[:count].mean()),
+                "error_kinds": float(error[count:].mean()),
+            }
             return Record(numbers, {"shown": shown} | ({"latents": latents} if is_first else {}))
 
         settings = {"what": "row", "weights": model.weights, "N": N, "alpha": alpha}
-        return self._store.get(self._settings | settings, make)
+        return self._cache.get(self._settings | settings, make)
 
     def real(self, decoded: bool) -> tuple[Record, bool]:
-        """The pictures of the prompted emoji themselves, or as the autoencoder gives them back: the best possible."""
+        """Quality of the prompted emoji's own images, or of what the autoencoder makes of them: the best possible."""
 
         def make() -> Record:
-            images = self._judge.data.images[self._chosen]
-            numbers = self._quality(self._through_autoencoder(images) if decoded else images)
-            return Record(numbers | {"fd_kinds": numbers["fd_emoji"]}, {})  # they are of those kinds too
+            real = self._judge.data.images[self._chosen]
+            numbers = self._quality(self._through_autoencoder(real) if decoded else real)
+            return Record(numbers | {"fd_kinds": numbers["fd_emoji"]}, {})  # they show the prompted kinds too
 
-        return self._store.get(self._settings | {"what": "real", "decoded": decoded}, make)
+        return self._cache.get(self._settings | {"what": "real", "decoded": decoded}, make)
 
-    def _quality(self, pictures: UInt8[np.ndarray, "N H W 3"]) -> dict[str, float]:
-        features, real = self._judge.look(pictures), self._judge.pictures
-        reference = self.reference()[0].arrays
-        precision, recall = neighbours.precision_recall(real[self._chosen], features, self._config.neighbours)
+    def reference(self) -> tuple[Record, bool]:
+        """Mean and covariance of the teacher's images (CLIP's features) and latents, from noise of `seed + 1`."""
+        model, count, N = self._teacher, self._options.count, max(self._teacher.N)
+
+        def make() -> Record:
+            latents, drawn = self._programs.draw(model, model.table(N), model.alpha, self._names, self._noise(1, count))
+            parts = {"images": self._judge.image_features(drawn), "latents": latents.reshape(count, -1)}
+            fields = {name: dataclasses.asdict(_moments(part)) for name, part in parts.items()}
+            arrays = {f"{name}_{key}": np.asarray(x) for name, each in fields.items() for key, x in each.items()}
+            return Record({"count": count}, arrays)
+
+        return self._cache.get(self._settings | {"what": "reference", "N": N}, make)
+
+    def _quality(self, drawn: UInt8[np.ndarray, "N H W 3"]) -> dict[str, float]:
+        features, real = self._judge.image_features(drawn), self._judge.real
+        precision, recall = precision_recall(real[self._chosen], features, self._options.neighbours)
         return self._judge.scores(features, self._chosen) | {
             "fd_emoji": self._distance(features),
-            "fd_teacher": frechet.distance(_moments(features), _kept(reference, "pictures")),
-            "kid": kernel.kid(features, real, subsets=_KID_SUBSETS)[0],
+            "fd_teacher": frechet.distance(_moments(features), _load(self.reference()[0], "images")),
+            "kid": kid(features, real, subsets=_KID_SUBSETS)[0],
             "precision": precision,
             "recall": recall,
         }
@@ -131,130 +162,70 @@ class Bench:
 
     @functools.cached_property
     def _real(self) -> frechet.Moments:
-        return _moments(self._judge.pictures)
+        return _moments(self._judge.real)
 
-    def _latent_distance(self, latents: Float[np.ndarray, "N h w c"]) -> dict[str, float]:
-        return {
-            "fd_latents": frechet.distance(
-                _moments(latents.reshape(len(latents), -1)), _kept(self.reference()[0].arrays, "latents")
-            )
-        }
-
-    def reference(self) -> tuple[Record, bool]:
-        """Mean and covariance of the teacher's pictures (in CLIP) and latents from noise of the next seed."""
-
-        def make() -> Record:
-            model, count = self._teacher, self._config.count
-            X0 = self._noise(self._config.seed + 1, count)
-            latents, pictures = self._programs.draw(model, model.table(max(model.steps)), model.alpha, self._names, X0)
-            found = {"pictures": _moments(self._judge.look(pictures)), "latents": _moments(latents.reshape(count, -1))}
-            return Record(
-                {"count": count},
-                {
-                    f"{name}_{field}": getattr(each, field)
-                    for name, each in found.items()
-                    for field in ("count", "mean", "covariance")
-                },
-            )
-
-        N = max(self._teacher.steps)
-        return self._store.get(self._settings | {"what": "reference", "N": N}, make)
-
-    def _through_autoencoder(self, images: UInt8[np.ndarray, "N H W 3"]) -> UInt8[np.ndarray, "N H W 3"]:
+    def _through_autoencoder(self, real: UInt8[np.ndarray, "N H W 3"]) -> UInt8[np.ndarray, "N H W 3"]:
         net, params = self._teacher.pipe.nets["vae"], self._teacher.pipe.params["vae"]
-        again = jax.jit(lambda params, pixels: images.to_uint8(net.apply(params, pixels)))
-        return np.asarray(again(params, to_pixels(images)))
+        program = jax.jit(lambda params, pixels: images.to_uint8(net.apply(params, pixels)))
+        return np.asarray(program(params, images.to_pixels(real)))
 
     # ------------------------------------------------------------ straightness and speed
 
     def straightness(self, model: Model) -> tuple[Record, bool]:
         """S and its standard error, with the model's own guidance."""
-        N, count = self._config.straightness.N, min(self._config.straightness.count, self._config.count)
+        N, count = self._options.straightness_N, min(self._options.straightness_count, self._options.count)
 
         def make() -> Record:
-            ids, X0 = self._names[:count], self._noise(self._config.seed, count)
-            S, error = straightness.summary(self._programs.straightness(model, model.alpha, N, ids, X0))
-            return Record({"S": S, "S_error": error, "S_samples": count, "S_steps": N}, {})
+            S = self._programs.straightness(model, model.alpha, N, self._names[:count], self._noise(0, count))
+            return Record(dict(zip(("S", "S_error"), mean_and_error(np.asarray(S)), strict=True)), {})
 
-        settings = {
-            "what": "straightness",
-            "weights": model.weights,
-            "alpha": model.alpha,
-            "steps": N,
-            "samples": count,
-        }
-        return self._store.get(self._settings | settings, make)
+        settings = {"what": "straightness", "weights": model.weights, "alpha": model.alpha, "N": N, "samples": count}
+        return self._cache.get(self._settings | settings, make)
 
     def seconds(self, model: Model, N: int) -> tuple[Record, bool]:
-        """Seconds a picture; the same for all weights of one kind, so measured once for each kind, N and guidance."""
+        """Seconds an image; they do not depend on the weights, so each dynamics, N and guidance is measured once."""
 
         def make() -> Record:
-            ids, X0 = self._names[:1], self._noise(self._config.seed + 2, 1)
-            return Record(
-                {"seconds": self._programs.seconds(model, model.table(N), model.alpha, ids, X0, self._config.repeats)},
-                {},
-            )
+            inputs = model.table(N), model.alpha, self._names[:1], self._noise(2, 1)
+            return Record({"seconds": self._programs.seconds(model, *inputs, self._options.repeats)}, {})
 
-        kind = {
+        settings = {
             "what": "seconds",
             "flow": isinstance(model.dynamics, sampling.Flow),
             "guided": model.alpha > 1,
             "N": N,
             "networks": sha256_of_json({name: net.raw_config for name, net in model.pipe.nets.items()}),
         }
-        return self._store.get(kind | {"machine": machine(), "version": _VERSION}, make)
+        return self._cache.get(settings | {"machine": machine(), "code": __version__, "version": _VERSION}, make)
 
     # ------------------------------------------------------------ trajectories
 
     def path(self, model: Model, N: int) -> tuple[Record, bool]:
-        """One picture on its way: arrays `t` [P], `on_the_way` and `foreseen` [P, H, W, 3]."""
+        """One image on its way: arrays `t` [P], and `until` and `endpoint` [P, H, W, 3] (see evaluate/path.py)."""
+        options = self._options
 
         def make() -> Record:
-            stops = evaluate_path.stops(model, N, self._config.show.points)
-            kinds = {"on_the_way": evaluate_path.on_the_way, "foreseen": evaluate_path.foreseen}
-            pictures = {
-                name: np.concatenate([self._draw_path(model, kind(model, N, stop)) for stop in stops])
-                for name, kind in kinds.items()
+            stops = path.stops(model, N, options.path_points)
+            arrays = {
+                name: np.concatenate([self._draw_path(model, make_table(model, N, stop)) for stop in stops])
+                for name, make_table in (("until", path.until), ("endpoint", path.endpoint))
             }
-            return Record({"N": N}, {"t": np.array([stop.t for stop in stops])} | pictures)
+            return Record({"N": N}, {"t": np.array([stop.t for stop in stops])} | arrays)
 
-        settings = {
-            "what": "path",
-            "weights": model.weights,
-            "alpha": model.alpha,
-            "N": N,
-            "version": _VERSION,
-            "seed": self._config.seed,
-            "prompt": self._config.show.path,
-            "points": self._config.show.points,
-        }
-        return self._store.get(settings, make)
+        settings = {"what": "path", "weights": model.weights, "alpha": model.alpha, "N": N, "version": _VERSION}
+        settings |= {"seed": options.seed, "prompt": options.path_prompt, "points": options.path_points}
+        return self._cache.get(settings, make)
 
-    def _draw_path(self, model: Model, table) -> UInt8[np.ndarray, "1 H W 3"]:
-        ids = model.pipe.tokenizer([self._config.show.path])
-        return self._programs.draw_one(model, table, model.alpha, ids, self._noise(self._config.seed + 2, 1))
+    def _draw_path(self, model: Model, table: Multistep) -> UInt8[np.ndarray, "1 H W 3"]:
+        ids = model.pipe.tokenizer([self._options.path_prompt])
+        return self._programs.draw_one(model, table, model.alpha, ids, self._noise(2, 1))
 
 
 def _moments(features: Float[np.ndarray, "N D"]) -> frechet.Moments:
     return frechet.Moments.empty(features.shape[1]).add(features)
 
 
-def _kept(arrays: Mapping[str, np.ndarray], name: str) -> frechet.Moments:
-    return frechet.Moments(int(arrays[f"{name}_count"]), arrays[f"{name}_mean"], arrays[f"{name}_covariance"])
-
-
-def machine() -> dict[str, Any]:
-    """What the seconds were measured on."""
-    device = jax.devices()[0]
-    return {
-        "device": device.device_kind if device.platform != "cpu" else _processor(),
-        "devices": jax.device_count(),
-        "jax": jax.__version__,
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"CPU {names[0] if names else platform.processor() or platform.machine()}"
+def _load(record: Record, name: str) -> frechet.Moments:
+    """The moments `name` that `Measurements.reference` stored."""
+    count, mean, covariance = (record.arrays[f"{name}_{field}"] for field in ("count", "mean", "covariance"))
+    return frechet.Moments(int(count), mean, covariance)

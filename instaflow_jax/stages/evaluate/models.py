@@ -1,17 +1,15 @@
-"""Who is judged by `evaluate`: the teacher, and the flows that the training stages left in the workdir."""
+"""The models that `evaluate` compares: the teacher, and the flows that training left in the workdir."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-from ml_collections import ConfigDict
+from typing import NamedTuple
 
 from instaflow_jax import pipeline, sampling
 from instaflow_jax.data.pairs import manifest as pairs_manifest
 from instaflow_jax.infra import files
 from instaflow_jax.solvers import Multistep
-from instaflow_jax.stages.common import flow_training as straighten
-from instaflow_jax.stages.generate import stage as generate
+from instaflow_jax.stages.common.loading import EXPORT, PAIRS
 
 TITLES = {
     "teacher": "teacher",
@@ -20,26 +18,35 @@ TITLES = {
     "distill_lpips": "reflow + distil + LPIPS",
     "direct": "direct distil",
 }
-NO_MODELS = ("real", "decoded")  # rows of the table that are no model's
+NO_MODELS = ("real", "decoded")  # rows of the table that belong to no model
 FLOWS = ("reflow", "distill", "distill_lpips", "direct")  # folders of the workdir, each with export/
+
+
+class Entry(NamedTuple):
+    """A model to load: where it is, its guidance, and the numbers of solver steps to evaluate it at."""
+
+    name: str
+    source: str  # embedded name, directory or hub id
+    alpha: float
+    N: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """One contestant.
+    """One model under evaluation.
 
     Attributes:
       name: "teacher", or the folder of the workdir that it was trained in.
       alpha: its guidance.
-      steps: the numbers of solver steps that it is judged at.
-      weights: SHA-256 of all its networks' weights.
+      N: the numbers of solver steps that it is evaluated at.
+      weights: SHA-256 of the weights of all its networks.
     """
 
     name: str
     pipe: pipeline.Pipeline
     dynamics: sampling.Dynamics
     alpha: float
-    steps: tuple[int, ...]
+    N: tuple[int, ...]
     weights: str
 
     @property
@@ -47,86 +54,89 @@ class Model:
         return TITLES.get(self.name, self.name)
 
     def table(self, N: int) -> Multistep:
-        """Its solver as numbers: DPM-Solver for a teacher, Euler for a flow."""
+        """Its solver's table: DPM-Solver for a teacher, Euler for a flow."""
         return sampling.solver_table(self.dynamics, "auto", N)
 
 
-def load(config: ConfigDict, workdir: Path) -> list[Model]:
-    """The teacher, each flow that is there, and those that `config.extra` names; tells which of the flows are not there.
+def load(entries: Sequence[Entry]) -> list[Model]:
+    """Loads the models; the first is the teacher.
 
     Raises:
-      ValueError, FileNotFoundError: a model cannot be read, is of other networks than the teacher, a folder of
-        `config.extra` holds none, or nothing tells the teacher's guidance.
+      ValueError, FileNotFoundError: a model cannot be read, or its networks differ from the teacher's.
     """
-    models = [
-        _read("teacher", config.teacher.model, config.teacher.alpha or _alpha_of_pairs(workdir), config.teacher.N)
-    ]
-    for name in folders(config):
-        source, how = workdir / name / straighten.EXPORT, config[name if name in FLOWS else "distill"]
-        if (source / "model_index.json").is_file():
-            models.append(_read(name, str(source), how.alpha, how.N))
-            _check_same_networks(models[0], models[-1], source)
-        elif name not in FLOWS:
-            raise FileNotFoundError(
-                f"{source}, which config.extra={config.extra!r} asks for, holds no model: train it with "
-                f"--config=configs/distill.py --config.output={name}"
-            )
-        else:
-            print(f"{source} is not there: the table goes without {TITLES[name]}", flush=True)
+    models = []
+    for name, source, alpha, N in entries:
+        pipe = pipeline.load(source, variant=None, attention="xla")
+        dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, "auto")
+        digests = {part: files.sha256_of_params(params) for part, params in pipe.params.items()}
+        models.append(Model(name, pipe, dynamics, alpha, N, files.sha256_of_json(digests)))
+        _check_same_networks(models[0], models[-1], source)
     return models
 
 
-def folders(config: ConfigDict) -> tuple[str, ...]:
-    """Of the workdir, in which to look for flows.
+def _check_same_networks(teacher: Model, model: Model, source: str) -> None:
+    """All models run in the same compiled programs."""
+    for part, net in teacher.pipe.nets.items():
+        if net.shapes != model.pipe.nets[part].shapes or net.config != model.pipe.nets[part].config:
+            raise ValueError(
+                f"{source}/{part} differs from the teacher's network; evaluate this model in a workdir of its own, "
+                "with --config.teacher.model naming its teacher"
+            )
+
+
+def is_there(workdir: Path, name: str) -> bool:
+    """Whether training has exported a flow to `workdir`/`name`/export.
 
     Raises:
-      ValueError: a name of `config.extra` stands for something else, or twice.
+      FileNotFoundError: it has not, and `name` is not one of the flows that may be missing.
     """
-    also = tuple(config.extra.split("|")) if config.extra else ()
+    source = workdir / name / EXPORT
+    if (source / "model_index.json").is_file():
+        return True
+    if name not in FLOWS:
+        raise FileNotFoundError(
+            f"{source}, from config.extra, holds no model; train it with "
+            f"--config=configs/distill.py --config.output={name}"
+        )
+    print(f"{source} does not exist: the table goes without {TITLES[name]}", flush=True)
+    return False
+
+
+def split_extra(extra: str) -> tuple[str, ...]:
+    """Folders of the workdir from 'NAME|NAME'.
+
+    Raises:
+      ValueError: a name is empty, repeated, or already has a meaning.
+    """
+    names = tuple(extra.split("|")) if extra else ()
     taken = (*TITLES, *NO_MODELS)
-    for i, name in enumerate(also):
-        if not name or name in (*taken, *also[:i]):
+    for i, name in enumerate(names):
+        if not name or name in (*taken, *names[:i]):
             raise ValueError(
-                f"config.extra={config.extra!r}: {name!r} is empty, there twice, or one of {', '.join(taken)}, "
-                "which are judged anyhow; name other folders of the workdir, NAME|NAME"
+                f"config.extra={extra!r}: {name!r} is empty, repeated, or one of {', '.join(taken)}, which "
+                "are evaluated anyway; name other folders of the workdir, NAME|NAME"
             )
-    return *FLOWS, *also
+    return names
 
 
-def _read(name: str, source: str, alpha: float, steps: Sequence[int]) -> Model:
-    pipe = pipeline.load(source, variant=None, attention="xla")
-    dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, "auto")
-    digests = {part: files.sha256_of_params(params) for part, params in pipe.params.items()}
-    return Model(name, pipe, dynamics, float(alpha), tuple(steps), files.sha256_of_json(digests))
-
-
-def _alpha_of_pairs(workdir: Path) -> float:
-    directory = workdir / generate.DIRECTORY
+def alpha_of_pairs(workdir: Path) -> float:
+    """The guidance that the teacher made its pairs with. Raises FileNotFoundError if there are none."""
+    directory = workdir / PAIRS
     if not (directory / pairs_manifest.MANIFEST).is_file():
         raise FileNotFoundError(
-            f"{directory} holds no pairs that would tell the teacher's guidance: set "
-            "--config.teacher.alpha, or make them with configs/generate.py"
+            f"{directory} holds no pairs, which would give the teacher's guidance; set --config.teacher.alpha, or make "
+            "pairs with configs/generate.py"
         )
     return float(pairs_manifest.read(directory)["recipe"]["alpha"])
 
 
-def _check_same_networks(teacher: Model, model: Model, source: Path) -> None:
-    """All are run by the same compiled programs."""
-    for part, net in teacher.pipe.nets.items():
-        if net.shapes != model.pipe.nets[part].shapes or net.config != model.pipe.nets[part].config:
+def check_seeds(seed: int, folders: Iterable[Path]) -> None:
+    """Raises ValueError if pairs in a folder were made from a seed of the evaluation, `seed` to `seed + 2`."""
+    for directory in (folder / PAIRS for folder in folders):
+        there = (directory / pairs_manifest.MANIFEST).is_file()
+        used = pairs_manifest.read(directory)["recipe"]["seed"] if there else None
+        if used in range(seed, seed + 3):
             raise ValueError(
-                f"{source}/{part} is not the network of the teacher it is judged beside; judge it in a "
-                "workdir of its own, with --config.teacher.model naming its teacher"
-            )
-
-
-def check_seeds(config: ConfigDict, workdir: Path) -> None:
-    """ValueError if the noise of the evaluation was trained on."""
-    for folder in (workdir, *(workdir / name for name in folders(config))):
-        manifest = folder / generate.DIRECTORY / pairs_manifest.MANIFEST
-        used = pairs_manifest.read(manifest.parent)["recipe"]["seed"] if manifest.is_file() else None
-        if used in range(config.seed, config.seed + 3):
-            raise ValueError(
-                f"config.seed={config.seed} and the two after it must not be {used}, from which the pairs in "
-                f"{manifest.parent} were made: take another"
+                f"config.seed={seed} and the two seeds after it must not be {used}, the seed of the training pairs in "
+                f"{directory}; use another seed"
             )

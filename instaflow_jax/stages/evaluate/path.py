@@ -1,23 +1,24 @@
-"""A solver stopped on its way, as a table of numbers: where a picture is at time t, and what it is on the way to."""
+"""A solver stopped on its way, as a table: where an image is at time t, and where its velocity points."""
 
 from typing import NamedTuple
 
 import numpy as np
 
-from instaflow_jax import sampling
+from instaflow_jax import sampling, solvers
 from instaflow_jax.solvers import Multistep
 from instaflow_jax.stages.evaluate.models import Model
+from instaflow_jax.teacher import alpha_sigma
 
 
 class Stop(NamedTuple):
-    """Flow time t, after k whole steps; a flow's roads are straight in between."""
+    """Flow time t, after k complete steps; between two steps a flow's path is a straight line."""
 
     t: float
     k: int
 
 
 def stops(model: Model, N: int, count: int) -> list[Stop]:
-    """`count` times from noise to data, evenly apart; for a teacher, the nearest between its N steps.
+    """`count` evenly spaced times from noise to data; for a teacher, the nearest ones between its N steps.
 
     A teacher is at t = alpha / (alpha + sigma), see `teacher.teacher_velocity`.
     """
@@ -29,12 +30,12 @@ def stops(model: Model, N: int, count: int) -> list[Stop]:
     return [Stop(float(times[k]), int(k)) for k in (np.abs(times - t).argmin() for t in wanted)]
 
 
-def on_the_way(model: Model, N: int, stop: Stop) -> Multistep:
-    """N steps as far as the stop, giving Z_t, the flow's variable, whatever the solver computes in."""
+def until(model: Model, N: int, stop: Stop) -> Multistep:
+    """N steps as far as the stop. The result is Z_t, the flow's variable, whatever variable the solver works in."""
     table, (t, k) = model.table(N), stop
     if isinstance(model.dynamics, sampling.Flow):
-        return _with_last(table, k, 1.0, t - k / N) if k < N else table
-    first = Multistep(*(row[:k] for row in table))
+        return solvers.cut(table, k, 1.0, t - k / N) if k < N else table
+    first = Multistep(*(field[:k] for field in table))
     if k in (0, N):
         return first
     alpha, sigma = (level[k] for level in _levels(model, table))
@@ -42,22 +43,14 @@ def on_the_way(model: Model, N: int, stop: Stop) -> Multistep:
     return first._replace(a=first.a * scale, b=first.b * scale, c=first.c * scale)
 
 
-def foreseen(model: Model, N: int, stop: Stop) -> Multistep:
-    """The k steps before the stop, then one to the end: Z + (1 − t) v, or the teacher's own prediction of the data."""
+def endpoint(model: Model, N: int, stop: Stop) -> Multistep:
+    """The k steps before the stop, then one step to the end: Z + (1 − t) v, or the teacher's prediction of the data."""
     table = model.table(N)
     if stop.k == N:
         return table
-    to_the_end = (1.0, 1 - stop.k / N) if isinstance(model.dynamics, sampling.Flow) else (0.0, 1.0)
-    return _with_last(table, stop.k, *to_the_end)
-
-
-def _with_last(table: Multistep, k: int, a: float, b: float) -> Multistep:
-    """k steps, and x' = a x + b D for the next."""
-    rows = Multistep(*(row[: k + 1].copy() for row in table))
-    rows.a[k], rows.b[k], rows.c[k] = a, b, 0.0
-    return rows
+    a, b = (1.0, 1 - stop.k / N) if isinstance(model.dynamics, sampling.Flow) else (0.0, 1.0)
+    return solvers.cut(table, stop.k, a, b)
 
 
 def _levels(model: Model, table: Multistep) -> tuple[np.ndarray, np.ndarray]:
-    abar = model.dynamics.abar[table.tau]
-    return np.sqrt(abar), np.sqrt(1 - abar)
+    return alpha_sigma(model.dynamics.abar[table.tau])

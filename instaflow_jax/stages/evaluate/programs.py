@@ -1,56 +1,48 @@
-"""The compiled programs of `evaluate`: few, since compiling one costs as much as drawing fifty pictures.
+"""The compiled programs of `evaluate`: few, because compiling one takes as long as making fifty images.
 
-Every solver here is a table of numbers (`teacher.Multistep`), and a table, its length and the guidance are arguments.
-So one program serves teacher and flows at any number of steps, and another one the models without guidance.
+A solver's table, its length and the guidance are arguments. So one program runs the teacher and the flows at any number
+of steps, and a second one runs models without guidance.
 """
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt8
 
 from instaflow_jax import flow, sampling, solvers, teacher
-from instaflow_jax.arrays import Context, Latent, Network, Params, TokenIds, Velocity
+from instaflow_jax.arrays import AnyArray, Latent, PerSample, TokenIds
 from instaflow_jax.infra import images
+from instaflow_jax.infra.runner import BatchedRunner
 from instaflow_jax.solvers import Multistep
 from instaflow_jax.stages.evaluate.models import Model
 
-Solver = tuple[Multistep, Int[Array, ""], Float[Array, ""]]  # a table of any length, its rows that count, alpha
+Solver = tuple[Multistep, Int[AnyArray, ""], Float[AnyArray, ""]]  # a padded table, its number of rows, alpha
+Images = UInt8[np.ndarray, "B height width 3"]  # H and W are the latents'
 
 
 def make_solver(table: Multistep, alpha: float, longest: int) -> Solver:
-    """What the programs take: the table filled up to `longest` rows, their number, and alpha.
-
-    Raises:
-      ValueError: the table has more rows.
-    """
-    N = len(table.tau)
-    if longest < N:
-        raise ValueError(f"a solver of {N} steps does not fit into tables of {longest}")
-    rows = [np.pad(np.asarray(row, np.float32), (0, longest - N)) for row in table]
-    return Multistep(*rows), np.int32(N), np.float32(alpha)
+    """A table padded to `longest` rows, its number of rows, and alpha. Raises ValueError if the table is longer."""
+    return solvers.pad(table, longest), np.array(len(table.tau), np.int32), np.array(alpha, np.float32)
 
 
 def make_solve(apply: Callable, solver: Solver, guided: bool) -> sampling.Solve:
-    """`solve(params, X0, text, null) → X1`; unless `guided`, alpha is not looked at."""
+    """`solve(params, X0, text, null) → X1`; alpha is unused unless `guided`."""
     table, N, alpha = solver
 
-    def solve(params: Params, X0: Latent, text: Context, null: Context) -> Latent:
-        def network(Z, tau, context):
-            return apply(params, Z, tau, context)
-
+    def solve(params, X0, text, null):
+        network = functools.partial(apply, params)
         predict = flow.always_guided(network, text, null, alpha) if guided else flow.guided(network, text, null, 1.0)
         return solvers.integrate(predict, table, X0, N)
 
     return solve
 
 
-def make_draw_one(nets: Mapping[str, Any], guided: bool) -> Callable:
-    """`program(params, null_ids, solver, ids, X0) → pictures`, the way a user draws."""
+def make_draw_one(nets: Mapping[str, Any], guided: bool) -> Callable[..., Array]:
+    """`program(params, null_ids, solver, ids, X0) → images`, as a user would run it."""
 
     def program(params, null_ids, solver, ids, X0):
         solve = make_solve(nets["unet"].apply, solver, guided)
@@ -59,8 +51,8 @@ def make_draw_one(nets: Mapping[str, Any], guided: bool) -> Callable:
     return program
 
 
-def make_draw(nets: Mapping[str, Any], guided: bool) -> Callable:
-    """`program((params, null_ids, solver), ids, X0) → (latents, pictures)`."""
+def make_draw(nets: Mapping[str, Any], guided: bool) -> Callable[..., tuple[Array, Array]]:
+    """`program((params, null_ids, solver), ids, X0) → (latents, images)`."""
 
     def program(fixed, ids, X0):
         params, null_ids, solver = fixed
@@ -71,117 +63,63 @@ def make_draw(nets: Mapping[str, Any], guided: bool) -> Callable:
     return program
 
 
-def make_straightness(nets: Mapping[str, Any], dynamics: sampling.Dynamics, alpha: float, N: int) -> Callable:
-    """`program((params, null_ids), ids, X0) → S` [B]."""
+def make_straightness(
+    nets: Mapping[str, Any], dynamics: sampling.Dynamics, alpha: float, N: int
+) -> Callable[..., Array]:
+    """`program((params, null_ids), ids, X0) → S` [B] along N Euler steps; a teacher is seen as a flow."""
 
     def program(fixed, ids, X0):
         params, null_ids = fixed
         text, null = sampling.encode_text(nets, params, ids, null_ids)
-
-        def network(Z, tau, context):
-            return nets["unet"].apply(params["unet"], Z, tau, context)
-
-        _, v = solvers.trajectory(make_velocity(dynamics, network, text, null, alpha), solvers.euler(N), X0)
-        return flow.straightness(v)
+        predict = flow.guided(functools.partial(nets["unet"].apply, params["unet"]), text, null, alpha)
+        if isinstance(dynamics, sampling.Flow):
+            table = sampling.solver_table(dynamics, "euler", N)
+        else:
+            predict, table = teacher.teacher_velocity(predict, dynamics), solvers.euler(N)
+        return flow.straightness(solvers.trajectory(predict, table, X0)[1])
 
     return program
 
 
-def make_velocity(
-    dynamics: sampling.Dynamics, network: Network, text: Context, null: Context, alpha: float
-) -> Velocity:
-    """The guided velocity of a flow, or of a teacher seen as one."""
-    if not isinstance(dynamics, sampling.Flow):
-        return teacher.teacher_velocity(flow.guided(network, text, null, alpha), dynamics)
-
-    def signed(Z, tau, context):
-        return dynamics.factor * network(Z, tau, context)
-
-    return flow.flow_velocity(signed, text, null, alpha, dynamics.num_timesteps)
-
-
 class Programs:
-    """Draws on every device of this process, `per_device` rows each a call.
+    """Runs models on every device of this process, `per_device` rows each a call.
 
     Args:
-      nets: of the teacher; the weights come with each model.
+      nets: the teacher's; the weights come with each model.
       null_ids: [1, L], the empty prompt.
       longest: steps of the longest solver.
     """
 
     def __init__(self, nets: Mapping[str, Any], null_ids: TokenIds, *, per_device: int, longest: int):
-        self._nets, self._null, self._longest = nets, null_ids, longest
-        devices = jax.local_devices()
-        self._mesh = jax.make_mesh((len(devices),), ("data",), devices=devices, axis_types=(AxisType.Auto,))
-        self._rows = per_device * len(devices)
-        self._draw = {guided: self._on_all(make_draw(nets, guided)) for guided in (False, True)}
+        self._nets, self._null, self._per_device, self._longest = nets, null_ids, per_device, longest
+        self._draw = {guided: BatchedRunner(make_draw(nets, guided), per_device) for guided in (False, True)}
         self._draw_one = {guided: jax.jit(make_draw_one(nets, guided)) for guided in (False, True)}
-        self._straightness: dict[tuple, Callable] = {}
+        self._straightness: dict[tuple, BatchedRunner] = {}
 
-    def draw(
-        self,
-        model: Model,
-        table: Multistep,
-        alpha: float,
-        ids: Int[np.ndarray, "N L"],
-        X0: Float[np.ndarray, "N h w c"],
-    ) -> tuple[Float[np.ndarray, "N h w c"], UInt8[np.ndarray, "N H W 3"]]:
-        """Latents and pictures."""
-        fixed = model.pipe.params, self._null, make_solver(table, alpha, self._longest)
-        return self._spread(self._draw[alpha > 1], fixed, ids, X0)
+    def draw(self, model: Model, table: Multistep, alpha: float, ids: TokenIds, X0: Latent) -> tuple[Latent, Images]:
+        """Latents and images."""
+        runner = self._draw[alpha > 1]
+        return runner(runner.place((model.pipe.params, self._null, make_solver(table, alpha, self._longest))), ids, X0)
 
-    def straightness(
-        self, model: Model, alpha: float, N: int, ids: Int[np.ndarray, "N L"], X0: Float[np.ndarray, "N h w c"]
-    ) -> Float[np.ndarray, " N"]:
-        """S of each sample, per latent dimension, along N Euler steps; a teacher is seen as a flow."""
-        kind = model.dynamics, alpha, N
-        if kind not in self._straightness:
-            self._straightness[kind] = self._on_all(make_straightness(self._nets, *kind))
-        return self._spread(self._straightness[kind], (model.pipe.params, self._null), ids, X0)
+    def straightness(self, model: Model, alpha: float, N: int, ids: TokenIds, X0: Latent) -> PerSample:
+        """S of each sample, per latent dimension, along N Euler steps."""
+        key = model.dynamics, alpha, N
+        if key not in self._straightness:
+            self._straightness[key] = BatchedRunner(make_straightness(self._nets, *key), self._per_device)
+        runner = self._straightness[key]
+        return runner(runner.place((model.pipe.params, self._null)), ids, X0)
 
-    def draw_one(
-        self,
-        model: Model,
-        table: Multistep,
-        alpha: float,
-        ids: Int[np.ndarray, "1 L"],
-        X0: Float[np.ndarray, "1 h w c"],
-    ) -> UInt8[np.ndarray, "1 H W 3"]:
-        """One picture by the program that `seconds` times."""
+    def draw_one(self, model: Model, table: Multistep, alpha: float, ids: TokenIds, X0: Latent) -> Images:
+        """One image, by the program that `seconds` times."""
         return np.asarray(self._draw_one[alpha > 1](*self._inputs(model, table, alpha, ids, X0)))
 
-    def seconds(
-        self,
-        model: Model,
-        table: Multistep,
-        alpha: float,
-        ids: Int[np.ndarray, "1 L"],
-        X0: Float[np.ndarray, "1 h w c"],
-        repeats: int,
-    ) -> float:
-        """From token ids and noise to one picture in bytes: the median of `repeats` runs of one compiled program."""
+    def seconds(self, model: Model, table: Multistep, alpha: float, ids: TokenIds, X0: Latent, repeats: int) -> float:
+        """Seconds from token ids and noise to one image in bytes: the median of `repeats` runs."""
         program, inputs = self._draw_one[alpha > 1], self._inputs(model, table, alpha, ids, X0)
-        return float(np.median([_timed(program, inputs) for _ in range(repeats + 1)][1:]))  # the first one may compile
+        return float(np.median([_timed(program, inputs) for _ in range(repeats + 1)][1:]))  # the first run may compile
 
-    def _inputs(self, model, table, alpha, ids, X0):
+    def _inputs(self, model: Model, table: Multistep, alpha: float, ids: TokenIds, X0: Latent):
         return jax.device_put((model.pipe.params, self._null, make_solver(table, alpha, self._longest), ids, X0))
-
-    def _on_all(self, program: Callable) -> Callable:
-        """Each device runs the same program on rows of its own."""
-        whole, split = PartitionSpec(), PartitionSpec("data")
-        return jax.jit(
-            jax.shard_map(program, mesh=self._mesh, in_specs=(whole, split, split), out_specs=split, check_vma=False)
-        )
-
-    def _spread(self, program: Callable, fixed: Any, *arrays: np.ndarray) -> Any:
-        """The results of all rows; the last call is filled up, and the filling cut off."""
-        whole, split = (NamedSharding(self._mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
-        fixed, count = jax.device_put(fixed, whole), len(arrays[0])
-        outputs = []
-        for start in range(0, count, self._rows):
-            rows = [np.resize(array[start : start + self._rows], (self._rows, *array.shape[1:])) for array in arrays]
-            outputs.append(program(fixed, *jax.device_put(rows, split)))
-        return jax.tree.map(lambda *parts: np.concatenate([np.asarray(part) for part in parts])[:count], *outputs)
 
 
 def _timed(program: Callable, inputs: tuple) -> float:

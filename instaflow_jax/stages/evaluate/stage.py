@@ -1,9 +1,8 @@
-"""Stage `evaluate`: teacher and flows of a workdir on one table, with pictures; the embedded world's own measures."""
+"""Stage `evaluate`: the teacher and the flows of a workdir in one table, with figures (embedded world only)."""
 
 import importlib.util
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,36 +10,43 @@ import jax
 from ml_collections import ConfigDict
 
 from instaflow_jax import __version__
-from instaflow_jax.infra import files
-from instaflow_jax.infra.files import write_json
-from instaflow_jax.stages.evaluate import models as evaluate_models
-from instaflow_jax.stages.evaluate import pictures as evaluate_pictures
-from instaflow_jax.stages.evaluate import table as evaluate_table
+from instaflow_jax.data.openmoji import dataset as openmoji
+from instaflow_jax.infra.files import write_json, write_text
+from instaflow_jax.stages.common.loading import EXPORT, check_at_least
+from instaflow_jax.stages.common.machine import machine
+from instaflow_jax.stages.evaluate import figures, models, table
 from instaflow_jax.stages.evaluate.cache import Record
-from instaflow_jax.stages.evaluate.measures import Bench, machine
-from instaflow_jax.stages.evaluate.models import Model
+from instaflow_jax.stages.evaluate.measures import Measurements, Options
+from instaflow_jax.stages.evaluate.models import Entry, Model
 
 DIRECTORY, RESULTS, TABLE = "evaluate", "results.json", "table.md"
-_REAL = (("real", "real emoji", False), ("decoded", "… through the autoencoder", True))
 
 
 def run(config: ConfigDict, workdir: str) -> None:
-    """Writes `workdir`/evaluate/: results.json, table.md and pictures, of the models that are in `workdir`.
+    """Writes `workdir`/evaluate/ about the models that are in `workdir`: results.json, table.md and figures.
 
     Raises:
       ValueError, FileNotFoundError: a field of the config, or a model, is wrong.
     """
     check(config)
-    models = evaluate_models.load(config, Path(workdir))
-    evaluate_models.check_seeds(config, Path(workdir))
-    bench = Bench(config, Path(workdir), models[0])
-    directory = Path(workdir) / DIRECTORY
-    results = measure(config, bench, models)
-    evaluate_pictures.write(directory, config, bench, models, results)
-    write_json(directory / RESULTS, results)
-    with files.atomic_write(directory / TABLE) as temporary:
-        temporary.write_text(markdown(results), encoding="utf-8")
-    print(f"\n{evaluate_table.markdown(results['rows'], evaluate_table.COLUMNS)}\nwrote {directory}", flush=True)
+    root = Path(workdir)
+    found = models.load(read_entries(config, root))
+    models.check_seeds(config.seed, (root, *(root / name for name in folders(config))))
+    data = openmoji.load(config.data_dir or root / "data")
+    directory = root / DIRECTORY
+    measurements = Measurements(read_options(config), directory / "measured", data, found[0])
+    rows, guidance = measure(measurements, found, config.guidance.N, tuple(config.guidance.alphas))
+    figures.write(directory, measurements, found, rows, guidance, list(config.show.prompts))
+    about = {
+        "code": f"instaflow_jax {__version__}",
+        "machine": machine(),
+        "teacher_alpha": found[0].alpha,
+        "weights": {model.name: model.weights for model in found},
+        "config": json.loads(config.to_json_best_effort()),
+    }
+    write_json(directory / RESULTS, {"about": about, "rows": rows, "guidance": guidance})
+    write_text(directory / TABLE, table.page(rows, conditions(about["config"], about)))
+    print(f"\n{table.markdown(rows, table.COLUMNS)}\nwrote {directory}", flush=True)
 
 
 def check(config: ConfigDict) -> None:
@@ -50,111 +56,104 @@ def check(config: ConfigDict) -> None:
       ValueError: naming field, value and rule.
     """
     if jax.process_count() > 1:
-        raise ValueError("evaluate runs in one process, on all its devices: leave --processes away")
+        raise ValueError("evaluate runs in one process, on all its devices; run without --processes")
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("evaluate draws its curves with matplotlib, which is not installed: pip install -e .[demo]")
-    for name, least in (("batch", 1), ("repeats", 1), ("seed", 0)):
-        if config[name] < least:
-            raise ValueError(f"config.{name}={config[name]} must be at least {least}")
-    for name in ("teacher", *evaluate_models.FLOWS):
+    check_at_least(1, batch=config.batch, repeats=config.repeats)
+    check_at_least(0, seed=config.seed)
+    check_at_least(2, **{"show.points": config.show.points, "straightness.count": config.straightness.count})
+    for name in ("teacher", *models.FLOWS):
         if not config[name].N or min(config[name].N) < 1:
-            raise ValueError(f"config.{name}.N={tuple(config[name].N)} must be numbers of steps, 1 or more")
-    evaluate_models.folders(config)
-    if config.show.points < 2 or config.straightness.count < 2:
-        raise ValueError(
-            f"config.show.points={config.show.points} and config.straightness.count="
-            f"{config.straightness.count} must be at least 2"
-        )
+            raise ValueError(f"config.{name}.N={tuple(config[name].N)} must be one or more solver steps of at least 1")
+    folders(config)
 
 
-def measure(config: ConfigDict, bench: Bench, models: list[Model]) -> dict[str, Any]:
-    """All numbers: {"about", "rows", "guidance"}; says each when it is there."""
-    tell = Tell(
-        len(models)
-        + 3
-        + sum(len(model.steps) for model in models)
-        + (len(config.guidance.alphas) if len(models) > 1 else 0)
+def folders(config: ConfigDict) -> tuple[str, ...]:
+    """Folders of the workdir that may hold a flow. Raises ValueError for a wrong `config.extra`."""
+    return *models.FLOWS, *models.split_extra(config.extra)
+
+
+def read_entries(config: ConfigDict, workdir: Path) -> list[Entry]:
+    """The teacher, the flows that exist, and those that `config.extra` names, which are evaluated like `distill`.
+
+    Raises:
+      FileNotFoundError: a folder of `config.extra` holds no model, or nothing states the teacher's guidance.
+    """
+    teacher = config.teacher
+    alpha = teacher.alpha or models.alpha_of_pairs(workdir)
+    entries = [Entry("teacher", teacher.model, float(alpha), tuple(teacher.N))]
+    for name in folders(config):
+        if models.is_there(workdir, name):
+            block = config[name if name in models.FLOWS else "distill"]
+            entries.append(Entry(name, str(workdir / name / EXPORT), float(block.alpha), tuple(block.N)))
+    return entries
+
+
+def read_options(config: ConfigDict) -> Options:
+    """What `Measurements` needs of the config."""
+    return Options(
+        **{name: config[name] for name in ("judge", "count", "seed", "neighbours", "batch", "repeats")},
+        straightness_N=config.straightness.N,
+        straightness_count=config.straightness.count,
+        shown_prompts=tuple(config.show.prompts),
+        path_prompt=config.show.path,
+        path_points=config.show.points,
     )
-    tell({"title": "the teacher's pictures to compare with", "N": 0}, *bench.reference())
-    rows = [tell({"model": name, "title": title, "N": 0}, *bench.real(decoded)) for name, title, decoded in _REAL]
-    for model in models:
-        straight = tell({"title": f"{model.title}, straightness", "N": 0}, *bench.straightness(model))
-        names = {"model": model.name, "title": model.title, "alpha": model.alpha}
-        model_rows = [
-            tell(names | {"N": N} | bench.seconds(model, N)[0].numbers, *bench.row(model, N, model.alpha))
-            for N in model.steps
-        ]
-        model_rows[0] |= {name: straight[name] for name in ("S", "S_error")}
-        rows += model_rows
-    return {"about": about(config, models), "rows": rows, "guidance": list(guidance(config, bench, models, tell))}
 
 
-def guidance(config: ConfigDict, bench: Bench, models: list[Model], tell: "Tell") -> Iterator[dict[str, Any]]:
-    """Rows of the 2-rectified flow at several guidance scales; none where it is not there."""
-    for model in models:
-        if model.name == "reflow":
-            N = config.guidance.N
-            for alpha in config.guidance.alphas:
-                yield tell(
-                    {"model": model.name, "title": f"{model.title}, alpha {alpha:g}", "N": N, "alpha": alpha},
-                    *bench.row(model, N, alpha),
-                )
+def measure(
+    measurements: Measurements, found: list[Model], guidance_N: int, alphas: tuple[float, ...]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of the table, and rows of the 2-rectified flow at several guidance scales; prints each of them."""
+    reflow = next((model for model in found if model.name == "reflow"), None)
+    alphas = alphas if reflow else ()
+    log = Log(3 + len(found) + sum(len(model.N) for model in found) + len(alphas))
+    log({"title": "the teacher's images for comparison", "N": 0}, *measurements.reference())
+    rows = [
+        log({"model": name, "title": title, "N": 0}, *measurements.real(decoded))
+        for name, title, decoded in (("real", "real emoji", False), ("decoded", "… through the autoencoder", True))
+    ]
+    for model in found:
+        S = log({"title": f"{model.title}, straightness", "N": 0}, *measurements.straightness(model))
+        first = len(rows)
+        for N in model.N:
+            row = {"model": model.name, "title": model.title, "alpha": model.alpha, "N": N}
+            row |= measurements.seconds(model, N)[0].numbers
+            rows.append(log(row, *measurements.row(model, N, model.alpha)))
+        rows[first] |= {key: S[key] for key in ("S", "S_error")}
+    guidance = []
+    for alpha in alphas:
+        row = {"model": reflow.name, "title": f"{reflow.title}, alpha {alpha:g}", "N": guidance_N, "alpha": alpha}
+        guidance.append(log(row, *measurements.row(reflow, guidance_N, alpha)))
+    return rows, guidance
 
 
-class Tell:
-    """One line a measurement, counted."""
+class Log:
+    """Prints one line for each measurement, counted up to `total`."""
 
-    def __init__(self, count: int):
-        self._count, self._done, self._began = count, 0, time.monotonic()
+    def __init__(self, total: int):
+        self._total, self._done, self._began = total, 0, time.monotonic()
 
-    def __call__(self, row: dict[str, Any], record: Record, known: bool) -> dict[str, Any]:
-        """The row with its numbers in it."""
+    def __call__(self, row: dict[str, Any], record: Record, cached: bool) -> dict[str, Any]:
+        """The row with the record's numbers in it."""
         now, row = time.monotonic(), row | record.numbers
         self._done += 1
-        told = [
-            f"{column.heading} {evaluate_table.cell(row, column)}"
-            for column in evaluate_table.COLUMNS
-            if column.key in row
-        ]
-        print(
-            f"{self._done}/{self._count} {evaluate_table.label(row)}{': ' if told else ''}{', '.join(told)} "
-            f"({'measured before' if known else f'{now - self._began:.1f} s'})",
-            flush=True,
-        )
+        cells = [f"{column.heading} {table.cell(row, column)}" for column in table.COLUMNS if column.key in row]
+        took = "measured before" if cached else f"{now - self._began:.1f} s"
+        line = ": ".join(filter(None, (table.label(row), ", ".join(cells))))
+        print(f"{self._done}/{self._total} {line} ({took})", flush=True)
         self._began = now
         return row
 
 
-def about(config: ConfigDict, models: list[Model]) -> dict[str, Any]:
-    """What is needed to know what the numbers mean."""
-    return {
-        "code": f"instaflow_jax {__version__}",
-        "machine": machine(),
-        "teacher_alpha": models[0].alpha,
-        "weights": {model.name: model.weights for model in models},
-        "config": json.loads(config.to_json_best_effort()),
-    }
-
-
-def markdown(results: dict[str, Any]) -> str:
-    """Both tables, what their columns mean, and what they were measured on."""
-    found, config = results["about"], results["about"]["config"]
-    columns = (*evaluate_table.COLUMNS, *evaluate_table.MORE)
-    meanings = "".join(f"* **{column.heading}**, {column.better} is better. {column.meaning}\n" for column in columns)
-    tables = "\n".join(
-        evaluate_table.markdown(results["rows"], some) for some in (evaluate_table.COLUMNS, evaluate_table.MORE)
-    )
-    return f"{tables}\n{meanings}\n{conditions(config, found)}\n"
-
-
-def conditions(config: dict[str, Any], found: dict[str, Any]) -> str:
-    """In one paragraph, how the numbers were made."""
-    device = found["machine"]
+def conditions(config: dict[str, Any], about: dict[str, Any]) -> str:
+    """How the numbers were made, in one paragraph."""
+    device = about["machine"]
+    samples = min(config["straightness"]["count"], config["count"])
     return (
-        f"{config['count']} prompts, full names of emoji drawn without replacement, or their kinds; the same noise for every "
-        f"row, of seed {config['seed']}, which no training pair used (the prompts are names that training saw too). "
-        f"Teacher: DPM-Solver, guidance {found['teacher_alpha']:g}, as in its pairs; flows: Euler, guidance "
-        f"{config['reflow']['alpha']:g}. S: {config['straightness']['N']} Euler steps, "
-        f"{min(config['straightness']['count'], config['count'])} samples. Seconds: {device['device']}, one of "
-        f"{device['devices']} devices, jax {device['jax']}."
+        f"{config['count']} prompts: full names of emoji drawn without replacement, or their kinds. Every row starts "
+        f"from the same noise, of seed {config['seed']}, which no training pair used; training saw the prompts. "
+        f"Teacher: DPM-Solver, guidance {about['teacher_alpha']:g}, as in its pairs. Flows: Euler, guidance "
+        f"{config['reflow']['alpha']:g}. S: {config['straightness']['N']} Euler steps, {samples} samples. "
+        f"Seconds: {device['device']}, one of {device['devices']} devices, jax {device['jax']}."
     )

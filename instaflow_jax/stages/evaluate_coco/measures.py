@@ -1,11 +1,9 @@
-"""What `evaluate_coco` says of pictures: FID, KID, precision and recall against COCO's photographs, and CLIP score.
+"""What `evaluate_coco` measures: FID, KID, precision and recall against COCO's photographs, and CLIP score.
 
-Inception's features are those of pytorch-fid: `python -m pytorch_fid DIR/pictures DIR/reference.npz` gives the same
-FID.
+Inception's features are pytorch-fid's: `python -m pytorch_fid DIR/pictures DIR/reference.npz` gives the same FID.
 """
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,204 +12,200 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int, UInt8
-from ml_collections import ConfigDict
+from jaxtyping import Float, PyTree, UInt8
 
-from instaflow_jax.arrays import Params
+from instaflow_jax.arrays import Params, TokenIds
 from instaflow_jax.data import coco
 from instaflow_jax.evals import clip_score, features, frechet
-from instaflow_jax.evals import kid as kernel
-from instaflow_jax.evals import precision_recall as neighbours
+from instaflow_jax.evals.error_bar import mean_and_error
+from instaflow_jax.evals.kid import kid
+from instaflow_jax.evals.precision_recall import precision_recall
 from instaflow_jax.infra import files, images
 from instaflow_jax.infra.files import read_json, sha256_of_json, sha256_of_params, write_json
+from instaflow_jax.infra.progress import Progress
+from instaflow_jax.infra.runner import BatchedRunner
 from instaflow_jax.models.clip import CLIPModel
-from instaflow_jax.models.net import Net
 from instaflow_jax.weights.tokenizer import Tokenizer
 
 Read = Callable[[Any], UInt8[np.ndarray, "H W 3"]]
-Reference = tuple[frechet.Moments, Float[np.ndarray, "N D"] | None]  # of photographs: statistics, features where had
+Reference = tuple[frechet.Moments, Float[np.ndarray, "N D"] | None]  # the photographs' statistics, and their features
 
 
 @dataclasses.dataclass(frozen=True)
 class Judges:
-    """The networks that look at pictures, and the statistics of photographs where a file of them was given.
+    """The networks that judge images, and the photographs' statistics if a file of them was given.
 
     Attributes:
-      look: Inception on every device of this process, pictures in bytes → features.
-      look_sha256: of its weights.
+      inception: images in bytes → features.
+      clip: CLIP's pixels and token ids → cosine.
       given: the statistics of `config.reference`.
     """
 
-    look: features.Spread
-    look_sha256: str
-    clip: tuple[Net, Params]
+    inception: BatchedRunner
+    inception_params: PyTree
+    inception_sha256: str
+    clip: BatchedRunner
+    clip_params: Params
     preprocessor: clip_score.Preprocessor
     tokenizer: Tokenizer
     given: frechet.Moments | None
 
 
-def load(config: ConfigDict) -> Judges:
-    """Reads them.
+def load(*, inception: str, clip: str, reference: str, batch: int) -> Judges:
+    """Loads the networks, and the statistics in the file `reference` unless it is "".
 
     Raises:
-      FileNotFoundError, ValueError: naming the file, and where it is to be had.
+      FileNotFoundError, ValueError: naming the file, and where to download it.
     """
-    given = frechet.Moments.load(config.reference) if config.reference else None
-    function, params = features.load_inception(config.inception)
+    given = frechet.Moments.load(reference) if reference else None
+    function, params = features.load_inception(inception)
     width = jax.eval_shape(function, params, np.zeros((1, 8, 8, 3), np.uint8)).shape[1]
     if given is not None and len(given.mean) != width:
         raise ValueError(
-            f"config.reference={config.reference!r} is of features of {len(given.mean)} numbers, but "
-            f"{config.inception} gives {width}: it is of another network"
+            f"config.reference={reference!r} is of features of {len(given.mean)} numbers, but {inception} gives "
+            f"{width}; use statistics of the same network"
         )
-    tokenizer = Tokenizer.from_pretrained(config.clip, "")
-    clip = CLIPModel.from_pretrained(config.clip)
-    return Judges(
-        features.Spread(function, params, config.batch),
-        sha256_of_params(params),
-        clip,
-        clip_score.read_preprocessor(config.clip, "", clip[0]),
-        tokenizer,
-        given,
-    )
+    tokenizer = Tokenizer.from_pretrained(clip, "")
+    net, clip_params = CLIPModel.from_pretrained(clip)
+    preprocessor = clip_score.read_preprocessor(clip, "", net)
+    runners = BatchedRunner(function, batch), BatchedRunner(clip_score.make_clip_score(net), batch)
+    digest = sha256_of_params(params)
+    return Judges(runners[0], params, digest, runners[1], clip_params, preprocessor, tokenizer, given)
 
 
-def reference(config: ConfigDict, judges: Judges, photos: Sequence[coco.Photo], directory: Path) -> Reference:
-    """Statistics of the photographs, and their features unless the statistics were given.
+def reference(
+    judges: Judges, photos: Sequence[coco.Photo], directory: Path, *, source: str, split: str, size: int
+) -> Reference:
+    """The photographs' statistics, and their features unless the statistics were given.
 
-    Computed once and kept in `directory`: a note of what they were computed from is written last, and stands for whole
-    files.
+    Computed once and kept in `directory`. A JSON file that states their origin is written last, so it shows that the
+    other files are complete.
 
     Raises:
       ValueError: a photograph is damaged.
     """
     if judges.given is not None:
         return judges.given, None
-    note, statistics, rows = (directory / f"reference{ending}" for ending in (".json", ".npz", "_features.npy"))
-    made_from = {
-        "source": config.data.source,
-        "split": config.data.split,
-        "size": config.size,
+    origin_file, statistics, rows = (directory / f"reference{ending}" for ending in (".json", ".npz", "_features.npy"))
+    origin = {
+        "source": source,
+        "split": split,
+        "size": size,
         "captions_sha256": sha256_of_json([[photo.id, photo.caption] for photo in photos]),
-        "network_sha256": judges.look_sha256,
+        "network_sha256": judges.inception_sha256,
     }
-    if note.is_file() and read_json(note) == made_from:
+    if origin_file.is_file() and read_json(origin_file) == origin:
         return frechet.Moments.load(statistics), np.load(rows)
-    found = all_features(judges.look, lambda photo: coco.pixels(photo, config.size), photos, "photographs")
+    found = all_features(judges, lambda photo: coco.pixels(photo, size), photos, "Inception, photographs")
     moments = frechet.Moments.empty(found.shape[1]).add(found)
     if jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
-        note.unlink(missing_ok=True)
+        origin_file.unlink(missing_ok=True)
         moments.save(statistics)
         with files.atomic_write(rows) as temporary, temporary.open("wb") as file:
             np.save(file, found)
-        write_json(note, made_from)
+        write_json(origin_file, origin)
     return moments, found
 
 
-def run(config: ConfigDict, judges: Judges, real: Reference, pictures: Mapping[Path, str]) -> dict[str, Any]:
-    """The numbers of an evaluation.
+def measure(judges: Judges, real: Reference, captions: Mapping[Path, str], size: int) -> dict[str, Any]:
+    """The numbers of an evaluation; None for those that need the photographs' features where there are none.
 
     Args:
       real: from `reference`.
-      pictures: file → the caption it was made for.
+      captions: the caption of each image file.
+      size: height and width of the images.
 
     Raises:
-      ValueError: a picture is damaged, or of another size than `config.size`.
+      ValueError: an image is damaged or has another size.
     """
     moments, rows = real
-    made = all_features(judges.look, lambda path: read_picture(path, config.size), list(pictures), "pictures")
-    scores = clip_scores(config, judges, pictures)
+    made = all_features(judges, lambda path: read_image(path, size), list(captions), "Inception, images")
+    score, score_error = mean_and_error(clip_scores(judges, captions, size))
     results = {
         "real": moments.count,
         "made": len(made),
         "fid": frechet.distance(moments, frechet.Moments.empty(made.shape[1]).add(made)),
-        "clip_score": float(scores.mean()),
-        "clip_score_error": float(scores.std(ddof=1) / math.sqrt(len(scores))),
-        "kid": None,
-        "kid_deviation": None,
-        "precision": None,
-        "recall": None,
+        "clip_score": score,
+        "clip_score_error": score_error,
+        **dict.fromkeys(("kid", "kid_deviation", "precision", "recall")),
     }
     if rows is not None:
-        results["kid"], results["kid_deviation"] = kernel.kid(rows, made)
-        results["precision"], results["recall"] = neighbours.precision_recall(rows, made)
+        results["kid"], results["kid_deviation"] = kid(rows, made)
+        results["precision"], results["recall"] = precision_recall(rows, made)
     return results
 
 
-def all_features(look: features.Spread, read: Read, items: Sequence[Any], what: str) -> Float[np.ndarray, "N D"]:
-    """Inception's features of everything that `read` gives for `items`, float32."""
-    parts = []
-    for start, pixels in batches(read, items, look.rows):
-        parts.append(look(pixels))
-        tell(start + len(pixels), len(items), look.rows, f"Inception: {what}")
+def all_features(judges: Judges, read: Read, items: Sequence[Any], title: str) -> Float[np.ndarray, "N D"]:
+    """Inception's features, float32, of the images that `read` gives for `items`."""
+    params = judges.inception.place(judges.inception_params)
+    parts = [judges.inception(params, pixels) for _, pixels in batches(read, items, judges.inception, title)]
     return np.concatenate(parts)
 
 
-def clip_scores(config: ConfigDict, judges: Judges, pictures: Mapping[Path, str]) -> Float[np.ndarray, " N"]:
-    """The cosine of each picture and its caption."""
-    net, params = judges.clip
-    score = clip_score.make_clip_score(net)
-    spread = features.Spread(lambda params, pixels, ids: score(params, pixels, ids), params, config.batch)
-    paths, parts = list(pictures), []
-    ids = tokens(judges.tokenizer, list(pictures.values()))
-    for start, pixels in batches(lambda path: read_picture(path, config.size), paths, spread.rows):
-        parts.append(spread(clip_score.preprocess(pixels, judges.preprocessor), ids[start : start + len(pixels)]))
-        tell(start + len(pixels), len(paths), spread.rows, "CLIP: pictures")
-    return np.concatenate(parts).astype(np.float64)
+def clip_scores(judges: Judges, captions: Mapping[Path, str], size: int) -> Float[np.ndarray, " N"]:
+    """The cosine of each image and its caption."""
+    params, ids = judges.clip.place(judges.clip_params), token_ids(judges.tokenizer, list(captions.values()))
+    parts = [
+        judges.clip(params, clip_score.preprocess(pixels, judges.preprocessor), ids[rows])
+        for rows, pixels in batches(lambda path: read_image(path, size), list(captions), judges.clip, "CLIP, images")
+    ]
+    return np.concatenate(parts)
 
 
-def tokens(tokenizer: Tokenizer, captions: list[str]) -> Int[np.ndarray, "N L"]:
-    """Of captions; some are longer than a text encoder takes, and thousands of warnings would help nobody."""
+def token_ids(tokenizer: Tokenizer, captions: list[str]) -> TokenIds:
+    """Token ids of captions. Some captions are too long for the text encoder; the warnings about them are silenced."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the prompt", category=UserWarning)
         return tokenizer(captions)
 
 
-def batches(read: Read, items: Sequence[Any], rows: int) -> Iterator[tuple[int, UInt8[np.ndarray, "B H W 3"]]]:
-    """`read` of `rows` items at a time, with the number of the first; by threads, since decoding takes long."""
+def batches(
+    read: Read, items: Sequence[Any], runner: BatchedRunner, title: str
+) -> Iterator[tuple[slice, UInt8[np.ndarray, "B H W 3"]]]:
+    """The rows of each call of `runner`, and what `read` gives for those items; threads decode, since it takes long."""
+    progress = Progress(len(items), "images", title=title)
     with ThreadPoolExecutor() as pool:
-        for start in range(0, len(items), rows):
-            yield start, np.stack(list(pool.map(read, items[start : start + rows])))
+        for rows in runner.batches(len(items)):
+            yield rows, np.stack(list(pool.map(read, items[rows])))
+            progress.advance(rows.stop - rows.start)
+    progress.close()
 
 
-def read_picture(path: Path, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """A PNG that `evaluate_coco` wrote. Raises ValueError if it is damaged or of another size."""
-    again = "delete it and start again: it alone is made anew"
+def read_image(path: Path, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """A PNG that `evaluate_coco` wrote. Raises ValueError if it is damaged or has another size."""
+    remedy = "delete it and run again: only this image is made again"
     try:
-        picture, _ = images.load_png(path)
+        image, _ = images.load_png(path)
     except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG
-        raise ValueError(f"{path} cannot be read ({error}); {again}") from error
-    if picture.shape[:2] != (size, size):
-        raise ValueError(f"{path} has {picture.shape[1]}×{picture.shape[0]} pixels, not {size}×{size}; {again}")
-    return picture
+        raise ValueError(f"{path} cannot be read ({error}); {remedy}") from error
+    if image.shape[:2] != (size, size):
+        raise ValueError(f"{path} has {image.shape[1]}×{image.shape[0]} pixels, not {size}×{size}; {remedy}")
+    return image
 
 
-def tell(done: int, count: int, rows: int, what: str) -> None:
-    """A line now and then: some twenty in all."""
-    if done == count or done // rows % max(count // rows // 20, 1) == 0:
-        print(f"{what} {done}/{count}", flush=True)
+def table(title: str, model: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+    """A Markdown table of one row, so that rows of several runs fit under one head.
 
+    Args:
+      model: the cells that say what was measured, by heading.
+      results: from `measure`.
+    """
 
-def table(title: str, results: Mapping[str, Any], config: ConfigDict) -> str:
-    """The results as a Markdown table of one row, so that rows of several runs go under one head."""
-
-    def shown(name: str, form: str, factor: float = 1.0) -> str:
+    def shown(name: str, form: str, factor: float = 1) -> str:
         return "–" if results[name] is None else format(factor * results[name], form)
 
-    kid = shown("kid", ".2f", 1e3)
-    kid = kid if results["kid"] is None else f"{kid} ± {shown('kid_deviation', '.2f', 1e3)}"
-    cells = {
-        "model": config.model,
-        "N": config.N,
-        "α": f"{config.alpha:g}",
+    def with_error(name: str, error: str, form: str, factor: float = 1) -> str:
+        return "–" if results[name] is None else f"{shown(name, form, factor)} ± {shown(error, form, factor)}"
+
+    cells = dict(model) | {
         "FID": shown("fid", ".2f"),
-        "CLIP score": f"{shown('clip_score', '.4f')} ± {shown('clip_score_error', '.4f')}",
-        "KID × 10³": kid,
+        "CLIP score": with_error("clip_score", "clip_score_error", ".4f"),
+        "KID × 10³": with_error("kid", "kid_deviation", ".2f", 1e3),
         "precision": shown("precision", ".3f"),
         "recall": shown("recall", ".3f"),
-        "pictures": results["made"],
-        "photographs": shown("real", "d", 1),
+        "images": results["made"],
+        "photographs": shown("real", "d"),
     }
     rows = (cells, ["---"] * len(cells), cells.values())
     return f"{title}\n\n" + "".join("| " + " | ".join(map(str, row)) + " |\n" for row in rows)

@@ -1,56 +1,75 @@
-"""Stage `evaluate_coco`: a picture for each of COCO's captions, measured against COCO's photographs.
+"""Stage `evaluate_coco`: an image for each of COCO's captions, measured against COCO's photographs.
 
-Everything is checked before the first picture is made. Pictures are PNGs that appear whole, so a run that was killed
-goes on where it stopped. Processes share the pictures between them, over one directory; all of them measure, so that
-none waits for another, and the first one writes.
+Everything is checked before the first image is made. Images are written atomically, so a killed run continues where it
+stopped. Processes share the images between them, in one directory. All of them measure, so that none waits for another,
+and the first one writes the results.
 """
 
 import dataclasses
 import json
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
 from instaflow_jax import __version__, pipeline, sampling
+from instaflow_jax.arrays import Latent
 from instaflow_jax.data import coco, noise
-from instaflow_jax.evals.features import Spread
-from instaflow_jax.infra import devices, files, images
-from instaflow_jax.infra.files import read_json, sha256_of_json, sha256_of_params, write_json
-from instaflow_jax.infra.progress import clock_time
-from instaflow_jax.stages.common.loading import latent_shape, load, read_solve_options, read_weight_options
-from instaflow_jax.stages.evaluate_coco import measures as measure
+from instaflow_jax.infra import devices, images
+from instaflow_jax.infra.files import read_json, sha256_of_json, sha256_of_params, write_json, write_text
+from instaflow_jax.infra.progress import Progress
+from instaflow_jax.infra.runner import BatchedRunner
+from instaflow_jax.stages.common.loading import (
+    SolveOptions,
+    WeightOptions,
+    check_at_least,
+    latent_shape,
+    load,
+    read_solve_options,
+    read_weight_options,
+)
+from instaflow_jax.stages.evaluate_coco import measures
 
-_LEAST = 4  # pictures; with fewer there are no third neighbours
-_TELL_EVERY = 30  # seconds
+_MIN_COUNT = 4  # images; precision and recall need a third neighbour
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is drawn and how; see `configs/evaluate_coco.py`."""
+
+    model: str
+    weights: WeightOptions
+    solving: SolveOptions
+    size: int
+    seed: int
+    batch: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is fixed before the first picture.
+    """What is fixed before the first image.
 
     Attributes:
-      photos: those whose captions are asked for, in order.
+      photos: those whose captions are the prompts, in order.
       solve: the ODE, see `sampling.make_solve`.
-      recipe: all that decides the pictures; JSON.
+      recipe: everything that decides the images, as JSON.
       directory: where everything is written.
     """
 
-    config: ConfigDict
-    pipe: pipeline.Pipeline
+    options: Options
+    pipe: pipeline.Pipeline | None
     photos: list[coco.Photo]
-    solve: sampling.Solve
+    solve: sampling.Solve | None
     recipe: dict[str, Any]
     directory: Path
 
     def path(self, photo: coco.Photo) -> Path:
-        """Of the picture for a caption."""
+        """The file of the image for a caption."""
         return self.directory / "pictures" / f"{photo.id:012d}.png"
 
 
@@ -58,75 +77,69 @@ def run(config: ConfigDict, workdir: str) -> None:
     """Writes `workdir`/evaluate/coco: pictures/, reference.npz, results.json and results.md.
 
     Raises:
-      ValueError, FileNotFoundError: a field of the config, a file of a model or of COCO is wrong; nothing is written.
+      ValueError, FileNotFoundError: a field of the config, or a file of a model or COCO, is wrong; nothing is written.
     """
-    check(config)
-    photos = coco.load(**{name: config.data[name] for name in ("source", "captions", "split")})
-    chosen = coco.choose(photos, config.data.count)
+    options, data = read_options(config), config.data
+    photos = coco.load(data.source, data.captions, data.split)
+    chosen = coco.choose(photos, data.count)
     if not config.reference:
         coco.check_present(photos)
-    judges = measure.load(config)
-    job = prepare(config, chosen, Path(workdir) / "evaluate" / "coco")
+    judges = measures.load(**{name: config[name] for name in ("inception", "clip", "reference", "batch")})
+    job = prepare(options, chosen, Path(workdir) / "evaluate" / "coco")
     check_same(job)
-    real = measure.reference(config, judges, photos, job.directory)
-    begin(job)
+    real = measures.reference(judges, photos, job.directory, source=data.source, split=data.split, size=options.size)
     draw(job)
-    devices.barrier("pictures of COCO's captions")
-    results = measure.run(config, judges, real, {job.path(photo): photo.caption for photo in chosen})
+    devices.barrier("images of COCO's captions")
+    results = measures.measure(judges, real, {job.path(photo): photo.caption for photo in chosen}, options.size)
     if jax.process_index() == 0:
-        report(job, results)
+        report(job, results, data.source, config.to_dict())
 
 
-def check(config: ConfigDict) -> None:
-    """Cross-field checks, before anything is loaded. Raises ValueError."""
-    read_weight_options(config)
-    read_solve_options(config)
-    for field, value, least in (
-        ("batch", config.batch, 1),
-        ("size", config.size, 1),
-        ("N", config.N, 1),
-        ("seed", config.seed, 0),
-        ("data.count", config.data.count, _LEAST),
-    ):
-        if value < least:
-            raise ValueError(f"config.{field}={value} must be at least {least}")
+def read_options(config: ConfigDict) -> Options:
+    """The config as values, checked before anything is loaded. Raises ValueError."""
+    check_at_least(1, batch=config.batch, size=config.size, N=config.N)
+    check_at_least(0, seed=config.seed)
+    check_at_least(_MIN_COUNT, **{"data.count": config.data.count})
+    fields = {name: config[name] for name in ("model", "size", "seed", "batch")}
+    return Options(weights=read_weight_options(config), solving=read_solve_options(config), **fields)
 
 
-def prepare(config: ConfigDict, photos: list[coco.Photo], directory: Path) -> Job:
-    """Reads the model that is to be measured.
+def prepare(options: Options, photos: list[coco.Photo], directory: Path) -> Job:
+    """Loads the model to measure.
 
     Raises:
-      ValueError, FileNotFoundError: a file of it is wrong, or its pictures are smaller than `config.size`.
+      ValueError, FileNotFoundError: one of its files is wrong, or its images are smaller than `options.size`.
     """
-    pipe = load(config.model, read_weight_options(config))
-    shape = latent_shape(pipe, config.height, config.width)
+    solving, pipe = options.solving, load(options.model, options.weights)
+    shape = latent_shape(pipe, solving.height, solving.width)
     height, width = (side * pipe.nets["vae"].config.factor for side in shape[:2])
-    if min(height, width) < config.size:
+    if min(height, width) < options.size:
         raise ValueError(
-            f"config.size={config.size} exceeds the model's pictures of {width}×{height}, which are "
-            "reduced to it and never enlarged: lower it, or raise config.height and config.width"
+            f"config.size={options.size} exceeds the model's images of {width}×{height}, which are only ever reduced; "
+            "lower it, or raise config.height and config.width"
         )
-    dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, config.dynamics)
-    solve = sampling.make_solve(pipe.nets["unet"].apply, dynamics, config.solver, config.N, config.alpha)
-    settings = ("kind", "solver", "N", "alpha", "negative", "dtype", "seed", "size")
-    recipe = {name: config[name] for name in settings} | {
+    dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, solving.dynamics)
+    solve = sampling.make_solve(pipe.nets["unet"].apply, dynamics, solving.solver, solving.N, solving.alpha)
+    recipe = {name: getattr(solving, name) for name in ("solver", "N", "alpha", "negative")} | {
+        "kind": solving.dynamics,  # the keys and values of version 0.1, whose runs can be continued
+        "dtype": options.weights.dtype,
+        "seed": options.seed,
+        "size": options.size,
         "model": {name: sha256_of_params(params) for name, params in pipe.params.items()}
         | {"tokenizer": sha256_of_json([pipe.tokenizer.vocab, pipe.tokenizer.merges, pipe.tokenizer.config])},
-        "dynamics": repr(dynamics) if isinstance(dynamics, sampling.Flow) else pipe.scheduler,
+        "dynamics": f"Flow(factor={dynamics.factor}, steps={dynamics.num_timesteps})"
+        if isinstance(dynamics, sampling.Flow)
+        else pipe.scheduler,
         "latent_shape": list(shape),
         "noise": noise.NAME,
         "count": len(photos),
         "captions_sha256": sha256_of_json([[photo.id, photo.caption] for photo in photos]),
     }
-    return Job(config, pipe, photos, solve, json.loads(json.dumps(recipe)), directory)
+    return Job(options, pipe, photos, solve, json.loads(json.dumps(recipe)), directory)
 
 
 def check_same(job: Job) -> None:
-    """Makes sure that pictures which are there were made by the same recipe.
-
-    Raises:
-      ValueError: they were not; names the fields that differ.
-    """
+    """Raises ValueError, naming the fields that differ, if the directory holds images of another recipe."""
     path = job.directory / "recipe.json"
     if not path.is_file():
         return
@@ -134,76 +147,64 @@ def check_same(job: Job) -> None:
     differ = [name for name in sorted({*there, *job.recipe}) if there.get(name) != job.recipe.get(name)]
     if differ:
         raise ValueError(
-            f"{job.directory} holds pictures of another recipe ({', '.join(differ)} "
-            f"{'differs' if len(differ) == 1 else 'differ'}): take another --workdir, or delete it"
+            f"{job.directory} holds images of another recipe ({', '.join(differ)} "
+            f"{'differs' if len(differ) == 1 else 'differ'}); use another --workdir, or delete it"
         )
 
 
-def begin(job: Job) -> None:
-    """Notes the recipe before the first picture."""
+def draw(job: Job) -> None:
+    """Writes the recipe, then makes the missing images.
+
+    A call always holds the same captions, no matter how often the run was killed.
+    """
     if jax.process_index() == 0:
         job.directory.mkdir(parents=True, exist_ok=True)
         write_json(job.directory / "recipe.json", job.recipe)
-
-
-def draw(job: Job) -> None:
-    """Makes the pictures that are not there. Calls always hold the same captions, however often the run was killed."""
-    rows = job.config.batch * len(jax.local_devices())
-    starts = range(rows * jax.process_index(), len(job.photos), rows * jax.process_count())
-    calls = [job.photos[start : start + rows] for start in starts]
+    generate = sampling.make_generate(job.pipe.nets, job.solve)
+    runner = BatchedRunner(lambda fixed, ids, X0: generate(fixed[0], ids, fixed[1], X0), job.options.batch)
+    calls = [job.photos[rows] for rows in runner.batches(len(job.photos))]
+    calls = calls[jax.process_index() :: jax.process_count()]
     left = [call for call in calls if not all(job.path(photo).is_file() for photo in call)]
-    print(
-        f"{job.directory / 'pictures'}: {len(calls) - len(left)} of {len(calls)} batches of {rows} pictures are there",
-        flush=True,
-    )
+    done = len(calls) - len(left)
+    print(f"{job.path(job.photos[0]).parent}: {done} of {len(calls)} batches of {runner.rows} images exist", flush=True)
     if not left:
         return
-    generate = sampling.make_generate(job.pipe.nets, job.solve)
-    fixed = job.pipe.params, job.pipe.tokenizer([job.config.negative])
-    spread = Spread(lambda fixed, ids, X0: generate(fixed[0], ids, fixed[1], X0), fixed, job.config.batch)
-
-    def ids(call: Sequence[coco.Photo]) -> Int[np.ndarray, "B L"]:
-        return measure.tokens(job.pipe.tokenizer, [photo.caption for photo in call])
-
-    began = told = time.monotonic()
-    for done, call in enumerate(left, 1):
-        write(job, call, spread(ids(call), draw_noise(job, call)))
-        now = time.monotonic()
-        if now - told > _TELL_EVERY or done == len(left):
-            told = now
-            print(
-                f"{done}/{len(left)} batches · {clock_time(now - began)} gone, "
-                f"{clock_time((now - began) / done * (len(left) - done))} left",
-                flush=True,
-            )
+    fixed = runner.place((job.pipe.params, job.pipe.tokenizer([job.options.solving.negative])))
+    progress = Progress(len(calls), "batches", title="drawing", done=done)
+    for call in left:
+        ids = measures.token_ids(job.pipe.tokenizer, [photo.caption for photo in call])
+        write(job, call, runner(fixed, ids, draw_noise(job, call)))
+        progress.advance()
+    progress.close()
 
 
-def draw_noise(job: Job, photos: Sequence[coco.Photo]) -> np.ndarray:
-    """X0 of each, from the seed and the image's id alone. Float32 [B, h, w, c]."""
+def draw_noise(job: Job, photos: Sequence[coco.Photo]) -> Latent:
+    """X0 of each photo's image, float32 [B, h, w, c], from the seed and the photo's id alone."""
     shape = job.recipe["latent_shape"]
-    return np.stack([noise.noise(job.config.seed, photo.id, shape) for photo in photos]).astype(np.float32)
+    return np.stack([noise.noise(job.options.seed, photo.id, shape) for photo in photos]).astype(np.float32)
 
 
-def write(job: Job, photos: Sequence[coco.Photo], pictures: UInt8[np.ndarray, "B H W 3"]) -> None:
-    """Reduces pictures to the size measured at, as the photographs are, and writes those that are not there."""
-    for photo, picture in zip(photos, pictures, strict=True):
+def write(job: Job, photos: Sequence[coco.Photo], drawn: UInt8[np.ndarray, "B H W 3"]) -> None:
+    """Reduces images to the measured size, like the photographs, and writes those that do not exist."""
+    options = job.options
+    for photo, image in zip(photos, drawn, strict=True):
         if not job.path(photo).is_file():
-            text = {"prompt": photo.caption, "seed": f"{job.config.seed}, image {photo.id}", "model": job.config.model}
-            images.save_png(job.path(photo), coco.square(Image.fromarray(picture), job.config.size), text)
+            text = {"prompt": photo.caption, "seed": f"{options.seed}, image {photo.id}", "model": options.model}
+            images.save_png(job.path(photo), coco.square(Image.fromarray(image), options.size), text)
 
 
-def report(job: Job, results: Mapping[str, Any]) -> None:
+def report(job: Job, results: dict[str, Any], source: str, config: dict[str, Any]) -> None:
     """Writes results.json and results.md, and prints the latter."""
+    options = job.options
     about = {
-        "model": job.config.model,
+        "model": options.model,
         "code": f"instaflow_jax {__version__}",
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
-        "config": job.config.to_dict(),
+        "config": config,
     }
     write_json(job.directory / "results.json", {"results": results, "recipe": job.recipe, "about": about})
-    size = job.config.size
-    text = measure.table(f"COCO, {job.config.data.source}, {size}×{size} pixels", results, job.config)
-    with files.atomic_write(job.directory / "results.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    model = {"model": options.model, "N": options.solving.N, "α": f"{options.solving.alpha:g}"}
+    text = measures.table(f"COCO, {source}, {options.size}×{options.size} pixels", model, results)
+    write_text(job.directory / "results.md", text)
     print(f"{text}\nwrote {job.directory / 'results.json'}", flush=True)

@@ -1,4 +1,4 @@
-"""The model card of an export: how it was made, from what, under which licence, what was measured, how to run it."""
+"""The model card of an export: its recipe, data, licence and measurements, and how to run each format."""
 
 import dataclasses
 import json
@@ -6,35 +6,35 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from instaflow_jax import pipeline, sampling
+from instaflow_jax.stages.export.formats import Options
 from instaflow_jax.stages.export.source import Source, parents, run_config
 
-TABLE = "evaluate/table.md"  # in the workdir, by the stage that measures
+TABLE = "evaluate/table.md"  # in the workdir, written by stage `evaluate`
 _SD15 = "[CreativeML OpenRAIL-M](https://huggingface.co/spaces/CompVis/stable-diffusion-license)"
-TEXTS = {  # what a licence's name in a card means
+TEXTS = {  # by the licence's name in a card's front matter
     "cc-by-sa-4.0": "[CC BY-SA 4.0](https://creativecommons.org/licenses/by-sa/4.0/)",
     "creativeml-openrail-m": _SD15,
-    "openrail++": "[CreativeML Open RAIL++-M](https://huggingface.co/stabilityai/stable-diffusion-2/blob/main/LICENSE-MODEL)",
-    "cc-by-nc-4.0": f"[CC BY-NC 4.0](https://creativecommons.org/licenses/by-nc/4.0/), no commercial use, and {_SD15} of "
-    "the Stable Diffusion underneath",
-    "other": "as the teacher's, which its files here do not state: look it up before you pass this on",
+    "openrail++": "[CreativeML Open RAIL++-M]"
+    "(https://huggingface.co/stabilityai/stable-diffusion-2/blob/main/LICENSE-MODEL)",
+    "cc-by-nc-4.0": "[CC BY-NC 4.0](https://creativecommons.org/licenses/by-nc/4.0/), no commercial use, and "
+    f"{_SD15} of the underlying Stable Diffusion",
+    "other": "the teacher's licence, which its files do not state: look it up before you pass this model on",
 }
-_KNOWN = (  # names of models whose licence is known, most binding first
+_KNOWN = (  # (pattern of a model's name, its licence), the most restrictive first
     (r"(instaflow_0_9b|2_rectified_flow)_from_sd", "cc-by-nc-4.0"),
     (r"stable-diffusion-2", "openrail++"),
     (r"stable-diffusion-(v1|inpainting)", "creativeml-openrail-m"),
 )
 _OPENMOJI = (
     "All emojis designed by [OpenMoji](https://openmoji.org), the open-source emoji and icon project. "
-    "Licence: CC BY-SA 4.0; pictures made with these weights carry it too."
+    "Licence: CC BY-SA 4.0. It covers images made with these weights too."
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Licence:
-    """A licence as a card names it ("other" where unknown), and the model that it is inherited from."""
+    """A licence by its name in a card's front matter ("other" if unknown), and the model that states it."""
 
     name: str
     source: str
@@ -44,7 +44,7 @@ class Licence:
 
 
 def lineage(source: Source) -> list[str]:
-    """The models that `source` was made from, nearest first, itself leading, as far as the runs' configs tell."""
+    """The models that `source` was made from, itself first, then the nearest, as far as the runs' configs show."""
     found, queue = [], [source.name, *(parents(source.run) if source.run else [])]
     while queue:
         name = queue.pop(0)
@@ -56,7 +56,7 @@ def lineage(source: Source) -> list[str]:
 
 
 def licence(source: Source) -> Licence:
-    """That of the nearest ancestor whose licence its own card states, or whose name is known."""
+    """The licence of the nearest ancestor whose card states one, or whose name is known."""
     for name in lineage(source):
         found = stated(name) or next((spdx for names, spdx in _KNOWN if re.search(names, name.lower())), None)
         if found:
@@ -65,7 +65,7 @@ def licence(source: Source) -> Licence:
 
 
 def stated(name: str) -> str | None:
-    """The licence in the front matter of a directory's card, or of its UNet's, or of the export it is a part of."""
+    """The licence in the front matter of a directory's card, of its UNet's card, or of the export that contains it."""
     folder = Path(pipeline.locate(name))
     for card in (folder / "README.md", folder / "unet" / "README.md", folder.parent / "README.md"):
         if card.is_file():
@@ -79,78 +79,56 @@ def stated(name: str) -> str | None:
 # ---------------------------------------------------------------- the card
 
 
-def card(config: ConfigDict, source: Source, licence: Licence, workdir: Path) -> str:
+def card(source: Source, licence: Licence, options: Options, workdir: Path) -> str:
     """README.md, with the front matter that model hubs read."""
-    one_step = isinstance(source.dynamics, sampling.Flow)
-    tags = "instaflow, rectified-flow, one-step, jax" if one_step else "stable-diffusion, jax"
-    parts = [
-        "\n".join(
-            [
-                "---",
-                f"license: {licence.name}",
-                "library_name: diffusers",
-                "pipeline_tag: text-to-image",
-                f"tags: [{tags}]",
-                "---",
-            ]
-        ),
-        f"# Text to image in {'one step' if one_step else 'many steps'}",
-        "A rectified flow, trained by the recipe of [InstaFlow](https://arxiv.org/abs/2309.06380) with instaflow_jax."
-        if one_step
-        else "A teacher: a noise predictor, exported as it is.",
-        "## Recipe",
-        recipe(source, config),
-        "## Data",
-        data(source),
-        "## Licence",
-        legal(source, licence),
-        "## Measured",
-        measured(workdir),
-        "## Use",
-        *(USES[form](config, source) for form in config.formats),
-    ]
+    if isinstance(source.dynamics, sampling.Flow):
+        tags, title = "instaflow, rectified-flow, one-step, jax", "one step"
+        summary = "A rectified flow, trained with instaflow_jax, an implementation of "
+        summary += "[InstaFlow](https://arxiv.org/abs/2309.06380)."
+    else:
+        tags, title = "stable-diffusion, jax", "many steps"
+        summary = "A teacher (a noise predictor), unchanged."
+    front = f"license: {licence.name}\nlibrary_name: diffusers\npipeline_tag: text-to-image\ntags: [{tags}]"
+    parts = [f"---\n{front}\n---", f"# Text to image in {title}", summary]
+    parts += ["## Recipe", recipe(source), "## Data", data(source), "## Licence", legal(source, licence)]
+    parts += ["## Measured", measured(workdir), "## Use", *(USES[name](source, options) for name in options.formats)]
     if source.run:
         parts += ["## Resolved config", f"```json\n{json.dumps(source.run, indent=1)}\n```"]
     return "\n\n".join(parts) + "\n"
 
 
-def recipe(source: Source, config: ConfigDict) -> str:
+def recipe(source: Source) -> str:
     """A table of what the run's resolved config says."""
     if not source.run:
-        return f"Exported from `{source.name}`, which keeps no record of its training."
+        return f"Exported from `{source.name}`, which has no record of its training."
     run, rows = source.run, {"Stage": f"{source.run['stage']}, from the weights of `{parents(source.run)[0]}`"}
     if "distance" in run:
         rows["Distance (Eq. 6)"] = run["distance"]
     if "loss" in run:
         rows["Loss (Eq. 5)"] = ", ".join(f"{key} {value}" for key, value in run["loss"].items())
+    steps, schedule = f"{run['loop']['steps']} planned, batch size {run['batch_size']}", run["schedule"]
+    is_ema = source.step is None or source.weights == "ema"
+    name = schedule.get("name") or schedule["kind"]  # "kind" in version 0.1
     rows |= {
-        "Steps": f"{run['loop']['steps']} planned, batch {run['batch_size']}"
-        + (f"; these weights are those of step {source.step}" if source.step is not None else ""),
-        "Weights": f"running mean, decay {run['ema_decay']}"
-        if source.step is None or config.weights == "ema"
-        else "the parameters themselves, not their running mean",
-        "Learning rate": f"{run['schedule']['peak']:g}, {run['schedule']['name']}, after {run['schedule']['warmup_steps']} "
-        "steps of warm-up",
+        "Steps": steps if source.step is None else f"{steps}; these are the weights of step {source.step}",
+        "Weights": f"exponential moving average, decay {run['ema_decay']}" if is_ema else "parameters, not averaged",
+        "Learning rate": f"{schedule['peak']:g}, {name}, after {schedule['warmup_steps']} steps of warm-up",
         "Compute type": run["dtype"],
     }
     return table(rows)
 
 
 def data(source: Source) -> str:
-    """What the pairs were made of and how."""
+    """What the pairs were made from and how."""
     if "pairs" not in source.run:
-        return "Not known to this export."
+        return "Not recorded."
     pairs, count = source.run["pairs"], source.run["pairs"]["count"]
-    return (
-        table(
-            {
-                "Pairs (noise, text, image)": str(count) if count else "one for each prompt",
-                "Prompts": f"`{pairs['prompts']['source']}`",
-                "Images by": f"`{pairs['model']}`, {pairs['N']} steps, guidance {pairs['alpha']:g}",
-            }
-        )
-        + "\n\nNo picture made by people was looked at in this training: the images are the model's own."
-    )
+    rows = {
+        "Pairs (noise, text, image)": count or "one for each prompt",
+        "Prompts": f"`{pairs['prompts']['source']}`",
+        "Images by": f"`{pairs['model']}`, {pairs['N']} steps, guidance {pairs['alpha']:g}",
+    }
+    return table(rows) + "\n\nThis training used no images made by people: a model generated all of them."
 
 
 def table(rows: dict[str, Any]) -> str:
@@ -158,23 +136,23 @@ def table(rows: dict[str, Any]) -> str:
 
 
 def legal(source: Source, licence: Licence) -> str:
-    """The licence in words, and the credit that the embedded world owes."""
+    """The licence in words, and the attribution that OpenMoji's licence requires."""
     text = f"{TEXTS.get(licence.name, licence.name)}, inherited from `{licence.source}`."
     embedded = any(Path(pipeline.locate(name)).parent == pipeline.EMBEDDED for name in lineage(source))
-    return text + (f" {_OPENMOJI}" if embedded else "")
+    return f"{text} {_OPENMOJI}" if embedded else text
 
 
 def measured(workdir: Path) -> str:
-    """The table of the stage that measures, or that there is none."""
+    """The table that stage `evaluate` wrote, or a note that there is none."""
     path = workdir / TABLE
     return path.read_text(encoding="utf-8").strip() if path.is_file() else "Not measured."
 
 
-# ---------------------------------------------------------------- how to run each form
+# ---------------------------------------------------------------- how to run each format
 
 
-def use_orbax(config: ConfigDict, source: Source) -> str:
-    return """`orbax/`: the weights, `params["unet"]["conv_in.kernel"]` and so on, as numpy arrays:
+def use_orbax(source: Source, options: Options) -> str:
+    return """`orbax/`: the weights as numpy arrays, for example `params["unet"]["conv_in.kernel"]`:
 
 ```python
 import os
@@ -183,17 +161,16 @@ params = ocp.StandardCheckpointer().restore(os.path.abspath("orbax"))
 ```"""
 
 
-def use_diffusers(config: ConfigDict, source: Source) -> str:
-    if not isinstance(source.dynamics, sampling.Flow):
-        call = "num_inference_steps=25"
-    elif config.convention == "released":
+def use_diffusers(source: Source, options: Options) -> str:
+    is_flow = isinstance(source.dynamics, sampling.Flow)
+    if is_flow and options.convention == "released":
         return (
-            "`diffusers/`: the authors' convention. The UNet predicts X1 − X0, its clock is 1000·(1 − t): for the "
-            "released InstaFlow code, and for instaflow_jax. Stock schedulers do not fit it."
+            "`diffusers/`: the convention of the authors' released checkpoints. The UNet predicts X1 − X0 and its "
+            "timestep is 1000·(1 − t). Use it with the released InstaFlow code or with instaflow_jax; the schedulers "
+            "of diffusers do not fit it."
         )
-    else:
-        call = "num_inference_steps=1, guidance_scale=1.0"
-    return f"""`diffusers/`: PyTorch, without code of our own:
+    call = "num_inference_steps=1, guidance_scale=1.0" if is_flow else "num_inference_steps=25"
+    return f"""`diffusers/`: PyTorch diffusers, no custom code:
 
 ```python
 from diffusers import StableDiffusionPipeline
@@ -202,16 +179,17 @@ pipe("red apple", {call}).images[0].save("apple.png")
 ```"""
 
 
-def use_stablehlo(config: ConfigDict, source: Source) -> str:
+def use_stablehlo(source: Source, options: Options) -> str:
     return (
-        f"`stablehlo/`: `python stablehlo/draw.py` needs jax and numpy alone, draws `{config.prompts}` and writes the "
-        "pictures beside itself; it is ten lines to copy from. Other prompts: put their token ids into `ids.npy`. "
-        f"For cpu, cuda and tpu, products in {config.dtype}; jax keeps such programs readable for six months or more."
+        "`stablehlo/`: a program for cpu, cuda and tpu. `python stablehlo/draw.py` runs it with only jax and numpy. It "
+        f"generates `{options.prompts}` and writes the images into the same folder. For other prompts, write their "
+        f"token ids to `ids.npy`. The compute type is {options.dtype}. jax guarantees to read such "
+        "programs for at least six months."
     )
 
 
-def use_msgpack(config: ConfigDict, source: Source) -> str:
-    return """`msgpack/`: the Flax classes of diffusers until 0.39 and transformers 4:
+def use_msgpack(source: Source, options: Options) -> str:
+    return """`msgpack/`: for the Flax classes of diffusers (up to 0.39) and transformers 4:
 
 ```python
 from diffusers import FlaxUNet2DConditionModel

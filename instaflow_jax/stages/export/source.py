@@ -1,21 +1,20 @@
-"""What is exported: the weights of a run, or a model in diffusers layout, and what is known of where it comes from."""
+"""The model to export: the weights of a training run or a model in diffusers layout, and its recorded origin."""
 
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from instaflow_jax import pipeline, sampling
-from instaflow_jax.arrays import Params
 from instaflow_jax.infra import checkpoint, devices, files
-from instaflow_jax.stages import distill
-from instaflow_jax.stages.common import flow_training as straighten
 from instaflow_jax.stages.common import loading
+from instaflow_jax.stages.common.loading import WeightOptions
+from instaflow_jax.weights.conventions import NUM_TIMESTEPS, scaled
+from instaflow_jax.weights.delta import Delta
 
 CHECKPOINTS = "checkpoints"
-MANIFEST = "export.json"  # marks a directory as one that this stage wrote, and keeps the run's config
+MANIFEST = "export.json"  # marks a directory that this stage wrote, and records the run's config
 WEIGHTS = ("ema", "params")
 
 
@@ -24,11 +23,12 @@ class Source:
     """A model to export.
 
     Attributes:
-      name: what it was asked for by.
-      pipe: networks and host arrays; the UNet of a flow predicts X1 − X0, whatever its directory's convention.
-      dynamics: `sampling.Flow(1, steps)`, or a teacher's schedule.
-      run: the resolved config it was trained with; {} where nothing tells.
-      step: of the checkpoint; None where there is none.
+      name: the directory, hub id or embedded name that it was loaded from.
+      pipe: networks and host arrays. The UNet of a flow predicts X1 − X0, whatever its directory's convention.
+      dynamics: `sampling.Flow(1, num_timesteps)`, or a teacher's schedule.
+      run: the resolved config it was trained with; {} if unknown.
+      step: the training step of its checkpoint; None if it was not read from a checkpoint.
+      weights: "ema" or "params", which weights were read from the checkpoint.
     """
 
     name: str
@@ -36,90 +36,78 @@ class Source:
     dynamics: sampling.Dynamics
     run: dict[str, Any]
     step: int | None
+    weights: str = "ema"
 
 
-def load(config: ConfigDict, workdir: str) -> Source:
-    """Reads `config.model`; "" is the run that stage `distill` left in `workdir`, trained first if it is not there.
+def load(name: str, weights: str, dynamics: str, options: WeightOptions) -> Source:
+    """Reads a run directory, or a model that `pipeline.load` reads.
+
+    Args:
+      weights: "ema" or "params" of a run.
+      dynamics: "auto", "flow" or "teacher" of a model that is not a run.
 
     Raises:
-      FileNotFoundError, ValueError: there is no such model or run, or its files are wrong.
+      FileNotFoundError, ValueError: the model or run does not exist, or its files are wrong.
     """
-    name = config.model or need_distill(config, workdir)
     if (Path(name) / CHECKPOINTS).is_dir():
-        return load_run(config, Path(name))
-    pipe = loading.load(name, loading.read_weight_options(config))
-    dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, config.dynamics)
-    return canonical(Source(name, pipe, dynamics, run_config(name), None))
+        return load_run(Path(name), weights, options)
+    pipe = loading.load(name, options)
+    found = sampling.read_dynamics(pipe.scheduler, pipe.index, dynamics)
+    if isinstance(found, sampling.Flow):  # the UNet's last convolution absorbs the factor
+        pipe = replace_unet(pipe, scaled(pipe.params["unet"], found.factor))
+        found = sampling.Flow(1, found.num_timesteps)
+    return Source(name, pipe, found, run_config(name), None, weights)
 
 
-def need_distill(config: ConfigDict, workdir: str) -> str:
-    """The run in `workdir` that `config.distill` makes; it is made first if it is not there."""
-    run = Path(workdir) / config.distill.output
-    if not (run / CHECKPOINTS).is_dir() and not (run / straighten.EXPORT / "model_index.json").is_file():
-        print(f"{run} is not there\n→ distill first", flush=True)
-        distill.run(config.distill, workdir)
-    return str(run if (run / CHECKPOINTS).is_dir() else run / straighten.EXPORT)
-
-
-def load_run(config: ConfigDict, run: Path) -> Source:
-    """The newest checkpoint of a reflow or distillation, in the pipeline it was trained in."""
-    saved, step = checkpoint.load_config(run / CHECKPOINTS, step=None), checkpoint.whole_steps(run / CHECKPOINTS)[-1]
+def load_run(run: Path, weights: str, options: WeightOptions) -> Source:
+    """The newest checkpoint of a reflow or distillation run, in the pipeline it was trained in."""
+    saved, step = checkpoint.load_config(run / CHECKPOINTS, step=None), checkpoint.complete_steps(run / CHECKPOINTS)[-1]
     if saved.get("stage") not in ("reflow", "distill"):
         raise ValueError(
             f"{run} is a run of stage {saved.get('stage')!r}, not of reflow or distill; pretraining writes "
-            "WORKDIR/export in diffusers layout itself: name that"
+            "WORKDIR/export in diffusers layout itself: use that as config.model"
         )
-    if config.loras or config.delta.custom:
+    if options.loras or options.delta:
         raise ValueError(
-            f"config.loras and config.delta change a model in diffusers layout, and {run} is a run: export it "
-            "first, with config.convention='released', then merge into that"
+            f"config.loras and config.delta change a model in diffusers layout, but {run} is a run: export it "
+            "first with config.convention='released', then merge into that export"
         )
-    pipe = surroundings(config, run, saved)
-    loaded = checkpoint.load_weights(
-        run / CHECKPOINTS, config.weights, devices.make_mesh(fsdp=1), step=step, like=pipe.nets["unet"].shapes
+    pipe = load_base_pipeline(run, saved, options)
+    mesh, like = devices.make_mesh(fsdp=1), pipe.nets["unet"].shapes
+    unet = checkpoint.load_weights(run / CHECKPOINTS, weights, mesh, step=step, like=like)
+    pipe = replace_unet(pipe, jax.device_get(unet))
+    return Source(str(run), pipe, sampling.Flow(1, NUM_TIMESTEPS), saved, step, weights)
+
+
+def load_base_pipeline(run: Path, saved: dict[str, Any], options: WeightOptions) -> pipeline.Pipeline:
+    """The pipeline around a run's UNet: the run's own export if it finished, else the model it started from."""
+    if (run / loading.EXPORT / "model_index.json").is_file():
+        return loading.load(str(run / loading.EXPORT), dataclasses.replace(options, weights_variant=""))
+    as_trained = dataclasses.replace(
+        options,
+        base=saved["base"],
+        delta=Delta(**saved["delta"]) if saved["delta"]["custom"] else None,
+        loras=loading.read_loras(saved["loras"]),
+        weights_variant=saved["weights_variant"],
     )
-    pipe = dataclasses.replace(pipe, params=pipe.params | {"unet": jax.device_get(loaded)})
-    return Source(str(run), pipe, sampling.Flow(1, straighten.NUM_TIMESTEPS), saved, step)
+    return loading.load(parents(saved)[0], as_trained)
 
 
-def surroundings(config: ConfigDict, run: Path, saved: dict[str, Any]) -> pipeline.Pipeline:
-    """The pipeline around a run's UNet: what it exported when it ended, else what it began from, loaded as it did."""
-    how = {"dtype": config.dtype, "attention": config.attention}
-    if (run / straighten.EXPORT / "model_index.json").is_file():
-        return loading.load(ConfigDict(config.to_dict() | how | {"weights_variant": ""}), str(run / straighten.EXPORT))
-    return loading.load(ConfigDict(saved | how), parents(saved)[0])
+def replace_unet(pipe: pipeline.Pipeline, unet: dict[str, Any]) -> pipeline.Pipeline:
+    return dataclasses.replace(pipe, params=pipe.params | {"unet": unet})
 
 
 def parents(run: dict[str, Any]) -> list[str]:
-    """The models a run was made from, the one whose weights it began with first."""
-    names = [run[field] for field in ("start", "model") if run.get(field)]
+    """The models a run was made from; first the one whose weights it started from ("start" in version 0.1)."""
+    names = [run[field] for field in ("init_from", "start", "model") if run.get(field)]
     names += [run["pairs"]["model"]] if "pairs" in run else []
     return names + ([run["reflow"]["model"]] if "reflow" in run and not run["model"] else [])
 
 
 def run_config(name: str) -> dict[str, Any]:
-    """The resolved config of a run directory, or of the run behind an export; {} where there is none."""
+    """The resolved config of a run directory, or of the run behind an export; {} if there is none."""
     for run in (Path(name), Path(name).parent):
-        if checkpoint.whole_steps(run / CHECKPOINTS):
+        if checkpoint.complete_steps(run / CHECKPOINTS):
             return checkpoint.load_config(run / CHECKPOINTS, step=None)
     manifest = Path(name).parent / MANIFEST
     return files.read_json(manifest)["run"] if manifest.is_file() else {}
-
-
-def canonical(source: Source) -> Source:
-    """The same flow with factor 1: its UNet's last convolution takes the factor in."""
-    if not isinstance(source.dynamics, sampling.Flow):
-        return source
-    params = source.pipe.params | {"unet": scaled(source.pipe.params["unet"], source.dynamics.factor)}
-    return dataclasses.replace(
-        source,
-        pipe=dataclasses.replace(source.pipe, params=params),
-        dynamics=sampling.Flow(1, source.dynamics.num_timesteps),
-    )
-
-
-def scaled(unet: Params, factor: float) -> Params:
-    """A UNet whose output is `factor` times as large, and which is otherwise the same."""
-    return unet | {
-        name: (unet[name] * factor).astype(unet[name].dtype) for name in ("conv_out.kernel", "conv_out.bias")
-    }

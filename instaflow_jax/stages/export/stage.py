@@ -1,9 +1,5 @@
-"""Stage `export`: a trained flow → forms that others run without this package, and a card that says what it is."""
+"""Stage `export`: a trained flow → formats that run without this package, and a model card."""
 
-import contextlib
-import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -11,119 +7,103 @@ from ml_collections import ConfigDict
 
 from instaflow_jax import sampling
 from instaflow_jax.infra import devices
-from instaflow_jax.stages.common.loading import read_prompts, read_weight_options
+from instaflow_jax.infra.files import atomic_directory, write_json, write_text
+from instaflow_jax.stages import distill
+from instaflow_jax.stages.common.loading import EXPORT, read_prompts, read_weight_options
 from instaflow_jax.stages.export import card as export_card
-from instaflow_jax.stages.export import formats as export_formats
 from instaflow_jax.stages.export import source as export_source
-from instaflow_jax.stages.export.source import MANIFEST
+from instaflow_jax.stages.export.formats import CONVENTIONS, WRITERS, Options
+from instaflow_jax.stages.export.source import CHECKPOINTS, MANIFEST, Source
 
 
 def run(config: ConfigDict, workdir: str) -> None:
-    """Writes `config.model` to `workdir`/`config.output`: a folder for each of `config.formats`, README.md, export.json.
+    """Writes `config.model` to `workdir`/`config.output`: a folder for each format, README.md and export.json.
 
-    The directory appears when all of it is written; until then one that it replaces stays.
+    The directory appears under its name only when it is complete; a directory that it replaces stays until then.
 
     Raises:
       ValueError, FileNotFoundError: a field of the config, or a file of the model, is wrong.
-      FileExistsError: the directory is there.
+      FileExistsError: the directory exists.
     """
-    check(config)
+    options, weight_options = read_options(config), read_weight_options(config)
     target = Path(workdir) / config.output
     check_target(target, config.replace)
     devices.barrier("export begins")
-    source = export_source.load(config, workdir)
-    check_formats(config, source)
+    model = config.model or need_distill(config.distill, workdir)
+    source = export_source.load(model, config.weights, config.dynamics, weight_options)
+    check_formats(options.formats, source)
     if jax.process_index() == 0:
-        with whole_directory(target) as directory:
-            write(config, source, directory, workdir)
-        print(f"wrote {target}: {', '.join(config.formats)}, README.md", flush=True)
+        with atomic_directory(target) as directory:
+            write(source, directory, options, Path(workdir))
+        print(f"wrote {target}: {', '.join(options.formats)}, README.md", flush=True)
     devices.barrier("exported")
 
 
-def write(config: ConfigDict, source: export_source.Source, directory: Path, workdir: str) -> None:
-    """Every format into its folder, then the card."""
-    for form in config.formats:
-        print(f"writing {form}", flush=True)
-        export_formats.WRITERS[form](source, directory / form, config)
+def write(source: Source, directory: Path, options: Options, workdir: Path) -> None:
+    """Every format into its folder, then export.json and the card."""
+    for name in options.formats:
+        print(f"writing {name}", flush=True)
+        WRITERS[name](source, directory / name, options)
     licence = export_card.licence(source)
-    facts = {
-        "model": source.name,
-        "step": source.step,
-        "weights": config.weights,
-        "formats": list(config.formats),
-        "convention": config.convention,
-        "licence": licence.name,
-        "run": source.run,
-    }
-    (directory / MANIFEST).write_text(json.dumps(facts, indent=2) + "\n")
-    (directory / "README.md").write_text(export_card.card(config, source, licence, Path(workdir)), encoding="utf-8")
+    facts = {"model": source.name, "step": source.step, "weights": source.weights, "formats": list(options.formats)}
+    facts |= {"convention": options.convention, "licence": licence.name, "run": source.run}
+    write_json(directory / MANIFEST, facts, indent=2)
+    write_text(directory / "README.md", export_card.card(source, licence, options, workdir))
 
 
-# ---------------------------------------------------------------- refusals, before anything is written
+def need_distill(config: ConfigDict, workdir: str) -> str:
+    """The run in `workdir` that the distillation `config` makes; it is trained first if it does not exist."""
+    run = Path(workdir) / config.output
+    if not (run / CHECKPOINTS).is_dir() and not (run / EXPORT / "model_index.json").is_file():
+        print(f"{run} is missing\n→ running distill first", flush=True)
+        distill.run(config, workdir)
+    return str(run if (run / CHECKPOINTS).is_dir() else run / EXPORT)
 
 
-def check(config: ConfigDict) -> None:
-    """Cross-field checks, before anything is loaded.
+# ---------------------------------------------------------------- checks, before anything is written
+
+
+def read_options(config: ConfigDict) -> Options:
+    """What to write, after the checks that need no files.
 
     Raises:
       ValueError: naming field, value and rule.
     """
-    read_weight_options(config)
-    known = {"weights": export_source.WEIGHTS, "convention": export_formats.CONVENTIONS, "kind": sampling.DYNAMICS}
+    known = {"weights": export_source.WEIGHTS, "convention": CONVENTIONS, "dynamics": sampling.DYNAMICS}
     for field, allowed in known.items():
         if config[field] not in allowed:
             raise ValueError(f"config.{field}={config[field]!r} is not one of {', '.join(allowed)}")
-    unknown = [form for form in config.formats if form not in export_formats.WRITERS]
+    unknown = [name for name in config.formats if name not in WRITERS]
     if unknown or not config.formats or isinstance(config.formats, str):
         raise ValueError(
-            f"config.formats={config.formats!r} must name some of {', '.join(export_formats.WRITERS)}, "
+            f"config.formats={config.formats!r} must name some of {', '.join(WRITERS)}, "
             "written --config.formats=\"('orbax','diffusers')\""
         )
     if config.attention != "xla":
         raise ValueError(
-            f"config.attention={config.attention!r}: the program is for every platform, which has only 'xla'"
+            f"config.attention={config.attention!r}: the exported program runs on every platform, and only 'xla' does; "
+            "use config.attention='xla'"
         )
     read_prompts(config.prompts)
+    return Options(tuple(config.formats), config.convention, config.prompts, config.dtype)
 
 
 def check_target(target: Path, replace: bool) -> None:
-    """FileExistsError where `target` is there and may not be replaced: not asked to, or not an export."""
+    """FileExistsError if `target` exists and is not an export, or `replace` is not set."""
     if not target.exists():
         return
     if not (target / MANIFEST).is_file():
-        raise FileExistsError(f"{target} is there and is no export of this stage: choose another config.output")
+        raise FileExistsError(f"{target} exists and is not an export of this stage: choose another config.output")
     if not replace:
         raise FileExistsError(
-            f"{target} is there: --config.replace=true puts the new export in its place, config.output chooses another"
+            f"{target} exists: use --config.replace=true to replace it, or choose another config.output"
         )
 
 
-def check_formats(config: ConfigDict, source: export_source.Source) -> None:
-    """ValueError for a program of one step asked from a teacher, which needs many."""
-    if "stablehlo" in config.formats and not isinstance(source.dynamics, sampling.Flow):
+def check_formats(formats: tuple[str, ...], source: Source) -> None:
+    """ValueError if a one-step program is requested of a teacher, which needs many steps."""
+    if "stablehlo" in formats and not isinstance(source.dynamics, sampling.Flow):
         raise ValueError(
-            f"{source.name} is a teacher, and the format 'stablehlo' is the program of one step of a flow: "
-            "leave it out of config.formats (config.dynamics='flow' if the directory does not say what it is)"
+            f"{source.name} is a teacher, but the format 'stablehlo' is the one-step program of a flow: leave it out "
+            "of config.formats, or set config.dynamics='flow' if the model is a flow and its files do not say so"
         )
-
-
-@contextlib.contextmanager
-def whole_directory(target: Path) -> Iterator[Path]:
-    """A temporary directory that becomes `target` when the block ends well, and vanishes when it does not.
-
-    A `target` that was there gives way only then; both are whole on disk at any moment of the exchange.
-    """
-    temporary, old = (target.with_name(target.name + ending) for ending in (".tmp", ".old"))
-    if old.exists() and not target.exists():  # killed in the middle of the exchange
-        old.rename(target)
-    for left in (temporary, old):
-        shutil.rmtree(left, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if target.exists():
-            target.rename(old)
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""The stage `generate`, which makes pairs."""

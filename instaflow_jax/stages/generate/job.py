@@ -1,121 +1,187 @@
-"""What `generate` needs before its first pair: teacher, prompts, the recipe that names them, the function to compile."""
+"""The work of `generate`: teacher, prompts, the recipe that identifies them, and the program that makes pairs."""
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
-from ml_collections import ConfigDict
+from jaxtyping import Float16, Int
 
 from instaflow_jax import __version__, pipeline, sampling
-from instaflow_jax.arrays import Latent, Params, TokenIds
+from instaflow_jax.arrays import AnyArray, Latent, Params, TokenIds
 from instaflow_jax.data import noise, prompts
 from instaflow_jax.infra.files import sha256_of_json, sha256_of_params
-from instaflow_jax.stages.common.loading import latent_shape, load, read_weight_options
+from instaflow_jax.infra.runner import BatchedRunner
+from instaflow_jax.stages.common.loading import SolveOptions, WeightOptions, latent_shape
+from instaflow_jax.stages.common.loading import load as load_pipeline
 
-Rows = Callable[[Mapping[str, Params], TokenIds, TokenIds, Latent], Latent]
+Fixed = tuple[Mapping[str, Params], TokenIds]  # networks' weights and the ids [1, L] of the empty or negative prompt
+MakeLatents = Callable[[Fixed, TokenIds, Latent], Float16[AnyArray, "B h w c"]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Everything fixed by the config.
+    """Everything that the config fixes.
 
     Attributes:
-      rows: the function to compile, see `make_rows`.
-      recipe: all that decides the bytes of the pairs; JSON.
-      texts: prompts; pair i belongs to the i-th, counted round.
-      report: what cleaning the prompts dropped.
+      model: where the teacher was read from.
+      make_latents: the function to compile; see `make_latents_function`.
+      recipe: everything that decides the bytes of the pairs, as JSON.
+      prompts: texts and the cleaning's report; pair i uses prompt i, modulo their number.
     """
 
-    config: ConfigDict
+    model: str
     pipe: pipeline.Pipeline
-    rows: Rows
+    make_latents: MakeLatents
     recipe: dict[str, Any]
-    texts: list[str]
-    report: dict[str, int]
+    prompts: prompts.Prompts
+
+    def prompt(self, number: int) -> str:
+        """The prompt of a pair."""
+        return self.prompts.texts[number % len(self.prompts.texts)]
+
+    def ids(self, numbers: Sequence[int]) -> Int[np.ndarray, "B L"]:
+        """Token ids of the pairs' prompts; without the tokenizer's warning for each of millions of long prompts."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="the prompt", category=UserWarning)
+            return self.pipe.tokenizer([self.prompt(number) for number in numbers])
+
+    def noise(self, numbers: Sequence[int]) -> Float16[np.ndarray, "B h w c"]:
+        """X0 of the pairs."""
+        return np.stack([noise.noise(self.recipe["seed"], i, self.recipe["latent_shape"]) for i in numbers])
+
+    def about(self) -> dict[str, Any]:
+        """What a manifest records beside the recipe and the config."""
+        device = jax.devices()[0]
+        return {
+            "model": self.model,
+            "code": f"instaflow_jax {__version__}",
+            "jax": jax.__version__,
+            "device": f"{device.platform} {device.device_kind}",
+            "prompts": self.prompts.report,
+        }
 
 
-def prepare(config: ConfigDict) -> Job:
-    """Reads the teacher and the prompts.
+def load(
+    model: str,
+    weights: WeightOptions,
+    options: SolveOptions,
+    found: prompts.Prompts,
+    *,
+    count: int,
+    seed: int,
+    shard_size: int,
+    store_noise: bool,
+) -> Job:
+    """Reads the teacher `model` and writes down the recipe.
+
+    Args:
+      found: the prompts.
+      count: number of pairs; 0 means one per prompt.
+      seed, shard_size, store_noise: see `configs/generate.py`.
 
     Raises:
-      ValueError, FileNotFoundError: a field of the config, or a file, is wrong.
+      ValueError, FileNotFoundError: an option, or a file of the teacher, is wrong.
     """
-    pipe = load(config.model, read_weight_options(config))
-    shape = latent_shape(pipe, config.height, config.width)
-    dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, config.dynamics)
+    pipe = load_pipeline(model, weights)
+    shape = latent_shape(pipe, options.height, options.width)
+    dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, options.dynamics)
     flow = isinstance(dynamics, sampling.Flow)
-    solver = ("euler" if flow else "dpm_solver") if config.solver == "auto" else config.solver
-    solve = sampling.make_solve(pipe.nets["unet"].apply, dynamics, solver, config.N, config.alpha)
-    texts, report = read_prompts(config)
-    recipe = {
+    solver = ("euler" if flow else "dpm_solver") if options.solver == "auto" else options.solver
+    solve = sampling.make_solve(pipe.nets["unet"].apply, dynamics, solver, options.N, options.alpha)
+    tokenizer = pipe.tokenizer
+    recipe = {  # version 0.1's names, because shards on disk carry the hash of the recipe
         "teacher": {name: sha256_of_params(params) for name, params in pipe.params.items()}
-        | {"tokenizer": sha256_of_json([pipe.tokenizer.vocab, pipe.tokenizer.merges, pipe.tokenizer.config])},
+        | {"tokenizer": sha256_of_json([tokenizer.vocab, tokenizer.merges, tokenizer.config])},
         "kind": "flow" if flow else "teacher",
-        "dynamics": dataclasses.asdict(dynamics) if flow else pipe.scheduler,
+        "dynamics": {"factor": dynamics.factor, "steps": dynamics.num_timesteps} if flow else pipe.scheduler,
         "solver": solver,
-        "N": config.N,
-        "alpha": config.alpha,
-        "negative": config.negative,
-        "dtype": config.dtype,
+        "N": options.N,
+        "alpha": options.alpha,
+        "negative": options.negative,
+        "dtype": weights.dtype,
         "scaling_factor": pipe.nets["vae"].config.scaling_factor,
         "latent_shape": list(shape),
-        "tokens": pipe.tokenizer.model_max_length,
-        "seed": config.seed,
+        "tokens": tokenizer.model_max_length,
+        "seed": seed,
         "noise": noise.NAME,
-        "store_noise": config.store_noise,
-        "count": config.count or len(texts),
-        "shard_size": config.shard_size,
-        "prompts_sha256": prompts.sha256(texts),
+        "store_noise": store_noise,
+        "count": count or len(found.texts),
+        "shard_size": shard_size,
+        "prompts_sha256": prompts.sha256(found.texts),
     }
-    return Job(config, pipe, make_rows(pipe.nets, solve), recipe, texts, report)
+    return Job(model, pipe, make_latents_function(pipe.nets, solve), recipe, found)
 
 
-def read_prompts(config: ConfigDict) -> prompts.Prompts:
-    """The prompts of the config, cleaned."""
-    fields = config.prompts.to_dict()
-    cleaning = prompts.Cleaning(**fields.pop("cleaning"))
-    return prompts.load(**fields, count=config.count, seed=config.seed, cleaning=cleaning)
+def make_latents_function(nets: Mapping[str, Any], solve: sampling.Solve) -> MakeLatents:
+    """Text encoder and ODE as one function, `make_latents((params, null_ids), ids, X0) → X1`.
 
-
-def about(job: Job) -> dict[str, Any]:
-    """What a manifest tells beside the recipe."""
-    device = jax.devices()[0]
-    return {
-        "model": job.config.model,
-        "code": f"instaflow_jax {__version__}",
-        "jax": jax.__version__,
-        "device": f"{device.platform} {device.device_kind}",
-        "prompts": job.report,
-        "config": job.config.to_dict(),
-    }
-
-
-def make_rows(nets: Mapping[str, Any], solve: sampling.Solve) -> Rows:
-    """Text encoder and ODE as one function, `rows(params, null_ids, ids, X0) → X1`.
-
-    Takes null_ids [1, L] (the empty or negative prompt), ids [B, L], X0 float16 [B, h, w, c]; gives float16. The ODE
-    starts from what is stored, so that a pair is exact.
+    Takes null_ids [1, L] (the empty or negative prompt), ids [B, L] and X0 float16 [B, h, w, c]; returns float16. The
+    ODE starts from the stored float16 values, so that a pair is exact.
     """
 
-    def rows(params, null_ids, ids, X0):
-        return solve(params["unet"], X0.astype(jnp.float32), *sampling.encode_text(nets, params, ids, null_ids)).astype(
-            jnp.float16
+    def make_latents(fixed, ids, X0):
+        params, null_ids = fixed
+        text, null = sampling.encode_text(nets, params, ids, null_ids)
+        return solve(params["unet"], X0.astype(jnp.float32), text, null).astype(jnp.float16)
+
+    return make_latents
+
+
+# ---------------------------------------------------------------- running it
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """Pairs in memory."""
+
+    numbers: Sequence[int]
+    ids: Int[np.ndarray, "B L"]
+    X0: Float16[np.ndarray, "B h w c"]
+    X1: Float16[np.ndarray, "B h w c"]
+
+
+def compile_program(job: Job, batch: int) -> tuple[BatchedRunner, Fixed, float]:
+    """`job.make_latents` compiled for all local devices with `batch` pairs each, and what `start` takes as `fixed`.
+
+    The third value is the seconds that compiling took.
+    """
+    runner, recipe = BatchedRunner(job.make_latents, batch), job.recipe
+    weights = {name: job.pipe.params[name] for name in ("unet", "text_encoder")}
+    fixed = runner.place((weights, job.pipe.tokenizer([recipe["negative"]])))
+    ids = jax.ShapeDtypeStruct((runner.rows, recipe["tokens"]), np.int32)
+    X0 = jax.ShapeDtypeStruct((runner.rows, *recipe["latent_shape"]), np.float16)
+    return runner, fixed, runner.compile(fixed, ids, X0)
+
+
+def generate(job: Job, runner: BatchedRunner, fixed: Fixed, numbers: range) -> Iterator[Generated]:
+    """The pairs of these numbers, call by call; the devices compute the next call while the caller uses this one.
+
+    Args:
+      runner, fixed: from `compile_program`.
+
+    Raises:
+      ValueError: a pair is not finite.
+    """
+    running = None
+    for rows in runner.batches(len(numbers)):
+        ids, X0 = job.ids(numbers[rows]), job.noise(numbers[rows])
+        previous, running = running, (numbers[rows], ids, X0, runner.start(fixed, ids, X0))
+        if previous is not None:
+            yield fetch(job, *previous)
+    yield fetch(job, *running)
+
+
+def fetch(job: Job, numbers: range, ids, X0, X1: jax.Array) -> Generated:
+    """Waits for a call and cuts off its padding. Raises ValueError if a pair is not finite."""
+    X1 = np.asarray(X1)[: len(numbers)]
+    bad = [i for i, row in zip(numbers, X1, strict=True) if not np.isfinite(row).all()]
+    if bad:
+        raise ValueError(
+            f"pair {bad[0]} ({job.prompt(bad[0])!r}) is not finite in float16, nor are {len(bad) - 1} more "
+            f"of {len(numbers)}: lower alpha={job.recipe['alpha']:g}, or set dtype='float32'"
         )
-
-    return rows
-
-
-def prompt(job: Job, number: int) -> str:
-    return job.texts[number % len(job.texts)]
-
-
-def tokens(job: Job, numbers: Sequence[int]) -> Int[np.ndarray, "B L"]:
-    """Token ids; prompts that are cut are met by the million here, so nothing is said of each."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="the prompt", category=UserWarning)
-        return job.pipe.tokenizer([prompt(job, number) for number in numbers])
+    return Generated(numbers, ids, X0, X1)

@@ -1,13 +1,12 @@
-"""Stage `generate`: prompts → (X0, text, X1) by the teacher's ODE, on disk; may be killed and started again.
+"""Stage `generate`: prompts → (X0, text, X1) by the teacher's ODE, on disk. It can be killed and restarted.
 
-Process p of n makes shards p, p + n, ...; processes share nothing but the directory. Whoever finishes last completes it.
+Process p of n makes the shards p, p + n, ...; processes share only the directory. The last one to finish completes it.
 """
 
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -15,41 +14,62 @@ from ml_collections import ConfigDict
 from instaflow_jax.data import prompts
 from instaflow_jax.data.pairs import manifest as pairs_manifest
 from instaflow_jax.data.pairs import store as pairs_store
-from instaflow_jax.infra import files
-from instaflow_jax.infra.progress import clock_time
-from instaflow_jax.stages.common.loading import read_solve_options, read_weight_options
+from instaflow_jax.data.pairs.reader import Pairs
+from instaflow_jax.infra import devices, files
+from instaflow_jax.infra.progress import Progress
+from instaflow_jax.stages.common.loading import PAIRS, check_at_least, read_solve_options, read_weight_options
 from instaflow_jax.stages.generate import inspect as generate_inspect
+from instaflow_jax.stages.generate import job as generate_job
 from instaflow_jax.stages.generate import plan as generate_plan
-from instaflow_jax.stages.generate.job import Job, about, prepare, prompt
-from instaflow_jax.stages.generate.program import Made, Sampler, sample
-
-DIRECTORY = "pairs"
+from instaflow_jax.stages.generate.job import Generated, Job
 
 
 def run(config: ConfigDict, workdir: str) -> None:
-    """Fills `workdir`/pairs; with `config.plan` only says what that would cost, with `config.inspect` checks it.
+    """Fills `workdir`/pairs; with `config.plan` only prints the cost, with `config.inspect` only checks the pairs.
 
     Raises:
       ValueError, FileNotFoundError: a field of the config, a file of the teacher or of the pairs is wrong.
       OSError: the disk is full.
     """
     check(config)
-    directory = Path(workdir) / DIRECTORY
+    directory = Path(workdir) / PAIRS
     if config.inspect:
         return generate_inspect.run(directory, config.preview)
-    job = prepare(config)
-    print(f"{config.prompts.source}: {prompts.describe(job.report)}", flush=True)
+    job = read_job(config)
+    print(f"{config.prompts.source}: {prompts.describe(job.prompts.report)}", flush=True)
     if config.plan:
-        return generate_plan.run(job)
-    pairs_manifest.begin(directory, job.recipe, about(job))
+        return generate_plan.run(job, batch=config.batch, devices=config.plan_devices)
+    pairs_manifest.begin(directory, job.recipe, job.about() | {"config": config.to_dict()})
     files.remove_stale(directory)
-    process, count = processes(config)
+    process, count = read_processes(config)
     mine = range(process, pairs_manifest.shard_count(job.recipe), count)
-    left = [shard for shard in mine if pairs_store.finished(directory, job.recipe, shard) is None]
+    left = [shard for shard in mine if pairs_store.shard_metadata(directory, job.recipe, shard) is None]
     print(f"{directory}: {len(mine) - len(left)} of {len(mine)} shards are finished", flush=True)
     if left:
-        make(job, directory, left)
-    complete(job, directory)
+        write_shards(job, directory, left, batch=config.batch, preview=config.preview)
+    if pairs_store.finish(directory, job.recipe):
+        print(f"{directory}: all {job.recipe['count']} pairs are written; check them with --config.inspect=true")
+    else:
+        print(f"{directory}: this process has finished its shards; other processes have not yet")
+
+
+def need_pairs(config: ConfigDict, directory: Path) -> Pairs:
+    """Opens the pairs in `directory`/pairs, and first generates those that are missing.
+
+    Raises:
+      ValueError, FileNotFoundError, OSError: see `run` and `Pairs`.
+    """
+    folder = directory / PAIRS
+    try:
+        pairs = Pairs(folder)
+    except FileNotFoundError as error:
+        print(f"{error}\n→ generating pairs into {folder}", flush=True)
+        run(config, str(directory))
+        devices.barrier("pairs")
+        pairs = Pairs(folder)
+    recipe = pairs.manifest["recipe"]
+    print(f"{len(pairs)} pairs by {recipe['solver']}, N={recipe['N']}, alpha={recipe['alpha']:g}", flush=True)
+    return pairs
 
 
 def check(config: ConfigDict) -> None:
@@ -59,119 +79,69 @@ def check(config: ConfigDict) -> None:
       ValueError: naming field, value and rule.
     """
     read_weight_options(config)
-    for name, least in (
-        ("batch", 1),
-        ("shard_size", 1),
-        ("plan_devices", 1),
-        ("preview", 1),
-        ("count", 0),
-        ("seed", 0),
-    ):
-        if config[name] < least:
-            raise ValueError(f"config.{name}={config[name]} must be at least {least}")
-    process, count = processes(config)
-    if not 0 <= process < count:
-        raise ValueError(f"config.process={process} must be one of 0 to {count - 1}, as config.processes={count}")
     read_solve_options(config)
+    check_at_least(1, **{name: config[name] for name in ("batch", "shard_size", "plan_devices", "preview")})
+    check_at_least(0, count=config.count, seed=config.seed)
+    process, count = read_processes(config)
+    if not 0 <= process < count:
+        raise ValueError(f"config.process={process} must be one of 0 to {count - 1}, because config.processes={count}")
 
 
-def processes(config: ConfigDict) -> tuple[int, int]:
-    """This process and how many there are: of the config, or those that jax.distributed knows of."""
+def read_processes(config: ConfigDict) -> tuple[int, int]:
+    """This process's number and the number of processes, from the config or else from jax.distributed."""
     if config.processes == 0:
         return jax.process_index(), jax.process_count()
     return config.process, config.processes
 
 
-def make(job: Job, directory: Path, shards: list[int]) -> None:
-    """Writes these shards, and the preview with the first of all."""
-    sampler = Sampler(job)
-    wasted = -job.recipe["shard_size"] % sampler.rows / job.recipe["shard_size"]
+def read_job(config: ConfigDict) -> Job:
+    """Reads the prompts and the teacher that the config names.
+
+    Raises:
+      ValueError, FileNotFoundError: a field of the config, or a file, is wrong.
+    """
+    fields = config.prompts.to_dict()
+    cleaning = prompts.Cleaning(**fields.pop("cleaning"))
+    found = prompts.load(**fields, count=config.count, seed=config.seed, cleaning=cleaning)
+    options = {name: config[name] for name in ("count", "seed", "shard_size", "store_noise")}
+    return generate_job.load(config.model, read_weight_options(config), read_solve_options(config), found, **options)
+
+
+def write_shards(job: Job, directory: Path, shards: list[int], *, batch: int, preview: int) -> None:
+    """Writes these shards with `batch` pairs per device and call; with shard 0 also a preview of `preview` pairs."""
+    runner, fixed, seconds = generate_job.compile_program(job, batch)
+    recipe, shard_size, rows = job.recipe, job.recipe["shard_size"], runner.rows
+    wasted = -shard_size % rows / shard_size
+    note = f"; config.shard_size={shard_size} is not a multiple of that, which wastes {100 * wasted:.0f} %"
     print(
-        f"compiled in {sampler.compile_seconds:.1f} s: {sampler.rows} pairs a call on {len(jax.local_devices())} "
-        f"devices"
-        + (
-            f"; config.shard_size={job.recipe['shard_size']} is no multiple of that, which wastes {100 * wasted:.0f} %"
-            if wasted > 0.05
-            else ""
-        ),
+        f"compiled in {seconds:.1f} s: {rows} pairs per call on {len(jax.local_devices())} "
+        f"devices{note if wasted > 0.05 else ''}",
         flush=True,
     )
-    counts = [len(pairs_manifest.shard_range(job.recipe, shard)) for shard in shards]
-    progress = Progress(sum(counts), sys.stdout)
-    features = pairs_store.make_features(job.recipe)
+    ranges = {shard: pairs_manifest.shard_range(recipe, shard) for shard in shards}
+    progress = Progress(sum(map(len, ranges.values())), "pairs", file=sys.stdout)
+    features, written = pairs_store.make_features(recipe), 0
+
+    def records(shard: int) -> Iterator[bytes]:
+        """The bytes of each pair, in the order of their numbers."""
+        nonlocal written
+        for pairs in generate_job.generate(job, runner, fixed, ranges[shard]):
+            if pairs.numbers[0] == 0:
+                draw_preview(job, pairs, preview, directory)
+            for number, ids, X0, X1 in zip(pairs.numbers, pairs.ids, pairs.X0, pairs.X1, strict=True):
+                fields: Mapping[str, Any] = {"ids": ids, "seed": number, "X0": X0, "X1": X1}
+                record = pairs_store.serialize(features, recipe, prompt=job.prompt(number), **fields)
+                written += len(record)
+                yield record
+            progress.advance(len(pairs.numbers), MB=f"{written / 1e6:.1f}")
+
     for shard in shards:
-        numbers = pairs_manifest.shard_range(job.recipe, shard)
-        rows = told(sample(job, sampler, numbers), progress)
-        if shard == 0:
-            rows = previewed(rows, job, directory / generate_inspect.PREVIEW)
-        pairs_store.write_shard(directory, job.recipe, shard, records(job, features, rows, progress))
+        pairs_store.write_shard(directory, recipe, shard, records(shard))
     progress.close()
 
 
-def records(job: Job, features, chunks: Iterator[Made], progress: "Progress") -> Iterator[bytes]:
-    """The bytes of each pair, in the order of their numbers."""
-    for made in chunks:
-        for number, ids, X0, X1 in zip(made.numbers, made.ids, made.X0, made.X1, strict=True):
-            record = pairs_store.serialize(
-                features, job.recipe, prompt=prompt(job, number), ids=ids, seed=number, X0=X0, X1=X1
-            )
-            progress.bytes += len(record)
-            yield record
-
-
-def told(chunks: Iterator[Made], progress: "Progress") -> Iterator[Made]:
-    for made in chunks:
-        yield made
-        progress.update(len(made.numbers))
-
-
-def previewed(chunks: Iterator[Made], job: Job, path: Path) -> Iterator[Made]:
-    """Draws the first pairs when they are there, so that a wrong setting is seen in the first minute."""
-    first = next(chunks)
-    some = slice(job.config.preview)
-    texts = [prompt(job, number) for number in first.numbers[some]]
-    generate_inspect.draw(job.pipe.nets["vae"], job.pipe.params["vae"], texts, first.X0[some], first.X1[some], path)
-    yield first
-    yield from chunks
-
-
-def complete(job: Job, directory: Path) -> None:
-    """Ends the directory if nothing is missing, and says how it stands."""
-    if pairs_store.finish(directory, job.recipe):
-        print(f"{directory}: all {job.recipe['count']} pairs are there; --config.inspect=true checks them", flush=True)
-    else:
-        print(f"{directory}: the shards of this process are finished, others are not yet", flush=True)
-
-
-class Progress:
-    """Pairs/s, time left and bytes; one line rewritten on a terminal, else a new one every half minute."""
-
-    def __init__(self, count: int, file: TextIO):
-        self._count, self._file = count, file
-        self._interval = 0.5 if file.isatty() else 30.0
-        self._began = self._told = time.monotonic()
-        self._done = 0
-        self.bytes = 0
-
-    def update(self, pairs: int) -> None:
-        """Counts pairs that are done."""
-        self._done += pairs
-        now = time.monotonic()
-        if now - self._told >= self._interval or self._done == self._count:
-            self._told = now
-            self._tell(max(now - self._began, 1e-9))
-
-    def _tell(self, seconds: float) -> None:
-        rate = self._done / seconds
-        line = (
-            f"{self._done}/{self._count} pairs ({100 * self._done / self._count:.0f} %) · {rate:.4g} pairs/s · "
-            f"{self.bytes / 1e6:.1f} MB · {clock_time(seconds)} gone, "
-            f"{clock_time((self._count - self._done) / rate)} left"
-        )
-        self._file.write(f"\r\x1b[K{line}" if self._file.isatty() else line + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Leaves a terminal's cursor below the line."""
-        if self._file.isatty():
-            self._file.write("\n")
+def draw_preview(job: Job, pairs: Generated, count: int, directory: Path) -> None:
+    """Draws the first `count` pairs as soon as they are made, so that a wrong setting shows in the first minute."""
+    texts = [job.prompt(number) for number in pairs.numbers[:count]]
+    vae = job.pipe.nets["vae"], job.pipe.params["vae"]
+    generate_inspect.draw(*vae, texts, pairs.X0[:count], pairs.X1[:count], directory / generate_inspect.PREVIEW)

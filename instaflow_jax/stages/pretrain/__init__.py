@@ -1,0 +1,1 @@
+"""The stage `pretrain` and its recipes, one per network."""

@@ -1,57 +1,62 @@
 """The embedded autoencoder: 32×32 pixels ⇄ 8×8×8 latents."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
+from instaflow_jax.arrays import Params
 from instaflow_jax.data.openmoji.augment import turn
 from instaflow_jax.infra import images
+from instaflow_jax.infra.runner import BatchedRunner
 from instaflow_jax.models.vae import AutoencoderKL
-from instaflow_jax.stages.pretrain import losses as pretraining
-from instaflow_jax.stages.pretrain.losses import Augment
-from instaflow_jax.stages.pretrain.recipe import Recipe, in_batches, load, make_augment, to_pixels
+from instaflow_jax.stages.pretrain.losses import Augment, make_autoencoder_loss
+from instaflow_jax.stages.pretrain.recipe import LoadSplit, Recipe
 
+_PER_DEVICE = 62  # images of a device and call
 _SHOWN = 64  # held-out emoji in the grid
 
 
-def make(config: ConfigDict, workdir: str) -> Recipe:
-    """Trained on the split "train" alone; watched on "heldout"."""
-    net = AutoencoderKL.from_config(config.model.to_dict())
-    known, held_out = (load(config, workdir, split).images for split in ("train", "heldout"))
-    encode = jax.jit(lambda params, x: net.apply(params, x, method="encode"))
-    decode = jax.jit(lambda params, z: net.apply(params, z, method="decode"))
+def make(load: LoadSplit, augment: Augment, *, model: Mapping[str, Any], loss: Mapping[str, float]) -> Recipe:
+    """Trains on the split "train" and evaluates on "heldout".
 
-    def watch(params, path: Path) -> dict[str, float]:
-        pixels = to_pixels(held_out)
-        made = in_batches(lambda x: decode(params, encode(params, x)), 62, pixels).clip(-1, 1)
-        pictures = np.stack([pixels[:_SHOWN], made[:_SHOWN]], 1).reshape(-1, *pixels.shape[1:])
-        grid = images.grid(images.to_uint8(pictures), columns=16, row_labels=(), column_labels=(), scale=2)
+    Args:
+      model: the network's `config.json`.
+      loss: keywords of `make_autoencoder_loss`.
+    """
+    net = AutoencoderKL.from_config(model)
+    known, held_out = load("train").images, images.to_pixels(load("heldout").images)
+    encode = BatchedRunner(lambda params, x: net.apply(params, x, method="encode"), _PER_DEVICE)
+    decode = BatchedRunner(lambda params, z: net.apply(params, z, method="decode"), _PER_DEVICE)
+
+    def evaluate(params: Params, path: Path) -> dict[str, float]:
+        decoded = decode(params, encode(params, held_out)).clip(-1, 1)
+        shown = np.stack([held_out[:_SHOWN], decoded[:_SHOWN]], 1).reshape(-1, *held_out.shape[1:])
+        grid = images.grid(images.to_uint8(shown), columns=16, row_labels=(), column_labels=(), scale=2)
         images.save_png(path, grid, {"shows": "held-out emoji, each beside its reconstruction"})
-        mse = np.mean((made - pixels) ** 2, (1, 2, 3))
+        mse = np.mean((decoded - held_out) ** 2, (1, 2, 3))
         return {
             "heldout_psnr": float(np.mean(10 * np.log10(4 / mse))),
             "heldout_psnr_of_mean": float(10 * np.log10(4 / mse.mean())),
         }
 
-    def export(params, directory: Path) -> None:
-        """Latents are to have unit variance: the factor is measured on all training pictures."""
-        latents = in_batches(lambda x: encode(params, x), 62, to_pixels(known)) / net.config.scaling_factor
+    def export(params: Params, directory: Path) -> None:
+        """Sets the scaling factor so that the latents of all training images have unit variance."""
+        latents = encode(params, images.to_pixels(known)) / net.config.scaling_factor
         raw = net.raw_config | {"scaling_factor": round(float(1 / latents.std()), 5)}
         dataclasses.replace(net, raw_config=raw).save_pretrained(params, directory / "vae", dtype=np.float16)
 
-    loss = pretraining.make_autoencoder_loss(net, make_turned(config), **config.loss)
-    return Recipe(net.init, loss, {"image": known}, watch, export)
+    return Recipe(net.init, make_autoencoder_loss(net, and_turn(augment), **loss), {"image": known}, evaluate, export)
 
 
-def make_turned(config: ConfigDict) -> Augment:
-    """Moved, scaled and turned: 3,600 emoji are few, and an autoencoder is to know shapes and edges of any kind."""
-    move = make_augment(config)
+def and_turn(augment: Augment) -> Augment:
+    """`augment`, then turned and recoloured: 3,600 emoji are few, and an autoencoder has to learn shapes in general."""
 
     def change(key, pixels):
         move_key, turn_key = jax.random.split(key)
-        return turn(turn_key, move(move_key, pixels))
+        return turn(turn_key, augment(move_key, pixels))
 
     return change

@@ -1,22 +1,27 @@
 """The embedded text encoder and UNet, trained together as Stable Diffusion was, in the latents of an autoencoder."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
+from jaxtyping import Bool, Float, Int, UInt8
 
 from instaflow_jax import pipeline, sampling, teacher
+from instaflow_jax.arrays import Params
 from instaflow_jax.data.openmoji.captions import Emoji, level_probabilities
+from instaflow_jax.data.openmoji.dataset import caption_ids
 from instaflow_jax.infra import images
+from instaflow_jax.infra.runner import BatchedRunner
 from instaflow_jax.models.clip import CLIPTextModel
 from instaflow_jax.models.net import Net
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.models.vae import AutoencoderKL
-from instaflow_jax.stages.pretrain import losses as pretraining
-from instaflow_jax.stages.pretrain.recipe import Recipe, caption_tokens, in_batches, load, make_augment, to_pixels
-from instaflow_jax.stages.pretrain.recipe import tokenizer as embedded_tokenizer
+from instaflow_jax.stages.common.fit import EvalOptions, Evaluate
+from instaflow_jax.stages.pretrain.losses import Augment, join, make_diffusion_loss, part
+from instaflow_jax.stages.pretrain.recipe import LoadSplit, Recipe, embedded_tokenizer
 
 INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -30,89 +35,117 @@ INDEX = {
     "feature_extractor": [None, None],
     "requires_safety_checker": False,
 }
+_TRAINED = ("unet", "text_encoder")
 
 
-def make(config: ConfigDict, workdir: str) -> Recipe:
-    """Trained on all emoji: the latents of each, as it is and moved a little, and its captions at every level."""
-    vae, vae_params = AutoencoderKL.from_pretrained(pipeline.locate(config.autoencoder), "vae")
-    nets = {
-        "unet": UNet2DConditionModel.from_config(config.unet.to_dict()),
-        "text_encoder": CLIPTextModel.from_config(config.text_encoder.to_dict()),
-        "vae": vae,
-    }
-    scheduler, tokenizer = config.scheduler.to_dict(), embedded_tokenizer()
-    schedule = teacher.read_schedule(scheduler)
-    data = load(config, workdir, "all")
-    row, moved = copies(data.emoji, config.copies, config.toned_copies)
+def make(
+    load: LoadSplit,
+    augment: Augment,
+    *,
+    autoencoder: str,
+    unet: Mapping[str, Any],
+    text_encoder: Mapping[str, Any],
+    scheduler: dict[str, Any],
+    empty: float,
+    copies: int,
+    toned_copies: int,
+    loss: Mapping[str, float],
+    seed: int,
+    evaluation: EvalOptions,
+) -> Recipe:
+    """Trains on all emoji: the latents of each one, unchanged and slightly moved, with its captions at every level.
+
+    Args:
+      autoencoder: embedded name, or directory with vae/.
+      unet, text_encoder, scheduler: contents of their `config.json` files.
+      empty: share of empty captions.
+      copies, toned_copies: see `repeat_emoji`.
+      loss: keywords of `make_diffusion_loss`.
+      seed: seed of the augmentation.
+    """
+    vae, vae_params = AutoencoderKL.from_pretrained(pipeline.locate(autoencoder), "vae")
+    trained = {"unet": UNet2DConditionModel.from_config(unet), "text_encoder": CLIPTextModel.from_config(text_encoder)}
+    nets, tokenizer, schedule = {**trained, "vae": vae}, embedded_tokenizer(), teacher.read_schedule(scheduler)
+    data = load("all")
+    row, moved = repeat_emoji(data.emoji, copies, toned_copies)
 
     def init(key):
         keys = jax.random.split(key)
-        return pretraining.joined(
-            {"unet": nets["unet"].init(keys[0]), "text_encoder": nets["text_encoder"].init(keys[1])}
-        )
+        return join({name: trained[name].init(keys[i]) for i, name in enumerate(_TRAINED)})
 
-    def whole(params) -> dict:
-        return {name: pretraining.part(params, name) for name in ("unet", "text_encoder")} | {"vae": vae_params}
+    def all_params(params: Params) -> dict[str, Params]:
+        return {name: part(params, name) for name in _TRAINED} | {"vae": vae_params}
 
-    def export(params, directory: Path) -> None:
-        pipe = pipeline.Pipeline(nets, whole(params), tokenizer, scheduler, INDEX)
+    def export(params: Params, directory: Path) -> None:
+        pipe = pipeline.Pipeline(nets, all_params(params), tokenizer, scheduler, INDEX)
         pipeline.save(pipe, directory, dtype=np.float16)
 
-    loss = pretraining.make_diffusion_loss(
-        nets["unet"],
-        nets["text_encoder"],
-        schedule,
-        level_probabilities=tuple(level_probabilities(config.empty)),
-        **config.loss,
-    )
+    probabilities = tuple(level_probabilities(empty))
     arrays = {
-        "latent": latents(config, vae, vae_params, data.images, row, moved),
-        "tokens": caption_tokens(data.emoji)[row],
+        "latent": make_latents(vae, vae_params, augment, data.images[row], moved, seed),
+        "ids": caption_ids(tokenizer, data.emoji)[row],
     }
-    return Recipe(init, loss, arrays, make_watch(config, nets, whole, schedule, tokenizer), export)
+    return Recipe(
+        init,
+        make_diffusion_loss(*trained.values(), schedule, level_probabilities=probabilities, **loss),
+        arrays,
+        make_evaluate(evaluation, nets, all_params, schedule, tokenizer),
+        export,
+    )
 
 
-def copies(emoji: list[Emoji], plain: int, toned: int) -> tuple[np.ndarray, np.ndarray]:
-    """How often an epoch shows each emoji: `plain` times, those with a skin tone in their name `toned` times.
+def repeat_emoji(emoji: list[Emoji], plain: int, toned: int) -> tuple[Int[np.ndarray, "N"], Bool[np.ndarray, "N"]]:
+    """How often an epoch shows each emoji: `plain` times, and `toned` times if its name has a skin tone.
 
-    Half of all emoji are skin tones of others; a fair draw would spend most steps on them.
+    Half of all emoji are skin tones of others; without this, most steps would be spent on them.
 
     Returns:
-      Row numbers of `emoji`, and for each whether it is a copy that is to be moved: all but the first.
+      Row numbers of `emoji`, and for each whether to augment it (all copies but the first).
     """
     counts = np.array([toned if e.skin_tone else plain for e in emoji])
-    number = np.concatenate([np.arange(count) for count in counts])
-    return np.repeat(np.arange(len(emoji)), counts), number > 0
+    copy = np.concatenate([np.arange(count) for count in counts])
+    return np.repeat(np.arange(len(emoji)), counts), copy > 0
 
 
-def latents(config: ConfigDict, vae: Net, params, pictures, row, moved) -> np.ndarray:
-    """Latents [len(row), h, w, c] of the pictures `row`, augmented where `moved`."""
-    augment = make_augment(config)
+def make_latents(
+    vae: Net,
+    params: Params,
+    augment: Augment,
+    originals: UInt8[np.ndarray, "N H W 3"],
+    moved: Bool[np.ndarray, "N"],
+    seed: int,
+) -> Float[np.ndarray, "N h w c"]:
+    """Latents of the images, augmented where `moved`; each group of 64 images has its own key, from `seed` on."""
 
-    @jax.jit
-    def encode(pixels, moved, key_data):
+    def encode(params, rows, moved, key_data):
+        pixels = images.to_pixels(rows)
         shifted = augment(jax.random.wrap_key_data(key_data[0]), pixels)
         return vae.apply(params, jnp.where(moved[:, None, None, None], shifted, pixels), method="encode")
 
-    batch = 64
-    seeds = np.arange(len(row)) // batch + config.seed
-    keys = np.stack([jax.random.key_data(jax.random.key(s)) for s in range(seeds[0], seeds[-1] + 1)])[seeds - seeds[0]]
-    return in_batches(lambda *rows: encode(to_pixels(pictures[rows[0]]), *rows[1:]), batch, row, moved, keys)
+    group = 64  # images of a device and call, so that a device has one key
+    keys = [jax.random.key_data(jax.random.key(seed + i)) for i in range(-(-len(moved) // group))]
+    return BatchedRunner(encode, group)(params, originals, moved, np.repeat(np.stack(keys), group, 0)[: len(moved)])
 
 
-def make_watch(config: ConfigDict, nets: dict[str, Net], whole, schedule: teacher.Schedule, tokenizer):
-    """A grid of teacher samples, a row a prompt, always from the same noise."""
-    solve = sampling.make_solve(nets["unet"].apply, schedule, "dpm_solver", config.eval.N, config.eval.alpha)
+def make_evaluate(
+    options: EvalOptions,
+    nets: Mapping[str, Net],
+    all_params: Callable[[Params], Mapping[str, Params]],
+    schedule: teacher.Schedule,
+    tokenizer,
+) -> Evaluate:
+    """A grid of teacher samples, one row per prompt, always from the same noise."""
+    solve = sampling.make_solve(nets["unet"].apply, schedule, "dpm_solver", options.N, options.alpha)
     generate = jax.jit(sampling.make_generate(nets, solve))
-    prompts, seeds = list(config.eval.prompts), config.eval.seeds
-    ids, null = np.repeat(tokenizer(prompts), seeds, 0), tokenizer([""])
-    shape = (nets["unet"].config.sample_size,) * 2 + (nets["unet"].config.in_channels,)
+    prompts, seeds, config = list(options.prompts), options.seeds, nets["unet"].config
+    ids, null_ids = np.repeat(tokenizer(prompts), seeds, 0), tokenizer([""])
+    shape = (config.sample_size, config.sample_size, config.in_channels)
 
-    def watch(params, path: Path) -> dict[str, float]:
+    def evaluate(params: Params, path: Path) -> dict[str, float]:
         X0 = sampling.noise(np.tile(np.arange(seeds), len(prompts)), shape)
-        pictures = np.asarray(generate(whole(params), ids, null, X0))
-        grid = images.grid(pictures, columns=seeds, row_labels=prompts, column_labels=(), scale=2)
-        images.save_png(path, grid, {"prompts": "|".join(prompts), "alpha": str(config.eval.alpha)})
-        return {"spread": float(pictures.reshape(len(prompts), seeds, -1).std(1).mean() / 255)}
+        drawn = np.asarray(generate(all_params(params), ids, null_ids, X0))
+        grid = images.grid(drawn, columns=seeds, row_labels=prompts, column_labels=(), scale=2)
+        images.save_png(path, grid, {"prompts": "|".join(prompts), "alpha": str(options.alpha)})
+        return {"spread": float(drawn.reshape(len(prompts), seeds, -1).std(1).mean() / 255)}
 
-    return watch
+    return evaluate

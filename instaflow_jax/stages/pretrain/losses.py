@@ -1,7 +1,7 @@
 """The four losses of the embedded world: autoencoder, diffusion, CLIP, classifier.
 
-Each `make_*_loss` binds networks and settings and returns a loss `(params, frozen, batch, key) -> (scalar, metrics)`
-for `step.make_train_step`. Pictures come as uint8 and are turned, moved and scaled on the device by `augment`.
+Each `make_*_loss` binds networks and settings and returns a loss `(params, frozen, batch, key) → (scalar, metrics)`
+for `step.make_train_step`. Images arrive as uint8 and are converted and augmented on the device.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,30 +9,26 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int
 
 from instaflow_jax import teacher
-from instaflow_jax.arrays import Image, Key, Scalar
+from instaflow_jax.arrays import AnyArray, Image, Key, Params, Scalar
+from instaflow_jax.infra.images import to_pixels
 from instaflow_jax.train.step import Loss
 
 Augment = Callable[[Key, Image], Image]
 
 
-def to_pixels(image: UInt8[Array, "B H W 3"]) -> Image:
-    """Bytes to the range [-1, 1] of the networks."""
-    return image.astype(jnp.float32) / 127.5 - 1
-
-
-def psnr(mse: Scalar) -> Scalar:
-    """Peak signal-to-noise ratio in dB of pixels in [-1, 1], whose peak is 2."""
-    return 10 * jnp.log10(4 / mse)
+# ---------------------------------------------------------------- autoencoder
 
 
 def make_autoencoder_loss(vae, augment: Augment, *, kl_weight: float, l1_weight: float) -> Loss:
-    """Squared error of the reconstruction + `l1_weight` absolute error + `kl_weight` KL to N(0, I) per latent value.
+    """Squared error of the reconstruction + `l1_weight` · absolute error + `kl_weight` · KL to N(0, I), all means.
+
+    The batch has `image`, uint8 [B, H, W, 3].
 
     Args:
-      vae: an `AutoencoderKL` network; the batch has `image`, uint8 [B, H, W, 3].
+      vae: an `AutoencoderKL` network.
     """
 
     def loss(params, frozen, batch, key):
@@ -49,29 +45,36 @@ def make_autoencoder_loss(vae, augment: Augment, *, kl_weight: float, l1_weight:
     return loss
 
 
+def psnr(mse: Scalar) -> Scalar:
+    """Peak signal-to-noise ratio in dB of pixels in [-1, 1], whose peak is 2."""
+    return 10 * jnp.log10(4 / mse)
+
+
+# ---------------------------------------------------------------- diffusion
+
+
 def make_diffusion_loss(
     unet, text_encoder, schedule: teacher.Schedule, *, level_probabilities: tuple[float, ...], min_snr: float
 ) -> Loss:
-    """What Stable Diffusion was trained with, || out - target ||^2 at one random tau a sample, text encoder and UNet
-    together.
+    """Stable Diffusion's loss, ‖out − target‖² at one random tau per sample; trains text encoder and UNet together.
 
-    The batch has `latent`, float [B, h, w, c], and `tokens`, int [B, K, L]: the caption at each of K levels, of which
-    one is drawn. Captions are drawn here and not in the data, so that each epoch sees other ones.
+    The batch has `latent`, float [B, h, w, c], and `ids`, int [B, K, L]: the caption at each of K levels, of which one
+    is drawn. Captions are drawn here and not in the data, so that every epoch sees different ones.
 
     Args:
-      unet, text_encoder: networks whose parameters are together in `params`, as `joined` names them.
-      level_probabilities: of the K caption levels; the last level's is that of the empty caption.
-      min_snr: gamma of min-SNR weighting (arXiv 2303.09556), min(snr, gamma) / snr for a noise predictor: without it
-        the fine detail of almost clean latents takes most of the gradient; `inf` for none.
+      unet, text_encoder: networks; `params` holds both, named as by `join`.
+      level_probabilities: probability of each of the K caption levels; the last level is the empty caption.
+      min_snr: gamma of min-SNR weighting (arXiv 2303.09556), min(snr, gamma) / snr for a noise predictor; without it,
+        fine detail of almost clean latents dominates the gradient. `inf` turns it off.
     """
-    weight = jnp.asarray(_min_snr_weight(schedule, min_snr), jnp.float32)
+    weight = jnp.asarray(min_snr_weight(schedule, min_snr), jnp.float32)
     log_p = jnp.log(jnp.asarray(level_probabilities))
 
     def loss(params, frozen, batch, key):
         level_key, tau_key, eps_key = jax.random.split(key, 3)
-        X1, tokens = batch["latent"], batch["tokens"]
-        level = jax.random.categorical(level_key, log_p, shape=(len(X1),))
-        text = text_encoder.apply(part(params, "text_encoder"), tokens[jnp.arange(len(X1)), level]).last_hidden_state
+        X1 = batch["latent"]
+        ids = draw_captions(level_key, batch["ids"], log_p)
+        text = text_encoder.apply(part(params, "text_encoder"), ids).last_hidden_state
         tau = stratified(tau_key, len(X1), len(schedule.abar))
         eps = jax.random.normal(eps_key, X1.shape)
         out = unet.apply(part(params, "unet"), teacher.add_noise(schedule, X1, eps, tau), tau, text)
@@ -81,48 +84,52 @@ def make_diffusion_loss(
     return loss
 
 
-def stratified(key: Key, count: int, steps: int) -> Array:
-    """`count` integer times in 0 .. steps-1, one from each of `count` equal slices: uniform, and no batch is lopsided."""
+def draw_captions(key: Key, ids: Int[Array, "B K L"], log_p: Float[Array, "K"]) -> Int[Array, "B L"]:
+    """One random caption level for each sample, with probability exp(log_p)."""
+    level = jax.random.categorical(key, log_p, shape=(len(ids),))
+    return ids[jnp.arange(len(ids)), level]
+
+
+def stratified(key: Key, count: int, num_timesteps: int) -> Int[Array, "B"]:
+    """`count` random timesteps in 0 .. num_timesteps-1, uniform, but one from each of `count` equal slices."""
     slices = (jnp.arange(count) + jax.random.uniform(key, (count,))) / count
-    return jnp.minimum((steps * slices).astype(jnp.int32), steps - 1)
+    return jnp.minimum((num_timesteps * slices).astype(jnp.int32), num_timesteps - 1)
 
 
-def _min_snr_weight(schedule: teacher.Schedule, gamma: float) -> np.ndarray:
+def min_snr_weight(schedule: teacher.Schedule, gamma: float) -> Float[np.ndarray, "T"]:
+    """Weight of each timestep; see `make_diffusion_loss`."""
     snr = schedule.abar / (1 - schedule.abar)
     return np.minimum(snr, gamma) / snr
 
 
-def joined(parts: Mapping[str, Mapping[str, Array]]) -> dict[str, Array]:
-    """Several networks' parameters as one flat dict, each name behind its network's: `unet.conv_in.kernel`."""
+def join(parts: Mapping[str, Params]) -> dict[str, AnyArray]:
+    """The parameters of several networks as one flat dict, prefixed with the network: `unet.conv_in.kernel`."""
     return {f"{name}.{key}": value for name, params in parts.items() for key, value in params.items()}
 
 
-def part(params: Mapping[str, Array], name: str) -> dict[str, Array]:
-    """One network's parameters out of `joined`."""
-    start = f"{name}."
-    return {key.removeprefix(start): value for key, value in params.items() if key.startswith(start)}
+def part(params: Params, name: str) -> dict[str, AnyArray]:
+    """The parameters of one network out of `join`."""
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): value for key, value in params.items() if key.startswith(prefix)}
 
 
-def make_clip_loss(clip, augment: Augment, preprocess: Callable[[Image], Image], *, level_probabilities) -> Loss:
-    """CLIP's symmetric contrastive loss, with every pair of equal captions in a batch counted as right.
+# ---------------------------------------------------------------- CLIP and classifier
 
-    The batch has `image`, uint8, and `tokens`, int [B, K, L], of which one level is drawn. Eighteen astronauts may
-    share the caption "astronaut": a target then spreads evenly over all of them, or the loss would ask to tell equal
-    texts apart.
 
-    Args:
-      preprocess: pixels in [-1, 1] to what the network was made for.
+def make_clip_loss(clip, augment: Augment, *, level_probabilities: tuple[float, ...]) -> Loss:
+    """CLIP's symmetric contrastive loss; all pairs in a batch with equal captions count as right.
+
+    The batch has `image`, uint8 [B, H, W, 3], and `ids`, int [B, K, L], of which one level is drawn. Eighteen
+    astronauts may share the caption "astronaut": the target spreads evenly over all of them, because equal texts cannot
+    be told apart.
     """
     log_p = jnp.log(jnp.asarray(level_probabilities))
 
     def loss(params, frozen, batch, key):
         level_key, augment_key = jax.random.split(key)
-        count = len(batch["image"])
-        level = jax.random.categorical(level_key, log_p, shape=(count,))
-        tokens = batch["tokens"][jnp.arange(count), level]
-        pixels = preprocess(augment(augment_key, to_pixels(batch["image"])))
-        logits = clip.apply(params, tokens, pixels).logits_per_image
-        same = jnp.all(tokens[:, None] == tokens[None], axis=-1).astype(jnp.float32)
+        ids = draw_captions(level_key, batch["ids"], log_p)
+        logits = clip.apply(params, ids, augment(augment_key, to_pixels(batch["image"]))).logits_per_image
+        same = jnp.all(ids[:, None] == ids[None], axis=-1).astype(jnp.float32)
         target = same / same.sum(1, keepdims=True)
         value = (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
         right = jnp.take_along_axis(same, jnp.argmax(logits, 1)[:, None], 1).mean()
@@ -131,13 +138,8 @@ def make_clip_loss(clip, augment: Augment, preprocess: Callable[[Image], Image],
     return loss
 
 
-def cross_entropy(logits: Float[Array, "B K"], target: Float[Array, "B K"]) -> Scalar:
-    """Mean over rows of -sum target log softmax(logits)."""
-    return -jnp.mean(jnp.sum(target * jax.nn.log_softmax(logits), axis=1))
-
-
 def make_classifier_loss(classifier, augment: Augment, *, smoothing: float) -> Loss:
-    """Cross-entropy of the subgroup, the batch's `label` [B], from `image`, uint8, with label smoothing."""
+    """Cross-entropy with label smoothing, from `image`, uint8 [B, H, W, 3], to `label`, int [B]."""
 
     def loss(params, frozen, batch, key):
         logits = classifier.apply(params, augment(key, to_pixels(batch["image"])))
@@ -146,3 +148,8 @@ def make_classifier_loss(classifier, augment: Augment, *, smoothing: float) -> L
         return cross_entropy(logits, target), {"accuracy": jnp.mean(jnp.argmax(logits, 1) == batch["label"])}
 
     return loss
+
+
+def cross_entropy(logits: Float[AnyArray, "B K"], target: Float[AnyArray, "B K"]) -> Scalar:
+    """Mean over rows of −Σ target · log softmax(logits)."""
+    return -jnp.mean(jnp.sum(target * jax.nn.log_softmax(logits), axis=1))

@@ -1,61 +1,65 @@
-"""Stage `pretrain`: trains one network of the embedded world from nothing and writes it in diffusers layout.
+"""Stage `pretrain`: trains one network of the embedded world from scratch and writes it in diffusers layout.
 
-The recipes (`pretrain_autoencoder`, `_diffusion`, `_clip`, `_classifier`) differ in network, loss and data; the loop,
-checkpoints and metrics are those of every other training.
+The recipes differ in network, loss and data; they share the training loop with reflow and distillation.
 """
 
-import importlib
+import functools
 from pathlib import Path
 
-import jax
 from ml_collections import ConfigDict
 
-from instaflow_jax.infra import devices
-from instaflow_jax.stages.common import fit as training
+from instaflow_jax.arrays import Params
+from instaflow_jax.data.openmoji import dataset as openmoji
+from instaflow_jax.data.openmoji.augment import augment
+from instaflow_jax.stages.common import fit
+from instaflow_jax.stages.pretrain import autoencoder, classifier, clip, diffusion
 from instaflow_jax.stages.pretrain.recipe import Recipe
 from instaflow_jax.train.batches import ArrayBatches
 
-RECIPES = ("autoencoder", "diffusion", "clip", "classifier")
+RECIPES = {  # each recipe's `make`, and the fields of the config that it takes
+    "autoencoder": (autoencoder.make, ("model", "loss")),
+    "diffusion": (
+        diffusion.make,
+        ("autoencoder", "unet", "text_encoder", "scheduler", "empty", "copies", "toned_copies", "loss", "seed"),
+    ),
+    "clip": (clip.make, ("model", "empty")),
+    "classifier": (classifier.make, ("model", "loss")),
+}
 
 
 def run(config: ConfigDict, workdir: str) -> None:
-    """Trains `config.recipe` in `workdir`/RECIPE, resuming if it was broken off, and exports to `workdir`/export.
+    """Trains `config.recipe` in `workdir`/RECIPE, resuming if it was interrupted, and exports to `workdir`/export.
 
     Raises:
-      ValueError, FileNotFoundError: a field of the config, or a file of a network it stands on, is wrong.
-    """
-    check(config)
-    recipe: Recipe = importlib.import_module(f"instaflow_jax.stages.pretrain.{config.recipe}").make(config, workdir)
-    directory = Path(workdir) / config.recipe
-    export = Path(workdir) / "export"
-
-    def watch(ema, path):
-        recipe.export(ema, export)  # so that a run that is stopped leaves something to use
-        return recipe.watch(ema, path)
-
-    state = training.train(
-        config,
-        directory,
-        start=recipe.init,
-        loss=recipe.loss,
-        frozen={},
-        watch=watch,
-        batches=ArrayBatches(recipe.arrays, batch_size=config.batch_size, seed=config.seed),
-    )
-    ema = devices.to_host(state.ema)  # every process gathers, the first writes
-    if jax.process_index() == 0:
-        recipe.export(ema, export)
-        print(f"exported the running mean of step {int(state.step)} to {export}", flush=True)
-    devices.barrier("export")
-
-
-def check(config: ConfigDict) -> None:
-    """Cross-field checks, before any data is drawn.
-
-    Raises:
-      ValueError: naming field, value and remedy.
+      ValueError, FileNotFoundError: a field of the config, or a file of a network that the recipe needs, is wrong.
     """
     if config.recipe not in RECIPES:
         raise ValueError(f"config.recipe={config.recipe!r} is not one of {', '.join(RECIPES)}")
-    if config.eval_every < 1:
-        raise ValueError(f"config.eval_every={config.eval_every} must be 1 or more steps")
+    options, recipe, export = fit.read_train_options(config), read_recipe(config, workdir), Path(workdir) / "export"
+
+    def evaluate(ema: Params, path: Path) -> dict[str, float]:
+        recipe.export(ema, export)  # so that an interrupted run leaves a usable network
+        return recipe.evaluate(ema, path)
+
+    state = fit.train(
+        options,
+        Path(workdir) / config.recipe,
+        init=recipe.init,
+        loss=recipe.loss,
+        frozen={},
+        batches=ArrayBatches(recipe.arrays, batch_size=options.batch_size, seed=options.seed),
+        evaluate=evaluate,
+    )
+    fit.export_ema(state, lambda ema: recipe.export(ema, export))
+    print(f"exported the running mean of step {int(state.step)} to {export}", flush=True)
+
+
+def read_recipe(config: ConfigDict, workdir: str) -> Recipe:
+    """The recipe `config.recipe` with its data loaded; missing images are first drawn into `config.data_dir`."""
+    make, fields = RECIPES[config.recipe]
+    values = config.to_dict()
+    load = functools.partial(openmoji.load, config.data_dir or Path(workdir) / "data", config.size)
+    keywords = {name: values[name] for name in fields}
+    if "eval" in config:
+        keywords["evaluation"] = fit.read_eval_options(config.eval)
+    return make(load, functools.partial(augment, **values["augment"]), **keywords)

@@ -1,8 +1,8 @@
-"""The page of `serve`, in gradio: nothing is fetched from elsewhere, nothing is told to anybody."""
+"""The page of `serve`, in gradio; it loads nothing from other servers and sends nothing to them."""
 
 import os
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read while gradio is imported
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it when it is imported
 
 import logging
 import random
@@ -11,139 +11,126 @@ from collections.abc import Callable, Iterator, Sequence
 import gradio
 from PIL import Image
 
-from instaflow_jax.stages.serve.stage import SEEDS, Drawn, Painter, Respond
+from instaflow_jax.stages.serve.models import SEEDS, Model, Respond, Result
 
-SMALL = 256  # pixels; smaller pictures are enlarged without smoothing
-# Fonts of the visitor's own system, where gradio's theme would name others.
+SMALL = 256  # images with fewer pixels a side are enlarged without smoothing
+# Fonts of the visitor's own system; gradio's theme would load its fonts from the internet.
 THEME = gradio.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))
 CSS = """
 .gradio-container { width: 100% !important; max-width: 1000px !important; margin: 0 auto !important; }
-.pictures img { image-rendering: auto; }
-.pictures.small img { image-rendering: pixelated; }
+.images img { image-rendering: auto; }
+.images.small img { image-rendering: pixelated; }
 """
-INTRODUCTION = (
-    "# InstaFlow in JAX\nFrom prompt to picture in one step, beside its teacher. Both begin from the same noise."
-)
-ALONE = "# InstaFlow in JAX\nFrom prompt to picture."
+TITLE = "InstaFlow in JAX"
+COMPARISON = "A one-step model beside its teacher. Both start from the same noise."
+ALONE = "Text to image."
 
 
 def make_page(
-    painters: Sequence[Painter],
+    models: Sequence[Model],
     respond: Respond,
     *,
     notice: str,
     examples: Sequence[str],
     max_chars: int,
-    max_pictures: int,
+    max_images: int,
 ) -> gradio.Blocks:
     """The page, not yet served.
 
     Args:
-      painters: what is shown side by side.
-      notice: a line to show above all, '' for none.
-      examples: prompts to click on.
-      max_chars: length of the prompt's field.
-      max_pictures: where the number of pictures ends.
+      models: shown side by side.
+      respond: from `make_respond`.
+      notice: a line above everything else, '' for none.
+      examples: prompts to click on; the first fills the prompt field.
+      max_chars: characters that the prompt field takes.
+      max_images: the largest number of images of a request.
     """
-    counts = painters[0].counts
-    with gradio.Blocks(
-        title="InstaFlow in JAX", fill_width=True, analytics_enabled=False, delete_cache=(3600, 3600)
-    ) as page:
-        gradio.Markdown(INTRODUCTION if len(painters) > 1 else ALONE)
+    choices = models[0].choices
+    with gradio.Blocks(title=TITLE, fill_width=True, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        gradio.Markdown(f"# {TITLE}\n{COMPARISON if len(models) > 1 else ALONE}")
         if notice:
             gradio.Markdown(f"*{notice}*")
         prompt = gradio.Textbox(label="Prompt", value=examples[0], max_length=max_chars, max_lines=3, autofocus=True)
         with gradio.Row(equal_height=True):
-            steps = gradio.Radio(counts, value=counts[0], label="Steps", interactive=len(counts) > 1)
-            seed = gradio.Number(0, label="Seed", minimum=0, maximum=SEEDS - max_pictures, precision=0)
-            pictures = gradio.Radio(range(1, max_pictures + 1), value=1, label="Pictures")
+            N = gradio.Radio(choices, value=choices[0], label="Steps", interactive=len(choices) > 1)
+            seed = gradio.Number(0, label="Seed", minimum=0, maximum=SEEDS - max_images, precision=0)
+            count = gradio.Radio(range(1, max_images + 1), value=1, label="Images")
         with gradio.Row():
             draw = gradio.Button("Draw", variant="primary")
-            again = gradio.Button("Draw with another seed")
-        waiting = gradio.Markdown(min_height=40)  # where the place in the queue and the seconds gone are shown
+            reseed = gradio.Button("Draw with another seed")
+        waiting = gradio.Markdown(min_height=40)  # shows the place in the queue and the elapsed seconds
         with gradio.Row():
-            outputs = [field for painter in painters for field in make_column(painter)]
+            outputs = [field for model in models for field in make_column(model)]
         gradio.Examples([[example] for example in examples], prompt)
-        answer = make_answer(respond, len(painters))
-        inputs = [prompt, seed, steps, pictures]
+        answer = make_answer(respond, len(models))
+        inputs = [prompt, seed, N, count]
         options = {"concurrency_limit": 1, "concurrency_id": "device", "show_progress_on": waiting}
         gradio.on([draw.click, prompt.submit], answer, inputs, outputs, api_name="draw", **options)
-        again.click(lambda: random.randrange(2**31), None, seed, api_visibility="private", queue=False).then(
+        reseed.click(lambda: random.randrange(2**31), None, seed, api_visibility="private", queue=False).then(
             answer, inputs, outputs, api_visibility="private", **options
         )
     return page
 
 
-def make_column(painter: Painter) -> tuple[gradio.Markdown, gradio.Gallery]:
-    """The line and the pictures of one painter."""
+def make_column(model: Model) -> tuple[gradio.Markdown, gradio.Gallery]:
+    """The heading and the gallery of one model."""
     with gradio.Column(min_width=240):
-        line = gradio.Markdown(f"### `{painter.title}`")
-        gallery = gradio.Gallery(
-            show_label=False,
-            columns=2,
-            object_fit="contain",
-            format="png",
-            interactive=False,
-            elem_classes=["pictures"],
-        )
-    return line, gallery
+        heading = gradio.Markdown(f"### `{model.title}`")
+        style = {"object_fit": "contain", "format": "png", "interactive": False, "elem_classes": ["images"]}
+        gallery = gradio.Gallery(show_label=False, columns=2, **style)
+    return heading, gallery
 
 
 def make_answer(respond: Respond, columns: int) -> Callable[..., Iterator[list]]:
-    """What the button calls: fills the columns one after the other, and shows what is wrong with a request as text."""
+    """The buttons' function: fills one column after the other; an invalid request is shown as text."""
 
-    def answer(prompt, seed, steps, pictures):
+    def answer(prompt, seed, N, count):
         shown = [gradio.skip() for _ in range(2 * columns)]
         try:
-            for column, drawn in enumerate(respond(prompt, seed, steps, pictures)):
-                shown[2 * column : 2 * column + 2] = [describe(drawn), show(drawn)]
+            for column, result in enumerate(respond(prompt, seed, N, count)):
+                shown[2 * column : 2 * column + 2] = [describe(result), show(result)]
                 yield shown
         except ValueError as error:
             raise gradio.Error(str(error), duration=20, print_exception=False) from None
 
-    return answer
+    # gradio looks for a generator function, which the run-time type checker's wrapper around `answer` is not.
+    return lambda prompt, seed, N, count: (yield from answer(prompt, seed, N, count))
 
 
-def describe(drawn: Drawn) -> str:
-    """Model, steps and seconds, in Markdown."""
-    mean = sum(drawn.seconds) / len(drawn.seconds)
-    steps = "1 step" if drawn.N == 1 else f"{drawn.N} steps"
-    each = "" if len(drawn.seconds) == 1 else " a picture"
-    return f"### {steps} · {mean:.3f} s{each}\n`{drawn.title}`"
+def describe(result: Result) -> str:
+    """The solver steps, the mean seconds and the model, in Markdown."""
+    mean = sum(result.seconds) / len(result.seconds)
+    steps = "1 step" if result.N == 1 else f"{result.N} steps"
+    each = "" if len(result.seconds) == 1 else " per image"
+    return f"### {steps} · {mean:.3f} s{each}\n`{result.title}`"
 
 
-def show(drawn: Drawn) -> gradio.Gallery:
-    """The pictures with their seeds below."""
-    pictures = [
-        (Image.fromarray(picture), f"seed {seed}") for picture, seed in zip(drawn.pictures, drawn.seeds, strict=True)
-    ]
-    size = ["small"] if drawn.pictures[0].shape[0] < SMALL else []
-    return gradio.Gallery(pictures, columns=1 if len(pictures) == 1 else 2, elem_classes=["pictures", *size])
+def show(result: Result) -> gradio.Gallery:
+    """The images, each with its seed below."""
+    images = [(Image.fromarray(image), f"seed {seed}") for image, seed in zip(result.images, result.seeds, strict=True)]
+    small = ["small"] if result.images[0].shape[0] < SMALL else []
+    return gradio.Gallery(images, columns=1 if len(images) == 1 else 2, elem_classes=["images", *small])
 
 
 def open_page(page: gradio.Blocks, *, host: str, port: int, queue: int) -> str:
-    """Serves the page from a thread and gives its address; `queue` requests may wait, one is drawn at a time.
+    """Serves the page from a thread and returns its address; requests run one at a time, and up to `queue` wait.
 
     Raises:
       OSError: the port is taken.
     """
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # its calls of the page itself
-    page.queue(max_size=queue, api_open=False)  # or requests could go past the queue
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio calls its own page at the start
+    page.queue(max_size=queue, api_open=False)  # an open API would let requests skip the queue
+    off = ("share", "inbrowser", "ssr_mode", "pwa", "mcp_server", "enable_monitoring")
     _, url, _ = page.launch(
         server_name=host,
         server_port=port,
-        share=False,
         prevent_thread_lock=True,
         quiet=True,
-        inbrowser=False,
         show_error=True,
-        ssr_mode=False,
-        pwa=False,
-        mcp_server=False,
-        enable_monitoring=False,
         max_file_size=1,
         footer_links=[],
         theme=THEME,
         css=CSS,
+        **dict.fromkeys(off, False),
     )
     return url

@@ -1,4 +1,4 @@
-"""The losses of reflow and distillation: what they are zero for, what they mean, and that crops stand for the whole."""
+"""The losses of reflow and distillation: their zeros, their values, and crops as an estimate of complete images."""
 
 import types
 
@@ -21,17 +21,17 @@ BATCH = {"X0": normal(0, 64, 4, 4, 2), "X1": normal(1, 64, 4, 4, 2), "ids": np.a
 
 
 def net(function):
-    """A network whose parameters are what `function(params, Z, tau, text)` makes of them."""
+    """A network that applies `function(params, Z, tau, text)`."""
     return types.SimpleNamespace(apply=function)
 
 
 def oracle(params, Z, tau, text):
-    """The velocity that Eq. 5 asks for, given away by the batch itself."""
+    """The target of Eq. 5, read from the batch, plus params."""
     return BATCH["X1"] - BATCH["X0"] + params
 
 
 def reflow(unet, **changes):
-    options = {"time": "uniform", "penalty": "squared", "prompt_dropout": 0.0, "steps": 1000} | changes
+    options = {"time": "uniform", "penalty": "squared", "prompt_dropout": 0.0, "num_timesteps": 1000} | changes
     return losses.make_reflow_loss(unet, TEXT, **options)
 
 
@@ -44,7 +44,7 @@ def test_reflow_is_zero_for_the_true_velocity_only(time, penalty):
     assert jax.grad(lambda p: loss(p, FROZEN, BATCH, jax.random.key(0))[0])(0.5) > 0
 
 
-def test_reflow_asks_the_network_on_the_straight_road_by_the_flow_clock():
+def test_reflow_evaluates_the_network_on_the_straight_path_at_the_flow_timestep():
     seen = {}
 
     def record(params, Z, tau, text):
@@ -53,12 +53,12 @@ def test_reflow_asks_the_network_on_the_straight_road_by_the_flow_clock():
 
     reflow(net(record))(0.0, FROZEN, BATCH, jax.random.key(3))
     t = 1 - seen["tau"] / 1000
-    assert 0 <= t.min() and t.max() < 1 and t.std() > 0.2
+    assert t.min() >= 0 and t.max() < 1 and t.std() > 0.2
     np.testing.assert_allclose(seen["Z"], flow.interpolate(BATCH["X0"], BATCH["X1"], t), atol=1e-5)
     np.testing.assert_array_equal(seen["text"], FROZEN["text_encoder"][BATCH["ids"]])
 
 
-def test_prompts_are_dropped_for_the_null_branch_at_their_rate():
+def test_prompts_are_dropped_at_the_given_rate():
     seen = {}
 
     def record(params, Z, tau, text):
@@ -71,9 +71,9 @@ def test_prompts_are_dropped_for_the_null_branch_at_their_rate():
     assert abs(empty.mean() - 0.25) < 0.03
 
 
-def test_u_shaped_time_has_the_density_it_states():
+def test_u_shaped_time_has_its_documented_density():
     t = np.asarray(losses.u_shaped(jax.random.key(0), 200_000))
-    assert 0 <= t.min() and t.max() <= 1
+    assert t.min() >= 0 and t.max() <= 1
     seen, edges = np.histogram(t, bins=20, range=(0, 1), density=True)
     u = 2 * (edges[:-1] + edges[1:]) / 2 - 1
     want = np.cosh(4 * u)
@@ -90,7 +90,7 @@ def test_pseudo_huber_is_quadratic_for_small_errors_and_linear_for_large_ones():
     assert values[3] / values[2] == pytest.approx(2, rel=1e-3)
 
 
-def test_bucket_errors_average_to_the_error():
+def test_buckets_average_the_error_in_each_quarter_of_t():
     t = jnp.array([0.1, 0.2, 0.3, 0.6, 0.9, 1.0 - 1e-7])
     error = jnp.array([1.0, 3.0, 5.0, 7.0, 9.0, 11.0])
     assert losses.buckets(t, error) == {"error_t0": 2.0, "error_t1": 5.0, "error_t2": 7.0, "error_t3": 10.0}
@@ -98,14 +98,19 @@ def test_bucket_errors_average_to_the_error():
 
 def test_distillation_by_l2_is_eq_6():
     loss = losses.make_distill_loss(
-        net(lambda p, Z, tau, text: p * Z), TEXT, losses.latent_distance, match=0.0, prompt_dropout=0.0, steps=1000
+        net(lambda p, Z, tau, text: p * Z),
+        TEXT,
+        losses.latent_distance,
+        match=0.0,
+        prompt_dropout=0.0,
+        num_timesteps=1000,
     )
     value, metrics = loss(0.3, FROZEN, BATCH, jax.random.key(0))
     np.testing.assert_allclose(value, np.mean((1.3 * BATCH["X0"] - BATCH["X1"]) ** 2), rtol=1e-6)
     assert metrics == {"l2": value}
 
 
-def test_distillation_holds_t_at_zero_but_for_the_share_that_matches():
+def test_distillation_uses_t_zero_except_for_the_share_that_matches():
     seen = {}
 
     def record(params, Z, tau, text):
@@ -113,33 +118,33 @@ def test_distillation_holds_t_at_zero_but_for_the_share_that_matches():
         return Z
 
     loss = losses.make_distill_loss(
-        net(record), TEXT, losses.latent_distance, match=0.25, prompt_dropout=0.0, steps=1000
+        net(record), TEXT, losses.latent_distance, match=0.25, prompt_dropout=0.0, num_timesteps=1000
     )
     value, metrics = loss(0.0, FROZEN, BATCH, jax.random.key(0))
     assert np.all(seen["tau"][16:] == 1000) and np.all(seen["tau"][:16] < 1000)
     np.testing.assert_allclose(value, 0.75 * metrics["l2"] + 0.25 * metrics["matching"], rtol=1e-6)
     loss = losses.make_distill_loss(
-        net(oracle), TEXT, losses.latent_distance, match=0.25, prompt_dropout=0.0, steps=1000
+        net(oracle), TEXT, losses.latent_distance, match=0.25, prompt_dropout=0.0, num_timesteps=1000
     )
     assert float(loss(0.0, FROZEN, BATCH, jax.random.key(0))[0]) < 1e-12
 
 
 @pytest.mark.parametrize(
-    "make,words",
+    "make,message",
     [
-        (lambda: reflow(net(oracle), time="never"), "time='never' is not one of uniform, u_shaped"),
-        (lambda: reflow(net(oracle), penalty="hard"), "penalty='hard' is not one of squared, pseudo_huber"),
+        (lambda: reflow(net(oracle), time="never"), "time='never' is unknown: use one of uniform, u_shaped"),
+        (lambda: reflow(net(oracle), penalty="hard"), "penalty='hard' is unknown: use one of squared, pseudo_huber"),
         (
             lambda: losses.make_distill_loss(
-                net(oracle), TEXT, losses.latent_distance, match=1.0, prompt_dropout=0.0, steps=1000
+                net(oracle), TEXT, losses.latent_distance, match=1.0, prompt_dropout=0.0, num_timesteps=1000
             ),
             "match=1.0 must be a share in",
         ),
         (lambda: losses.random_crop(jax.random.key(0), jnp.zeros((1, 8, 8, 4)), 9), "does not fit into 8×8"),
     ],
 )
-def test_bad_options_are_refused(make, words):
-    with pytest.raises(ValueError, match=words.replace("(", r"\(")):
+def test_bad_options_are_refused(make, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         make()
 
 
@@ -147,8 +152,8 @@ def test_bad_options_are_refused(make, words):
 
 
 @pytest.fixture(scope="module")
-def eyes():
-    """A random decoder (factor 2) and a random LPIPS, with what `frozen` holds of them."""
+def networks():
+    """A random decoder (factor 2), a random LPIPS, and `frozen` with their parameters."""
     vae = AutoencoderKL.from_config(
         {
             "block_out_channels": (8, 8),
@@ -168,8 +173,8 @@ def pair(count, side):
     )
 
 
-def test_lpips_distance_decodes_both_and_adds_l2(eyes):
-    vae, lpips, frozen = eyes
+def test_lpips_distance_decodes_both_and_adds_l2(networks):
+    vae, lpips, frozen = networks
     batch, X1_hat = pair(4, 8)
     distance = losses.make_lpips_distance(vae, lpips, l2=0.5, crop=0, margin=0)
     value, metrics = jax.jit(distance)(frozen, X1_hat, batch, jax.random.key(0))
@@ -183,11 +188,11 @@ def test_lpips_distance_decodes_both_and_adds_l2(eyes):
     )
 
 
-def test_a_cached_target_serves_as_well_as_one_decoded_on_the_fly(eyes):
-    vae, lpips, frozen = eyes
+def test_a_cached_target_equals_one_decoded_in_the_step(networks):
+    vae, lpips, frozen = networks
     batch, X1_hat = pair(4, 8)
     target = vae.apply(frozen["vae"], batch["X1"], method="decode")
-    span = float(np.abs(target).max())  # bytes cover [−1, 1]; a random decoder does not keep to it
+    span = float(np.abs(target).max())  # bytes cover [−1, 1], which a random decoder exceeds
     frozen = frozen | {
         "vae": frozen["vae"]
         | {f"decoder.conv_out.{word}": frozen["vae"][f"decoder.conv_out.{word}"] / span for word in ("kernel", "bias")}
@@ -199,21 +204,20 @@ def test_a_cached_target_serves_as_well_as_one_decoded_on_the_fly(eyes):
     np.testing.assert_allclose(cached, fly, rtol=0.02)
 
 
-def test_random_crops_stand_for_the_whole_picture(eyes):
-    """LPIPS on random latent crops with a margin estimates LPIPS on the whole: within 10 % here, where the decoder sees
-    16×16 latents and the crop is 8 with a margin of 2 (what remains is the decoder's norm and attention over less)."""
-    vae, lpips, frozen = eyes
+def test_random_crops_estimate_the_distance_of_complete_images(networks):
+    """Within 10 % for 16×16 latents, crops of 8 and a margin of 2; the decoder's norm and attention see less."""
+    vae, lpips, frozen = networks
     batch, X1_hat = pair(96, 16)
-    whole = jax.jit(losses.make_lpips_distance(vae, lpips, l2=0, crop=0, margin=0))
+    full = jax.jit(losses.make_lpips_distance(vae, lpips, l2=0, crop=0, margin=0))
     crops = jax.jit(losses.make_lpips_distance(vae, lpips, l2=0, crop=8, margin=2))
-    want = float(whole(frozen, X1_hat, batch, jax.random.key(0))[0])
+    want = float(full(frozen, X1_hat, batch, jax.random.key(0))[0])
     got = np.mean([float(crops(frozen, X1_hat, batch, jax.random.key(i))[0]) for i in range(4)])
     assert relative(np.array([got]), np.array([want])) < 0.1
-    gradients = [jax.grad(lambda z, d=d: d(frozen, z, batch, jax.random.key(0))[0])(X1_hat) for d in (whole, crops)]
+    gradients = [jax.grad(lambda z, d=d: d(frozen, z, batch, jax.random.key(0))[0])(X1_hat) for d in (full, crops)]
     assert all(np.isfinite(g).all() and np.abs(g).max() > 0 for g in gradients)
 
 
-def test_random_crops_cut_pairs_alike_and_reach_every_corner():
+def test_random_crops_are_equal_within_a_pair_and_reach_every_corner():
     z = jnp.broadcast_to(jnp.arange(16.0).reshape(1, 4, 4, 1), (256, 4, 4, 1))
     pieces = losses.random_crop(jax.random.key(0), jnp.concatenate([z, z], axis=-1), 3)
     np.testing.assert_array_equal(pieces[..., 0], pieces[..., 1])

@@ -17,7 +17,7 @@ def one_device(tmp_path_factory):
 
 
 def assert_equal_to_rounding(workdir, one_device):
-    """The final state and every step's metrics; returns how much of the state one device held."""
+    """Compares the final state and all metrics; returns the number of the state's elements on one device."""
     state, rows = one_device
     result = dict(np.load(workdir / "result.npz"))
     elements = result.pop("elements_per_device")
@@ -26,11 +26,12 @@ def assert_equal_to_rounding(workdir, one_device):
         np.testing.assert_allclose(result[name], values, rtol=1e-4, atol=2e-6, err_msg=name)
     found = metrics.read_json_lines(workdir / "metrics.jsonl")
     assert [row["step"] for row in found] == list(range(1, STEPS + 1))
-    for ours, theirs in zip(found, rows, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4)
+    for new, old in zip(found, rows, strict=True):
+        assert new == pytest.approx(old, rel=1e-4)
     return elements
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one(tmp_path, one_device):
     scripts = [toy.start(tmp_path / str(fsdp), STEPS, fsdp=fsdp, devices=8) for fsdp in (1, 4)]
     toy.finish(tmp_path, *scripts)
@@ -39,6 +40,7 @@ def test_eight_devices_equal_one(tmp_path, one_device):
     assert sharded < 0.3 * replicated
 
 
+@pytest.mark.slow
 def test_two_processes_of_four_devices_equal_one(tmp_path, one_device):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -50,7 +52,7 @@ def test_two_processes_of_four_devices_equal_one(tmp_path, one_device):
 
 @pytest.fixture
 def wide():
-    """The mesh of a larger machine, for rules that only read its shape."""
+    """A mesh of eight devices, for rules that only read its shape."""
     return jax.sharding.AbstractMesh((2, 4), devices.AXES)
 
 
@@ -61,7 +63,7 @@ def wide():
         ((3, 3, 128, 64), (None, None, "fsdp", None)),
         ((1022, 64), (None, "fsdp")),  # the largest axis does not divide by 4
         ((1021, 33), ()),
-        ((4096,), ()),  # too small to be worth gathering
+        ((4096,), ()),  # too small to be sharded
         ((), ()),
     ],
 )
@@ -71,7 +73,7 @@ def test_shape_rule(wide, shape, spec):
 
 def test_a_batch_that_devices_cannot_share_is_refused(wide):
     devices.check_batch_size("batch_size", 48, wide, 2)
-    with pytest.raises(ValueError, match=r"batch_size=40 must be a multiple of 16 .*try batch_size=32"):
+    with pytest.raises(ValueError, match=r"batch_size=40 must be a multiple of 16 .*use batch_size=32"):
         devices.check_batch_size("batch_size", 40, wide, 2)
 
 
@@ -80,7 +82,12 @@ def test_a_mesh_that_does_not_divide_is_refused():
         devices.make_mesh(fsdp=3)
 
 
-def test_host_arrays_go_to_devices_unchanged():
+def test_a_mesh_of_given_devices():
+    mesh = devices.make_mesh(fsdp=1, devices=jax.devices()[:1])
+    assert mesh == devices.make_mesh(fsdp=1)
+
+
+def test_host_arrays_reach_devices_unchanged():
     mesh = devices.make_mesh(fsdp=1)
     tree = {"a": np.arange(6.0, dtype=np.float32).reshape(2, 3)}
     for put in (devices.shard, devices.replicate, devices.global_batch):

@@ -1,0 +1,139 @@
+"""What the page of `serve` calls: models on the device, and requests checked and answered; usable without gradio."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+
+from instaflow_jax import pipeline, sampling
+from instaflow_jax.stages.common.loading import compile_and_log
+
+SEEDS = 2**32  # seeds are below this
+ImageBytes = UInt8[np.ndarray, "H W 3"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A compiled model on the device.
+
+    Attributes:
+      title: shown above its images.
+      choices: the numbers of solver steps N that it is compiled for.
+      max_tokens: tokens that a prompt may have.
+      count_tokens: prompt → its number of tokens.
+      draw: (prompt, seed, N) → uint8 image [H, W, 3].
+    """
+
+    title: str
+    choices: tuple[int, ...]
+    max_tokens: int
+    count_tokens: Callable[[str], int]
+    draw: Callable[[str, int, int], ImageBytes]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One model's answer: for each seed an image and the seconds it took."""
+
+    title: str
+    N: int
+    seeds: tuple[int, ...]
+    images: list[ImageBytes]
+    seconds: list[float]
+
+
+Respond = Callable[[str | None, float | None, float, float], Iterator[Result]]
+
+
+def make_model(pipe: pipeline.Pipeline, title: str, *, dynamics: str, alpha: float, choices: tuple[int, ...]) -> Model:
+    """Puts a pipeline on the device, compiles it for each number of solver steps, and runs each program once.
+
+    The batch size is 1, so the seconds shown are those of one image, as in the paper's table.
+    """
+    read = sampling.read_dynamics(pipe.scheduler, pipe.index, dynamics)
+    params, null = jax.device_put(pipe.params), pipe.tokenizer([""])
+    noise = jax.jit(functools.partial(sampling.noise, shape=pipe.latent_shape))
+
+    def inputs(prompt: str, seed: int) -> tuple:
+        return params, pipe.tokenizer([prompt]), null, noise(np.array([seed], np.uint32))
+
+    programs = {}
+    for N in choices:
+        print(f"{title}, N={N}: ", end="", flush=True)
+        solve = sampling.make_solve(pipe.nets["unet"].apply, read, "auto", N, alpha)
+        programs[N] = compile_and_log(sampling.make_generate(pipe.nets, solve), inputs("", 0))
+        programs[N](*inputs("", 0)).block_until_ready()
+
+    def draw(prompt: str, seed: int, N: int) -> ImageBytes:
+        return np.asarray(programs[N](*inputs(prompt, seed)))[0]
+
+    max_tokens = pipe.tokenizer.model_max_length - 2  # without the tokens that mark the start and the end
+    return Model(title, choices, max_tokens, pipe.tokenizer.count, draw)
+
+
+# ---------------------------------------------------------------- requests
+
+
+def make_respond(models: Sequence[Model], *, max_chars: int, max_images: int) -> Respond:
+    """`respond(prompt, seed, N, count)` yields each model's result as soon as it is ready.
+
+    N is the number of solver steps of the first model; the others have one choice each. The seeds of the images are
+    seed, seed + 1, ..., and all models start from the same noise. A request that is out of bounds raises ValueError
+    before anything is drawn.
+    """
+
+    def respond(prompt: str | None, seed: float | None, N: float, count: float) -> Iterator[Result]:
+        prompt = check_prompt(prompt, models, max_chars)
+        count = parse_int("the number of images", count, 1, max_images)
+        seed = parse_int("the seed", seed, 0, SEEDS - count)
+        if N not in models[0].choices:
+            raise ValueError(
+                f"N={N} is not available; use one of {', '.join(map(str, models[0].choices))} solver steps"
+            )
+        for model in models:
+            yield draw(model, prompt, range(seed, seed + count), int(N) if model is models[0] else model.choices[0])
+
+    return respond
+
+
+def draw(model: Model, prompt: str, seeds: Sequence[int], N: int) -> Result:
+    """One image for each seed, one after the other, with the seconds each takes."""
+    result = Result(model.title, N, tuple(seeds), [], [])
+    for seed in seeds:
+        start = time.perf_counter()
+        result.images.append(model.draw(prompt, seed, N))
+        result.seconds.append(time.perf_counter() - start)
+    return result
+
+
+def check_prompt(prompt: str | None, models: Sequence[Model], max_chars: int) -> str:
+    """The prompt without surrounding spaces.
+
+    Raises:
+      ValueError: it is empty, or too long for a text encoder; names the number of tokens that fit.
+    """
+    prompt = (prompt or "").strip()
+    if not prompt:
+        raise ValueError("the prompt is empty; write what to draw")
+    if len(prompt) > max_chars:
+        raise ValueError(f"the prompt has {len(prompt)} characters; use at most {max_chars}")
+    for model in models:
+        tokens = model.count_tokens(prompt)
+        if tokens > model.max_tokens:
+            raise ValueError(f"the prompt has {tokens} tokens; use at most {model.max_tokens}")
+    return prompt
+
+
+def parse_int(what: str, value: float | None, least: int, most: int) -> int:
+    """A number from a form as an integer.
+
+    Raises:
+      ValueError: it is not an integer from `least` to `most`.
+    """
+    if not isinstance(value, int | float) or not least <= value <= most or value != int(value):
+        raise ValueError(f"{what} must be an integer from {least} to {most}, not {value}")
+    return int(value)

@@ -1,0 +1,69 @@
+"""How a flow is written in diffusers layout: two conventions for the sign and timestep of its UNet.
+
+"stock": the UNet predicts noise − data, and diffusers' own DPM-Solver++ scheduler integrates it.
+"released": as in the authors' checkpoints, the UNet predicts X1 − X0 at timestep 1000·(1 − t). The scheduler file is
+still the teacher's; only the class name in `model_index.json` says that the UNet is a flow.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from instaflow_jax.arrays import Params
+
+NUM_TIMESTEPS = 1000  # timestep that the released flows are given at noise (t = 0)
+Index = Mapping[str, Any]  # content of model_index.json
+
+
+def as_teacher(index: Index) -> dict[str, Any]:
+    """The index with diffusers' own pipeline class; weights and scheduler stay as they are."""
+    return dict(index) | {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
+
+
+def as_released(index: Index, num_timesteps: int) -> dict[str, Any]:
+    """The index of a flow in the released convention; weights and scheduler stay as they are.
+
+    Raises:
+      ValueError: the flow has another number of timesteps.
+    """
+    if num_timesteps != NUM_TIMESTEPS:
+        raise ValueError(
+            f"the released convention has {NUM_TIMESTEPS} timesteps, but this flow has num_timesteps={num_timesteps}; "
+            "use config.convention='stock' and leave 'msgpack' out of config.formats"
+        )
+    return dict(index) | {"_class_name": "RectifiedFlowPipeline"}
+
+
+def as_stock(unet: Params, index: Index, num_timesteps: int) -> tuple[Params, dict[str, Any], dict[str, Any]]:
+    """A flow that PyTorch diffusers' own classes integrate: first-order DPM-Solver++ on flow sigmas is Euler's method.
+
+    Its sigmas begin at 1 − 1/T, so N steps use the timesteps ⌊(T − 1)(1 − i/N)⌋ and are (1 − 1/T)/N long. Setting
+    T = num_timesteps + 1 gives the timesteps of `solvers.euler` wherever N divides num_timesteps. Scaling the last
+    convolution by T/(T − 1) gives its step lengths; the sign changes because diffusers' velocity is noise − data. A
+    shift of one part in 10⁹ keeps the timesteps from rounding to just below an integer and then down by one.
+
+    Args:
+      unet: weights that predict X1 − X0.
+
+    Returns:
+      the weights, the content of `scheduler_config.json`, and the index that names the scheduler's class.
+    """
+    T = num_timesteps + 1
+    scheduler = {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "_diffusers_version": "0.39.0",
+        "num_train_timesteps": T,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": 1 + 1e-9,
+        "solver_order": 1,
+        "algorithm_type": "dpmsolver++",
+        "final_sigmas_type": "zero",
+        "steps_offset": 1,
+    }
+    return scaled(unet, -T / (T - 1)), scheduler, dict(index) | {"scheduler": ["diffusers", scheduler["_class_name"]]}
+
+
+def scaled(unet: Params, factor: float) -> Params:
+    """A UNet whose output is `factor` times as large: its last convolution is scaled."""
+    last = ("conv_out.kernel", "conv_out.bias")
+    return dict(unet) | {name: (unet[name] * factor).astype(unet[name].dtype) for name in last}
