@@ -21,7 +21,7 @@ SERVE = ["gradio==6.17.*"]
 TEST = [
     *DEMO,
     *SERVE,
-    "beartype",
+    "beartype==0.23.*",
     "diffusers==0.39.0",
     "grain",
     "huggingface-hub<1",  # transformers 4.57 needs it
@@ -35,7 +35,7 @@ TEST = [
     "pytest",
     "pytest-xdist",
     "pytorch-fid==0.3.0",
-    "ruff",
+    "ruff==0.17.*",
     "scipy",
     "torch==2.13.0",
     "torchvision==0.28.0",

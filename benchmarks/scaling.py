@@ -34,10 +34,10 @@ from instaflow_jax.models.lpips import LPIPS, PUBLISHED
 from instaflow_jax.models.net import Net
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.models.vae import AutoencoderKL
-from instaflow_jax.stages.common import flow_training as straighten
 from instaflow_jax.train import loop, losses, optim
 from instaflow_jax.train import state as train_state
 from instaflow_jax.train import step as train_step
+from instaflow_jax.weights.conventions import NUM_TIMESTEPS
 
 DEVICES = 8
 # XLA:CPU removes jax.checkpoint's barriers before it plans memory, so that rematerialised values are computed early.
@@ -92,7 +92,7 @@ def make_loss(config, nets: dict[str, Net]):
     }
     if config.stage == "reflow":
         return losses.make_reflow_loss(
-            unet, text, prompt_dropout=config.prompt_dropout, num_timesteps=straighten.NUM_TIMESTEPS, **config.loss
+            unet, text, prompt_dropout=config.prompt_dropout, num_timesteps=NUM_TIMESTEPS, **config.loss
         ), frozen
     distance = losses.latent_distance
     if config.distance == "lpips":
@@ -106,7 +106,7 @@ def make_loss(config, nets: dict[str, Net]):
         distance,
         match=config.match,
         prompt_dropout=config.prompt_dropout,
-        num_timesteps=straighten.NUM_TIMESTEPS,
+        num_timesteps=NUM_TIMESTEPS,
     ), frozen
 
 

@@ -16,11 +16,11 @@ from instaflow_jax.infra import cost
 from instaflow_jax.infra import devices as parallel
 from instaflow_jax.models.clip import CLIPTextModel
 from instaflow_jax.models.unet import UNet2DConditionModel
-from instaflow_jax.stages.common import flow_training as straighten
 from instaflow_jax.stages.distill import make_lpips_distance
 from instaflow_jax.stages.generate.job import compile_program
 from instaflow_jax.stages.generate.stage import read_job
 from instaflow_jax.train import loop, losses, optim, state, step
+from instaflow_jax.weights.conventions import NUM_TIMESTEPS
 
 
 def pairs(batch: int, latent: Sequence[int], length: int) -> Batch:
@@ -46,10 +46,10 @@ def embedded(*, batch: int, devices: int) -> dict[str, Call]:
     recipe = reflow.get_config()
     step_losses = {
         "reflow step": losses.make_reflow_loss(
-            unet, text, prompt_dropout=recipe.prompt_dropout, num_timesteps=straighten.NUM_TIMESTEPS, **recipe.loss
+            unet, text, prompt_dropout=recipe.prompt_dropout, num_timesteps=NUM_TIMESTEPS, **recipe.loss
         ),
         "LPIPS step": losses.make_distill_loss(
-            unet, text, distance, match=0.0, prompt_dropout=0.0, num_timesteps=straighten.NUM_TIMESTEPS
+            unet, text, distance, match=0.0, prompt_dropout=0.0, num_timesteps=NUM_TIMESTEPS
         ),
     }
     data = pairs(batch, pipe.latent_shape, pipe.tokenizer.model_max_length)
@@ -90,7 +90,7 @@ def gradient(
     unet = UNet2DConditionModel.from_config(configs["unet"], **options).with_remat(remat)
     text = CLIPTextModel.from_config(configs["text_encoder"], **options)
     loss = losses.make_reflow_loss(
-        unet, text, prompt_dropout=0.1, num_timesteps=straighten.NUM_TIMESTEPS, time="uniform", penalty="squared"
+        unet, text, prompt_dropout=0.1, num_timesteps=NUM_TIMESTEPS, time="uniform", penalty="squared"
     )
     params, length = unet.init(jax.random.key(0)), text.config.max_position_embeddings
     frozen = {"text_encoder": text.init(jax.random.key(1)), "null_ids": np.ones((1, length), np.int32)}

@@ -38,8 +38,8 @@ def read_dynamics(scheduler: Mapping[str, Any], index: Mapping[str, Any], dynami
     """Whether a directory holds a flow or a teacher, and its parameters.
 
     A directory holds a flow if its pipeline class is the released code's, or if its scheduler is one of diffusers' for
-    flows: `FlowMatchEulerDiscreteScheduler`, or any with `prediction_type="flow_prediction"`. Everything else is a noise
-    predictor. The released InstaFlow files still have the scheduler of the SD they started from, so `dynamics`
+    flows: `FlowMatchEulerDiscreteScheduler`, or any with `prediction_type="flow_prediction"`. Everything else is a
+    noise predictor. The released InstaFlow files still have the scheduler of the SD they started from, so `dynamics`
     can overrule the files.
 
     Args:

@@ -1,7 +1,7 @@
 """Set-up of the test session and the fixtures that several test files share.
 
-JAX is set to the CPU before anything imports it. Importing torch takes seconds, so only tests that need it pay: they take
-the `torch` fixture, or call `references()` before importing diffusers, transformers, lpips or pytorch_fid.
+JAX is set to the CPU before anything imports it. Importing torch takes seconds, so only tests that need it pay: they
+take the `torch` fixture, or call `references()` before importing diffusers, transformers, lpips or pytorch_fid.
 """
 
 import os

@@ -182,8 +182,8 @@ def test_progress_writes_a_line_to_a_file_every_half_minute(clock):
     progress.close()
     lines = file.getvalue().splitlines()
     assert len(lines) == sum(shown) == 1 + 800 * 0.5 // 30  # and the last step
-    assert lines[0] == "260/1000 (26 %) · 2.00 steps/s · 00:30 elapsed, 06:10 left, loss=0.25"
-    assert lines[-1].startswith("1000/1000 (100 %) · 2.00 steps/s · 06:40 elapsed, 00:00 left")
+    assert lines[0] == "260/1000 steps (26 %) ·  2.00 steps/s · 00:30 elapsed, 06:10 left, loss=0.25"
+    assert lines[-1].startswith("1000/1000 steps (100 %) ·  2.00 steps/s · 06:40 elapsed, 00:00 left")
 
 
 def test_progress_rewrites_one_line_on_a_terminal(clock):
@@ -194,7 +194,7 @@ def test_progress_rewrites_one_line_on_a_terminal(clock):
         assert progress.advance()
     progress.close()
     assert file.getvalue().count("\n") == 1
-    assert "\rtoy: 4/4 (100 %) · 1.00 pairs/s" in file.getvalue()
+    assert "\rtoy: 4/4 pairs (100 %) ·  1.00 pairs/s" in file.getvalue()
 
 
 def test_the_last_unit_is_always_shown(clock):
@@ -202,7 +202,7 @@ def test_the_last_unit_is_always_shown(clock):
     progress = Progress(10, "images", file=file)
     assert not progress.advance(9)
     assert progress.advance(1)
-    assert file.getvalue().startswith("10/10 (100 %)")
+    assert file.getvalue().startswith("10/10 images (100 %)")
 
 
 def test_only_the_first_process_shows_progress(monkeypatch):

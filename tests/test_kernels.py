@@ -282,12 +282,16 @@ def test_both_kernels_give_the_same_output_and_gradient(loss_of):
         assert jnp.max(jnp.abs(gradient[0][name] - g)) < 1e-5 * scale, name
 
 
-def test_only_auto_switches_by_platform(loss_of):
+def test_only_auto_switches_by_platform(loss_of, monkeypatch):
+    cpu_kernels = []
+    monkeypatch.setattr(
+        jax.lax, "platform_dependent", lambda *args, cpu, default: cpu_kernels.append(cpu) or default(*args)
+    )
     for kernels, switches in (("auto", True), ("xla", False)):
+        cpu_kernels.clear()
         loss, inputs = loss_of(kernels)
-        text = jax.jit(jax.grad(loss, has_aux=True)).trace(*inputs).lower(lowering_platforms=("cpu", "cuda")).as_text()
-        assert ("_platform_index" in text and "stablehlo.case" in text) == switches
-        assert ("_platform_index" in text or "stablehlo.case" in text) == switches
+        jax.eval_shape(loss, *inputs)
+        assert bool(cpu_kernels) == switches
 
 
 @pytest.mark.parametrize("field", ["kernels", "attention"])

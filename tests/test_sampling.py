@@ -296,7 +296,7 @@ def test_a_long_prompt_is_cut_with_a_warning_that_names_the_lost_words(tiny, tmp
             ["_class_name", "StableDiffusionXLPipeline"],
         ),
         (lambda index: index.update(text_encoder_2=["transformers", "CLIPTextModel"]), ["text_encoder_2"]),
-        (lambda index: index.pop("vae"), ["names no vae"]),
+        (lambda index: index.pop("vae"), ["does not list vae"]),
     ],
 )
 def test_an_unknown_part_of_a_pipeline_is_refused(edit, words, copy):

@@ -32,7 +32,7 @@ def openmoji(count: int, seed: int) -> Rows:
         known, _ = catalogue()
     except ModuleNotFoundError as error:
         raise ValueError(
-            "prompts.source='openmoji' needs the package 'emoji': pip install emoji, or use a file of prompts"
+            "prompts.source='openmoji' needs the package 'emoji'; use pip install -e '.[demo]', or a file of prompts"
         ) from error
     deck = [e for e in known for _ in range(1 if e.skin_tone else _REPEATS_WITHOUT_TONE)]
     for start in range(0, count, len(deck)):

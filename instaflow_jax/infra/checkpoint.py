@@ -119,6 +119,7 @@ def load_weights(directory: str | Path, item: str, mesh: Mesh, *, step: int | No
       FileNotFoundError: there is no such checkpoint.
       ValueError: names, shapes or dtypes differ from those saved.
     """
+    _quiet_orbax()
     path = _step_path(Path(directory), step) / item
     return _load_arrays(path, devices.abstract(_saved(path) if like is None else like, mesh))
 
@@ -147,7 +148,7 @@ def check_match(source: str, found: Mapping[str, Any], wanted: Mapping[str, Any]
     """Checks that saved arrays are exactly the expected ones: weights match or nothing loads.
 
     Raises:
-      ValueError: lists every array that is missing, unexpected, or of another shape or dtype.
+      ValueError: lists arrays that are missing, unexpected, or of another shape or dtype: the first ten.
     """
     wrong = [f"missing: {name}" for name in wanted if name not in found]
     wrong += [f"unexpected: {name}" for name in found if name not in wanted]
@@ -156,9 +157,10 @@ def check_match(source: str, found: Mapping[str, Any], wanted: Mapping[str, Any]
         if saved != expected:
             wrong.append(f"{name}: saved {saved}, expected {expected}")
     if wrong:
+        more = [f"and {len(wrong) - 10} more"] if len(wrong) > 10 else []
         raise ValueError(
             f"the arrays of {source} are not the expected ones; use the config they were trained with, or another "
-            "workdir:\n  " + "\n  ".join(sorted(wrong))
+            "workdir:\n  " + "\n  ".join(sorted(wrong)[:10] + more)
         )
 
 

@@ -7,7 +7,10 @@ import sys
 import jax
 from tqdm import tqdm
 
-_FORMAT = "{desc}{n_fmt}/{total_fmt} ({percentage:.0f} %) · {rate_fmt} · {elapsed} elapsed, {remaining} left{postfix}"
+_FORMAT = (
+    "{desc}{n_fmt}/{total_fmt}{unit} ({percentage:.0f} %) · {rate_noinv_fmt} · "
+    "{elapsed} elapsed, {remaining} left{postfix}"
+)
 
 
 class Progress:

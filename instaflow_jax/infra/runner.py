@@ -62,6 +62,6 @@ class BatchedRunner:
 
     def __call__(self, fixed: PyTree, *arrays: np.ndarray) -> Any:
         """The results for all rows, as numpy arrays [N, ...] for arrays [N, ...]."""
-        count = len(arrays[0])
+        fixed, count = self.place(fixed), len(arrays[0])
         outputs = [self.start(fixed, *(array[rows] for array in arrays)) for rows in self.batches(count)]
         return jax.tree.map(lambda *parts: np.concatenate([np.asarray(part) for part in parts])[:count], *outputs)

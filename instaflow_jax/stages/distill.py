@@ -13,6 +13,7 @@ from instaflow_jax.stages import reflow
 from instaflow_jax.stages.common import flow_training, loading
 from instaflow_jax.stages.generate.stage import need_pairs
 from instaflow_jax.train import losses
+from instaflow_jax.weights.conventions import NUM_TIMESTEPS
 
 DISTANCES = ("l2", "lpips")
 
@@ -44,7 +45,7 @@ def run(config: ConfigDict, workdir: str) -> None:
         distance,
         match=config.match,
         prompt_dropout=options.prompt_dropout,
-        num_timesteps=flow_training.NUM_TIMESTEPS,
+        num_timesteps=NUM_TIMESTEPS,
     )
     flow_training.train_flow(options, Path(workdir) / config.output, pipe, pairs, loss, frozen)
 

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 from instaflow_jax.stages.common import flow_training, loading
 from instaflow_jax.stages.generate.stage import need_pairs
 from instaflow_jax.train import losses
+from instaflow_jax.weights.conventions import NUM_TIMESTEPS
 
 DIRECTORY = "reflow"
 
@@ -25,7 +26,7 @@ def run(config: ConfigDict, workdir: str) -> None:
         pipe.nets["unet"].with_remat(options.remat["unet"]),
         pipe.nets["text_encoder"],
         prompt_dropout=options.prompt_dropout,
-        num_timesteps=flow_training.NUM_TIMESTEPS,
+        num_timesteps=NUM_TIMESTEPS,
         **config.loss,
     )
     flow_training.train_flow(options, Path(workdir) / DIRECTORY, pipe, pairs, loss, {})

@@ -20,8 +20,8 @@ from instaflow_jax.stages.common import fit
 from instaflow_jax.stages.common.loading import EXPORT, WeightOptions, read_weight_options
 from instaflow_jax.train import warm_start
 from instaflow_jax.train.step import Loss
+from instaflow_jax.weights.conventions import NUM_TIMESTEPS
 
-NUM_TIMESTEPS = 1000  # timestep at noise of every flow trained here
 FLOW = sampling.Flow(1, NUM_TIMESTEPS)
 
 
