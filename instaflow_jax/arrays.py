@@ -18,8 +18,8 @@ NullIds = Int[AnyArray, "1 L"]  # ... of the empty or negative prompt
 Context = Float[AnyArray, "B L D"]  # the text encoder's last hidden state
 NullContext = Float[AnyArray, "#B L D"]  # ... of the empty or negative prompt, one for all samples or one for each
 Scalar = Float[AnyArray, ""]
-PerSample = Float[AnyArray, "B"]
-Timestep = Real[AnyArray, "B"]  # a network's own time: real for a flow, the integer tau for a teacher
+PerSample = Float[AnyArray, " B"]
+Timestep = Real[AnyArray, " B"]  # a network's own time: real for a flow, the integer tau for a teacher
 
 Key = PRNGKeyArray
 Params = Mapping[str, AnyArray]  # a network's weights by dotted path

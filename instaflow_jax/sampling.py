@@ -127,6 +127,6 @@ def encode_text(
     return both[1:], both[:1]
 
 
-def noise(seeds: Integer[AnyArray, "B"], shape: tuple[int, int, int]) -> Latent:
+def noise(seeds: Integer[AnyArray, " B"], shape: tuple[int, int, int]) -> Latent:
     """X0 for each seed, [len(seeds), *shape]; independent of the batch that a seed is in."""
     return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(jnp.asarray(seeds, jnp.uint32))

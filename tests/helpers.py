@@ -205,7 +205,7 @@ EMOJI_NAMES = (
 
 
 def make_emoji() -> openmoji.Arrays:
-    """Smooth pictures in place of emoji, so that no test waits for drawing."""
+    """Smooth images in place of emoji, so that no test waits for drawing."""
     coarse = np.random.default_rng(0).integers(0, 255, (len(EMOJI_NAMES), 4, 4, 3)).astype(np.uint8)
     words = [Emoji(f"{i:X}", name, "objects", "tool", "", "", name) for i, name in enumerate(EMOJI_NAMES)]
     return openmoji.Arrays(coarse.repeat(8, 1).repeat(8, 2), words)
@@ -400,7 +400,7 @@ def make_coco_models(root: Path) -> Path:
 
 
 def small_inception(path) -> features.FeatureNet:
-    """In place of Inception: six numbers of a picture."""
+    """A small network in place of Inception: six numbers per image."""
     features.check_inception(path)
     weights = np.random.default_rng(0).normal(size=(4, 4, 3, 6)).astype(np.float32)
 

@@ -31,6 +31,7 @@ def test_every_part_has_a_card_with_licence_and_attribution(part):
     assert "CC BY-SA 4.0" in card and "OpenMoji" in card
 
 
+@pytest.mark.slow
 def test_autoencoder_reconstructs_discs_that_it_was_not_trained_on(pipe):
     net, params = pipe.nets["vae"], pipe.params["vae"]
     colors = np.array([[1, -0.7, -0.7], [-0.4, -0.2, 0.9], [0.9, 0.8, -0.5]], np.float32)
@@ -91,6 +92,7 @@ def test_diffusers_gives_the_same_images_from_the_same_noise(pipe, torch):
     np.testing.assert_allclose(ours.clip(0, 1), theirs, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_transformers_gives_the_same_embeddings(pipe, torch):
     from transformers import CLIPModel as Reference
     from transformers import CLIPTokenizer

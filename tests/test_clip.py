@@ -79,6 +79,7 @@ def test_the_activation_matters_more_than_the_tolerance(tmp_path):
     assert relative(other.apply(params, IDS)[0], net.apply(params, IDS)[0]) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
 def test_both_towers_equal_transformers(act, torch, tmp_path):
     reference = clip_model(act)
@@ -98,6 +99,7 @@ def test_both_towers_equal_transformers(act, torch, tmp_path):
     assert relative(net.apply(params, pixels, method="get_image_features"), features[1]) < 1e-5
 
 
+@pytest.mark.slow
 def test_text_encoder_beside_the_old_flax_class(torch, tmp_path, capsys):
     """Second reference: transformers' FlaxCLIPTextModel on the file we write for it, its error beside ours."""
     from transformers import FlaxCLIPTextModel

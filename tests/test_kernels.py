@@ -282,6 +282,7 @@ def test_both_kernels_give_the_same_output_and_gradient(loss_of):
         assert jnp.max(jnp.abs(gradient[0][name] - g)) < 1e-5 * scale, name
 
 
+@pytest.mark.slow
 def test_only_auto_switches_by_platform(loss_of, monkeypatch):
     cpu_kernels = []
     monkeypatch.setattr(

@@ -173,6 +173,7 @@ def pair(count, side):
     )
 
 
+@pytest.mark.slow
 def test_lpips_distance_decodes_both_and_adds_l2(networks):
     vae, lpips, frozen = networks
     batch, X1_hat = pair(4, 8)
@@ -204,6 +205,7 @@ def test_a_cached_target_equals_one_decoded_in_the_step(networks):
     np.testing.assert_allclose(cached, fly, rtol=0.02)
 
 
+@pytest.mark.slow
 def test_random_crops_estimate_the_distance_of_complete_images(networks):
     """Within 10 % for 16×16 latents, crops of 8 and a margin of 2; the decoder's norm and attention see less."""
     vae, lpips, frozen = networks

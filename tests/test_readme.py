@@ -24,6 +24,7 @@ def test_other_modules_are_there(module):
     assert (ROOT / (module.replace(".", "/") + ".py")).is_file()
 
 
+@pytest.mark.slow
 def test_python_runs(monkeypatch, tmp_path):
     """The snippets as they stand, with the embedded model for the reader's own directory."""
     import numpy as np

@@ -69,6 +69,7 @@ def test_unet_equals_pytorch(config, height, width, tmp_path):
     assert relative(jax.jit(net.apply)(params, x, tau, text), want) < 1e-5
 
 
+@pytest.mark.slow
 def test_unet_differs_when_an_epsilon_does(tmp_path):
     """The tolerance is tight enough to show a classic mistake: a norm's eps wrong by a factor of ten."""
     torch_unet(SD1).save_pretrained(tmp_path)
@@ -93,6 +94,7 @@ def test_vae_equals_pytorch(tmp_path):
     assert relative(decode(params, z * net.config.scaling_factor), decoded) < 1e-5
 
 
+@pytest.mark.slow
 def test_vae_encode_draws_from_the_posterior():
     net = AutoencoderKL.from_config(VAE | {"scaling_factor": 0.5})
     params = net.init(jax.random.key(0))
@@ -140,6 +142,7 @@ def test_unet_and_vae_against_the_old_flax_classes(tmp_path, capsys):
             assert relative(their, want) < 1e-3  # their GELU is the tanh approximation
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_close_to_float32_on_float32_parameters():
     nets = [UNet2DConditionModel.from_config(SD1, dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16)]
     params = nets[0].init(jax.random.key(0))

@@ -45,6 +45,7 @@ def test_the_refitted_layer_gives_the_old_outputs_for_the_new_inputs():
     np.testing.assert_allclose(refitted, old @ kernel, atol=0.05 * np.abs(old @ kernel).max())
 
 
+@pytest.mark.slow
 def test_velocity_at_noise_starts_as_minus_the_noise(pipe, schedule):
     net, params = pipe.nets["unet"], warm_start.from_teacher(pipe.params["unet"], pipe.nets["unet"], schedule, 1000)
     X0 = sampling.noise(np.arange(8), pipe.latent_shape)
@@ -57,6 +58,7 @@ def test_velocity_at_noise_starts_as_minus_the_noise(pipe, schedule):
     assert float(jnp.mean((v + X0) ** 2)) < 0.05  # the teacher predicts pure noise well
 
 
+@pytest.mark.slow
 def test_the_error_on_the_straight_path_falls(pipe, schedule):
     """On the teacher's own pairs: to below a third for t up to 0.6, and to below 3/4 at t = 0.9."""
     net, count = pipe.nets["unet"], 16

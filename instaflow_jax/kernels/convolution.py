@@ -21,7 +21,7 @@ def convolve(x, kernel, window_strides, padding, **options):
 def enlarge_and_convolve(
     x: Float[AnyArray, "B h w C"],
     kernel: Float[AnyArray, "3 3 C D"],
-    bias: Float[AnyArray, "D"],
+    bias: Float[AnyArray, " D"],
     size: tuple[int, int],
     *,
     kernels: str,

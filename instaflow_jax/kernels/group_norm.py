@@ -14,8 +14,8 @@ from instaflow_jax.arrays import AnyArray
 
 def group_norm(
     x: Float[AnyArray, "B *space C"],
-    scale: Float[AnyArray, "C"],
-    bias: Float[AnyArray, "C"],
+    scale: Float[AnyArray, " C"],
+    bias: Float[AnyArray, " C"],
     *,
     groups: int,
     epsilon: float,

@@ -7,7 +7,7 @@ trunks that are trained here as a `VGGClassifier` differ only in `config.json`.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -75,7 +75,7 @@ def _stage(net: str, i: int) -> tuple[dict, int | None]:
     return first[i] if i < 2 else {"kernel": 3, "padding": 1}, 3 if i in (1, 2) else None
 
 
-def _trunk(config: TrunkConfig, factory: LayerFactory) -> tuple[nnx.List, tuple[int, ...]]:
+def _trunk(config: TrunkConfig, factory: LayerFactory) -> tuple[list[Callable], tuple[int, ...]]:
     """torchvision's `features`, and the indices of the layers whose outputs LPIPS compares (the last of each stage)."""
     layers, taps, inputs = [], [], 3
     for i, (width, depth) in enumerate(zip(config.widths, config.depths, strict=True)):
@@ -85,11 +85,11 @@ def _trunk(config: TrunkConfig, factory: LayerFactory) -> tuple[nnx.List, tuple[
             layers += [factory.conv(inputs, width, **shape), Relu()]
             inputs, shape = width, {"kernel": 3, "padding": 1}
         taps.append(len(layers) - 1)
-    return nnx.List(layers), tuple(taps)
+    return layers, tuple(taps)
 
 
 def _run(
-    features: nnx.List, taps: tuple[int, ...], images, maybe_checkpoint: Callable = lambda stage: stage
+    features: Sequence[Callable], taps: tuple[int, ...], images, maybe_checkpoint: Callable = lambda stage: stage
 ) -> list[Array]:
     """The output of each stage for `images` in [-1, 1]; each stage runs as `maybe_checkpoint(stage)`."""
 
@@ -128,7 +128,8 @@ class LPIPS(Remat, Model):
     layout = hub.Layout("model", ignore=(r"^classifier\.",))  # torchvision's files contain the classifier too
 
     def __init__(self, config: TrunkConfig, factory: LayerFactory):
-        self.features, self.taps = _trunk(config, factory)
+        layers, self.taps = _trunk(config, factory)
+        self.features = nnx.List(layers)
         for i, width in enumerate(config.widths):
             setattr(self, f"lin{i}", NetLinLayer(width))
 
@@ -174,7 +175,8 @@ class VGGClassifier(Model):
     layout = hub.Layout("model")
 
     def __init__(self, config: ClassifierConfig, factory: LayerFactory):
-        self.features, self.taps = _trunk(config, factory)
+        layers, self.taps = _trunk(config, factory)
+        self.features = nnx.List(layers)
         self.classifier = factory.linear(config.widths[-1], config.num_classes)
 
     def pooled(self, images: Image) -> Float[Array, "B C"]:

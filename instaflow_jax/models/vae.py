@@ -89,15 +89,15 @@ class MidBlock(nnx.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-def _resnets(inputs: int, outputs: int, count: int, groups: int, factory: LayerFactory) -> nnx.List:
-    return nnx.List([ResnetBlock2D(outputs if j else inputs, outputs, groups, _EPS, factory) for j in range(count)])
+def _resnets(inputs: int, outputs: int, count: int, groups: int, factory: LayerFactory) -> list[ResnetBlock2D]:
+    return [ResnetBlock2D(outputs if j else inputs, outputs, groups, _EPS, factory) for j in range(count)]
 
 
 class DownEncoderBlock2D(nnx.Module):
     """Residual blocks, then halving in all blocks but the last; it pads right and bottom only, like the reference."""
 
     def __init__(self, inputs: int, outputs: int, count: int, groups: int, last: bool, factory: LayerFactory):
-        self.resnets = _resnets(inputs, outputs, count, groups, factory)
+        self.resnets = nnx.List(_resnets(inputs, outputs, count, groups, factory))
         if not last:
             self.downsamplers = nnx.List([Downsample2D(outputs, ((0, 1), (0, 1)), factory)])
 
@@ -111,7 +111,7 @@ class UpDecoderBlock2D(nnx.Module):
     """Residual blocks, then twofold enlargement in all blocks but the last."""
 
     def __init__(self, inputs: int, outputs: int, count: int, groups: int, last: bool, factory: LayerFactory):
-        self.resnets = _resnets(inputs, outputs, count, groups, factory)
+        self.resnets = nnx.List(_resnets(inputs, outputs, count, groups, factory))
         if not last:
             self.upsamplers = nnx.List([Upsample2D(outputs, factory)])
 

@@ -42,7 +42,7 @@ def _result_transform(a, b, c, d):
 
 
 def convolve_doubled(
-    x: Float[AnyArray, "B h w C"], kernel: Float[AnyArray, "3 3 C D"], bias: Float[AnyArray, "D"]
+    x: Float[AnyArray, "B h w C"], kernel: Float[AnyArray, "3 3 C D"], bias: Float[AnyArray, " D"]
 ) -> Float[AnyArray, "B H W D"]:
     """Nearest-neighbour enlargement to H = 2h, W = 2w, then a convolution, with a quarter of the products.
 

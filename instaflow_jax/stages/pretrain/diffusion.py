@@ -94,7 +94,7 @@ def make(
     )
 
 
-def repeat_emoji(emoji: list[Emoji], plain: int, toned: int) -> tuple[Int[np.ndarray, "N"], Bool[np.ndarray, "N"]]:
+def repeat_emoji(emoji: list[Emoji], plain: int, toned: int) -> tuple[Int[np.ndarray, " N"], Bool[np.ndarray, " N"]]:
     """How often an epoch shows each emoji: `plain` times, and `toned` times if its name has a skin tone.
 
     Half of all emoji are skin tones of others; without this, most steps would be spent on them.
@@ -112,7 +112,7 @@ def make_latents(
     params: Params,
     augment: Augment,
     originals: UInt8[np.ndarray, "N H W 3"],
-    moved: Bool[np.ndarray, "N"],
+    moved: Bool[np.ndarray, " N"],
     seed: int,
 ) -> Float[np.ndarray, "N h w c"]:
     """Latents of the images, augmented where `moved`; each group of 64 images has its own key, from `seed` on."""

@@ -84,19 +84,19 @@ def make_diffusion_loss(
     return loss
 
 
-def draw_captions(key: Key, ids: Int[Array, "B K L"], log_p: Float[Array, "K"]) -> Int[Array, "B L"]:
+def draw_captions(key: Key, ids: Int[Array, "B K L"], log_p: Float[Array, " K"]) -> Int[Array, "B L"]:
     """One random caption level for each sample, with probability exp(log_p)."""
     level = jax.random.categorical(key, log_p, shape=(len(ids),))
     return ids[jnp.arange(len(ids)), level]
 
 
-def stratified(key: Key, count: int, num_timesteps: int) -> Int[Array, "B"]:
+def stratified(key: Key, count: int, num_timesteps: int) -> Int[Array, " B"]:
     """`count` random timesteps in 0 .. num_timesteps-1, uniform, but one from each of `count` equal slices."""
     slices = (jnp.arange(count) + jax.random.uniform(key, (count,))) / count
     return jnp.minimum((num_timesteps * slices).astype(jnp.int32), num_timesteps - 1)
 
 
-def min_snr_weight(schedule: teacher.Schedule, gamma: float) -> Float[np.ndarray, "T"]:
+def min_snr_weight(schedule: teacher.Schedule, gamma: float) -> Float[np.ndarray, " T"]:
     """Weight of each timestep; see `make_diffusion_loss`."""
     snr = schedule.abar / (1 - schedule.abar)
     return np.minimum(snr, gamma) / snr
