@@ -29,7 +29,7 @@ def timestep(t: PerSample | Scalar, num_timesteps: int = 1000) -> PerSample | Sc
     return num_timesteps - num_timesteps * t
 
 
-def guide(v_text: Latent, v_null: Latent, alpha: float) -> Latent:
+def guide(v_text: Latent, v_null: Latent, alpha: float | Scalar) -> Latent:
     """Classifier-free guidance of a velocity, or of a teacher's prediction (Eq. 7); alpha = 1 is no guidance."""
     return alpha * v_text + (1 - alpha) * v_null
 
