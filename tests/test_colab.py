@@ -109,7 +109,7 @@ def test_one_step_says_when_only_the_teacher_is_there(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_whole_pipeline_shows_a_image_after_each_stage(few_emoji):
+def test_the_whole_pipeline_shows_an_image_after_each_stage(few_emoji):
     ran = execute(
         "2_whole_pipeline",
         WORKDIR=str(few_emoji),
@@ -121,8 +121,8 @@ def test_the_whole_pipeline_shows_a_image_after_each_stage(few_emoji):
     )
     assert len(ran.images) == 9 and all(image.std() > 10 for image in ran.images)
     for words in (
-        "all 32 pairs are there",
-        "2/2 (100 %)",
+        "all 32 pairs are written",
+        "2/2 steps (100 %)",
         "step 2: straightness",
         "reflow + distil, 1 step",
         "8 prompts",

@@ -81,7 +81,7 @@ def test_direct_distillation_learns_from_the_teachers_pairs(run, teacher):
     [
         ({"distance": "taste"}, "config.distance='taste' is not one of l2, lpips"),
         ({"match": 1.0}, "match=1.0 must be a share"),
-        ({"batch_size": 9}, "batch_size=9 must be 1 to the 8 pairs there are"),
+        ({"batch_size": 9}, "batch_size=9 must be from 1 to 8, the number of examples"),
     ],
 )
 @pytest.mark.slow

@@ -111,10 +111,11 @@ def smaller(config, world):
             config.model = str(world.sd)  # stands for the hub's
         if config.delta.custom:
             config.delta.origin = str(world.sd)
-    if config.stage in ("reflow", "distill"):
-        smaller_training(config, tiny)
-    if config.stage == "distill":
-        smaller_training(config.reflow, tiny)
+    if config.stage in ("reflow", "distill", "export"):
+        training = config.distill if config.stage == "export" else config
+        smaller_training(training, tiny)
+        if "reflow" in training:
+            smaller_training(training.reflow, tiny)
     if config.stage == "generate":
         config.update({"model": tiny, "count": 8, "shard_size": 8, "batch": 4, "N": 2, "preview": 1})
     if config.stage == "evaluate":
@@ -127,7 +128,7 @@ def smaller(config, world):
     if config.stage == "serve":
         config.update({"teacher": tiny, "teacher_N": 2, "port": free_port(), "N": (1,)})
     if config.stage == "pretrain":
-        config.update(pretrain_config("diffusion"))
+        config.update(pretrain_config("diffusion").copy_and_resolve_references())
         config.loop.steps = 2
 
 
