@@ -323,7 +323,7 @@ def test_what_cannot_be_measured_ends_before_anything_is_written(
 @pytest.mark.parametrize(
     "harm,error,words",
     [
-        (lambda path: path.unlink(), FileNotFoundError, "is missing, as are 0 more of 14 photographs; download the zip files"),
+        (lambda path: path.unlink(), FileNotFoundError, "is missing, as are 0 more of 14 photographs; download"),
         (lambda path: path.write_bytes(path.read_bytes()[:200]), ValueError, "cannot be read as an image"),
         (lambda path: path.write_text("not found"), ValueError, "cannot be read as an image"),
     ],
