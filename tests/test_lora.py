@@ -62,8 +62,25 @@ def kohya(pipe, seed=0):
 
     state = {}
     for net, module, down, up in layers(pipe, seed):
-        name = {"unet": "lora_unet_", "text_encoder": "lora_te_"}[net] + module.replace(".", "_")
+        name = kohya_name(net, module)
         state |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(1.5)}
+    return state
+
+
+def kohya_name(net, module, text="lora_te_"):
+    return {"unet": "lora_unet_", "text_encoder": text}[net] + module.replace(".", "_")
+
+
+def without_alphas(pipe, seed=0):
+    return {key: t for key, t in kohya(pipe, seed).items() if not key.endswith(".alpha")}
+
+
+def plain_sum(pipe):
+    """kohya's file of W + up@down: diffusers drops the alpha of a `to_out` that differs from the others', so all have
+    the same, and `up` makes good for it."""
+    state = kohya(pipe)
+    for net, module, down, up in layers(pipe):
+        state[f"{kohya_name(net, module)}.lora_up.weight"] = up * (len(down) / 1.5)
     return state
 
 
@@ -103,10 +120,12 @@ def assert_close(params, want, start, changed):
             assert relative(got[key], before[key]) > 0.05, key
 
 
-@pytest.mark.parametrize("form", [kohya, diffusers])
-def test_a_merged_file_equals_diffusers(form, tiny, tmp_path):
+@pytest.mark.parametrize(("form", "same"), [(kohya, kohya), (without_alphas, plain_sum), (diffusers, plain_sum)])
+def test_a_merged_file_equals_diffusers(form, same, tiny, tmp_path):
+    """Without alphas every layer adds up@down, also where ranks differ (diffusers 0.39 scales by the common rank)."""
     path = write(form(tiny.pipe), tmp_path / "x.safetensors")
-    params, theirs = lora.merge(tiny.ours.params, path, 0.8), fused(tiny, (path, 0.8))
+    reference = write(same(tiny.pipe), tmp_path / "reference.safetensors")
+    params, theirs = lora.merge(tiny.ours.params, path, 0.8), fused(tiny, (reference, 0.8))
     for net, changed in (("unet", UNET), ("text_encoder", TEXT)):
         assert_close(params[net], getattr(theirs, net).state_dict(), tiny.ours.params[net], changed)
     assert params["vae"].keys() == tiny.ours.params["vae"].keys()
@@ -167,6 +186,91 @@ def test_the_names_of_the_first_diffusers_versions_are_read(tiny, tmp_path):
             np.testing.assert_array_equal(b[net][name], value, err_msg=name)
 
 
+def processor(net, module):
+    """The first diffusers format, as `unet.save_attn_procs` wrote it: `attn1.processor.to_q_lora`, without `unet.`."""
+    head, _, last = module.removesuffix(".0").rpartition(".")
+    return f"{head}.processor.{last}_lora" if net == "unet" and ".attn" in module else None
+
+
+def text_processor(net, module):
+    """The text encoder of the first diffusers versions: `self_attn.to_q_lora`."""
+    old = {"q_proj": "to_q_lora", "out_proj": "to_out_lora"}
+    head, _, last = module.rpartition(".")
+    return f"{net}.{head}.{old[last]}" if last in old else None
+
+
+def short(module):
+    return module.removeprefix("text_model.")
+
+
+KOHYA, DIFFUSERS, OLD = ("lora_down", "lora_up"), ("lora_A", "lora_B"), ("down", "up")
+SPELLINGS = {  # network and module → key, or None where the format has none; names of down and up
+    "UNet without unet.": (lambda net, module: module if net == "unet" else None, DIFFUSERS),
+    "processors without unet.": (processor, OLD),
+    "processors of the text encoder": (text_processor, OLD),
+    "kohya's lora_te1_": (lambda net, module: kohya_name(net, module, "lora_te1_"), KOHYA),
+    "kohya without text_model": (lambda net, module: kohya_name(net, short(module)), KOHYA),
+    "diffusers without text_model": (lambda net, module: f"{net}.{short(module)}", DIFFUSERS),
+    "diffusers before peft without text_model": (
+        lambda net, module: f"{net}.{short(module)}.lora_linear_layer" if net == "text_encoder" else None,
+        OLD,
+    ),
+}
+
+
+@pytest.mark.parametrize(("key", "parts"), SPELLINGS.values(), ids=SPELLINGS)
+def test_other_spellings_of_the_keys_are_read(key, parts, tiny, tmp_path):
+    """Each gives what PyTorch diffusers makes of the same layers in kohya's spelling."""
+    state, reference, changed = {}, {}, {"unet": [], "text_encoder": []}
+    full = plain_sum(tiny.pipe)
+    for net, module, down, up in layers(tiny.pipe):
+        if name := key(net, module):
+            state |= {f"{name}.{part}.weight": array for part, array in zip(parts, (down, up), strict=True)}
+            changed[net].append(module)
+            reference |= {k: t for k, t in full.items() if k.partition(".")[0] == kohya_name(net, module)}
+    got = lora.merge(tiny.ours.params, write(state, tmp_path / "x.safetensors"), 1.0)
+    theirs = fused(tiny, (write(reference, tmp_path / "reference.safetensors"), 1.0))
+    for net, names in changed.items():
+        assert_close(got[net], getattr(theirs, net).state_dict(), tiny.ours.params[net], names)
+
+
+@pytest.mark.parametrize("config", [True, False])
+def test_a_text_encoder_of_peft_without_text_model_is_merged_as_by_peft(config, tiny, torch, tmp_path):
+    """As peft saves it from transformers 5.6; without its config the alpha is the rank, with a warning."""
+    import peft
+    from transformers import CLIPTextModel
+
+    alpha = 6 if config else 4
+    settings = peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=["k_proj", "fc2"])
+    model = peft.get_peft_model(CLIPTextModel.from_pretrained(tiny.folder / "text_encoder"), settings)
+    torch.manual_seed(0)
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    state = safetensors.torch.load_file(path)
+    write({key.replace("text_model.", ""): t for key, t in state.items()}, path)
+    want = model.merge_and_unload().state_dict()
+    changed = [name for name, _ in tiny.pipe.text_encoder.named_modules() if name.endswith(("k_proj", "fc2"))]
+    if config:
+        params = lora.merge(tiny.ours.params, path, 1.0)
+    else:
+        (tmp_path / "adapter_config.json").unlink()
+        with pytest.warns(UserWarning, match=r"has no alpha and no adapter_config\.json beside it"):
+            params = lora.merge(tiny.ours.params, path, 1.0)
+    assert_close(params["text_encoder"], want, tiny.ours.params["text_encoder"], changed)
+
+
+def test_the_config_of_another_file_in_the_folder_is_not_used(tiny, tmp_path):
+    """kohya's and diffusers' files beside an `adapter_config.json` are not peft's."""
+    path = write(diffusers(tiny.pipe), tmp_path / "x.safetensors")
+    plain = lora.merge(tiny.ours.params, path, 1.0)["unet"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 400, "use_dora": True}))
+    for name, value in lora.merge(tiny.ours.params, path, 1.0)["unet"].items():
+        np.testing.assert_array_equal(value, plain[name], err_msg=name)
+
+
 def test_files_add_up_and_a_negative_scale_undoes_them(tiny, tmp_path):
     first, second = (write(kohya(tiny.pipe, seed), tmp_path / f"{seed}.safetensors") for seed in (1, 2))
     both = load(tiny.folder, loras=[(first, 0.8), (second, 0.5)]).params
@@ -198,6 +302,7 @@ def edited(tiny, edit):
 
 
 Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+BARE_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
 @pytest.mark.parametrize(
@@ -209,6 +314,10 @@ Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
         ),
         (lambda s: s.update({f"{Q}.dora_scale": s[f"{Q}.alpha"].clone()}), ["1 unknown", f"{Q}.dora_scale"]),
         (lambda s: s.pop(f"{Q}.lora_up.weight"), ["1 without up or down", Q]),
+        (
+            lambda s: s.update({k.replace(Q, BARE_Q): t.clone() for k, t in s.items() if Q in k}),
+            ["2 for the same layer", Q, BARE_Q],
+        ),
         (
             lambda s: s.update({f"{Q}.lora_up.weight": s[f"{Q}.lora_up.weight"][:, :1].clone()}),
             ["1 misshapen", "attn1.to_q", "rank"],

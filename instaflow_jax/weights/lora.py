@@ -1,17 +1,20 @@
 """LoRA files (arXiv 2106.09685) merged into weights: W += scale·(alpha/rank)·up@down, linear layers and convolutions.
 
 Four formats are supported:
-  kohya's trainer: `lora_unet_down_blocks_0_…_to_q.lora_down.weight`
+  kohya's trainer: `lora_unet_down_blocks_0_…_to_q.lora_down.weight`; the text encoder is `lora_te_` or `lora_te1_`
   diffusers: `unet.down_blocks.0.….to_q.lora_A.weight`
-  diffusers before peft: `….to_q.lora.down.weight`, `….processor.to_q_lora.down.weight`
+  diffusers before peft: `….to_q.lora.down.weight`, `….processor.to_q_lora.down.weight`, the oldest without `unet.`
   peft: `base_model.model.….lora_A.weight`, with an `adapter_config.json` in the same folder
+
+In each of them the text encoder's names may lack `text_model.`, as transformers saves them since 5.6.
 """
 
 import collections
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from instaflow_jax.arrays import Params
 from instaflow_jax.infra import files
 from instaflow_jax.weights import port
 
-_KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+_KOHYA = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_")}
 _PEFT = "base_model.model."
 _PART = re.compile(
     r"(.+?)\.(?:lora\.|lora_linear_layer\.)?(lora_down|lora_A|down|lora_up|lora_B|up)\.weight|(.+)\.alpha"
@@ -96,9 +99,10 @@ def _reshape(delta: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 def read(path: Path, params: Mapping[str, Params]) -> dict[Target, Layer]:
     """The layers of a LoRA file by the weight they change; see `merge`."""
-    targets, config = _targets(params), _config(path)
+    stored, targets = port.open_weights(path), _targets(params)
+    config = _config(path, any(key.startswith(_PEFT) for key in stored))
     parts, unknown = {}, []
-    for key, get in port.open_weights(path).items():
+    for key, get in stored.items():
         found = _PART.fullmatch(_modernize_key(key))
         module, part = (found[1] or found[3], _PART_NAMES.get(found[2], found[2])) if found else (None, None)
         if module in targets:
@@ -106,42 +110,40 @@ def read(path: Path, params: Mapping[str, Params]) -> dict[Target, Layer]:
         else:
             unknown.append(key)
     incomplete = [module for module, arrays in parts.items() if not {"up", "down"} <= arrays.keys()]
+    uses = collections.Counter(targets[module] for module in parts)
+    repeated = [module for module in parts if uses[targets[module]] > 1]
     what = f"{path} is not a LoRA of this model"
-    port.raise_for_mismatch(what, unknown=unknown, **{"without up or down": incomplete})
-    common = _common_ranks((targets[module][0], len(arrays["down"])) for module, arrays in parts.items())
+    kinds = {"without up or down": incomplete, "for the same layer": repeated}
+    port.raise_for_mismatch(what, unknown=unknown, **kinds)
     return {
-        targets[module]: Layer(arrays["down"], arrays["up"], _alpha(module, arrays, config, common[targets[module][0]]))
+        targets[module]: Layer(arrays["down"], arrays["up"], _alpha(module, arrays, config))
         for module, arrays in parts.items()
     }
 
 
 def _modernize_key(key: str) -> str:
-    """The first diffusers versions named attention processors: `attn1.processor.to_out_lora.down.weight`."""
-    return re.sub(r"\.processor\.(to_\w+)_lora\.", r".\1.lora.", key).replace(".to_out.lora.", ".to_out.0.lora.")
+    """The first diffusers versions trained attention processors, in the text encoder too: `attn1.processor.to_q_lora`,
+    `self_attn.to_q_lora`."""
+    key = re.sub(r"\.self_attn\.to_(\w+)_lora\.", r".self_attn.\1_proj.lora.", key)
+    return re.sub(r"(?:\.processor)?\.(to_\w+)_lora\.", r".\1.lora.", key).replace(".to_out.lora.", ".to_out.0.lora.")
 
 
 def _targets(params: Mapping[str, Params]) -> dict[str, Target]:
     """Every name that some format gives a layer → the weight it changes."""
     targets = {}
-    for net, prefix in _KOHYA.items():
-        for name in params[net]:
-            module, _, last = name.rpartition(".")
+    for net, prefixes in _KOHYA.items():
+        for parameter in params[net]:
+            module, _, last = parameter.rpartition(".")
             if last == "kernel":
-                names = (prefix + module.replace(".", "_"), f"{net}.{module}", _PEFT + module)
-                targets |= dict.fromkeys(names, (net, name))
+                for name in (module, module.removeprefix("text_model.")):
+                    kohya = [prefix + name.replace(".", "_") for prefix in prefixes]
+                    names = (*kohya, f"{net}.{name}", _PEFT + name, name)
+                    targets |= dict.fromkeys(names, (net, parameter))
     return targets
 
 
-def _common_ranks(ranks: Iterable[tuple[str, int]]) -> dict[str, int]:
-    """The most frequent rank among the layers of each network."""
-    counts = {}
-    for net, rank in ranks:
-        counts.setdefault(net, collections.Counter())[rank] += 1
-    return {net: counter.most_common(1)[0][0] for net, counter in counts.items()}
-
-
-def _alpha(module: str, arrays: Mapping[str, np.ndarray], config: Mapping[str, Any], common: int) -> float:
-    """The layer's own alpha, else the one in peft's config, else the network's most frequent rank, as in diffusers."""
+def _alpha(module: str, arrays: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> float:
+    """The layer's own alpha, else the one in peft's config, else its rank, so that the layer adds up@down."""
     if "alpha" in arrays:
         return float(arrays["alpha"].reshape(()))
     name = module.removeprefix(_PEFT)
@@ -150,11 +152,12 @@ def _alpha(module: str, arrays: Mapping[str, np.ndarray], config: Mapping[str, A
     for pattern, alpha in fields.get("alpha_pattern", {}).items():
         if re.fullmatch(rf"(.*\.)?({pattern})", name):
             return float(alpha)
-    return float(fields.get("lora_alpha", common))
+    return float(fields.get("lora_alpha", len(arrays["down"])))
 
 
-def _config(path: Path) -> dict[str, dict[str, Any]]:
-    """peft's config by network, from the file's metadata (diffusers), else from `adapter_config.json`, under "".
+def _config(path: Path, is_peft: bool) -> dict[str, dict[str, Any]]:
+    """peft's config by network, from the file's metadata (diffusers), else for a file of peft's own from
+    `adapter_config.json`, under "".
 
     Raises:
       ValueError: the config asks for another formula.
@@ -165,8 +168,14 @@ def _config(path: Path) -> dict[str, dict[str, Any]]:
         net, _, field = key.partition(".")
         config.setdefault(net, {})[field] = value
     adapter = path.with_name("adapter_config.json")
-    if not config and adapter.is_file():
+    if not config and is_peft and adapter.is_file():
         config = {"": files.read_json(adapter)}
+    elif not config and is_peft:
+        warnings.warn(
+            f"{path} has no alpha and no {adapter.name} beside it, so every layer adds up@down; "
+            f"copy peft's {adapter.name} into its folder if alpha differed from the rank",
+            stacklevel=2,
+        )
     unsupported = sorted({field for fields in config.values() for field in _OTHER_FORMULAS if fields.get(field)})
     if unsupported:
         raise ValueError(
