@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from instaflow_jax import flow
 from instaflow_jax.arrays import Latent, Predict
-from instaflow_jax.teacher import Schedule, alpha_sigma, positive_abar
+from instaflow_jax.teacher import STEPS_OFFSET, Schedule, alpha_sigma, positive_abar
 
 
 class Multistep(NamedTuple):
@@ -200,19 +200,19 @@ def _grid(schedule: Schedule, default_spacing: str, N, points) -> Int[np.ndarray
     The three spacings are Table 2 of arXiv 2305.08891, rounded as diffusers rounds them. DPM-Solver spreads one point
     more than it visits, so that its last step has the same length as the others.
     """
-    T, offset = len(schedule.abar), schedule.steps_offset
+    T = len(schedule.abar)
     spacing = default_spacing if schedule.timestep_spacing is None else schedule.timestep_spacing
     if isinstance(N, bool) or not isinstance(N, (int, np.integer)) or not 1 <= N <= T:
         raise ValueError(f"N={N!r} is not a valid number of solver steps; use an integer from 1 to {T}")
     if spacing == "linspace":
         tau = np.linspace(0, T - 1, points).round()[::-1]
     elif spacing == "leading":
-        tau = np.arange(points)[::-1] * (T // points) + offset
+        tau = np.arange(points)[::-1] * (T // points) + STEPS_OFFSET
     else:
         tau = np.arange(T, 0, -T / N).round() - 1
     tau = tau[:N].astype(np.int32)
     if tau[0] > T - 1 or np.any(np.diff(tau) >= 0):
-        grid = f"timestep_spacing={spacing!r} and steps_offset={offset}"
+        grid = f"timestep_spacing={spacing!r} and steps_offset={STEPS_OFFSET}"
         raise ValueError(f"N={N} steps with {grid} do not fit into tau = {T - 1} .. 0; use fewer steps")
     return tau
 

@@ -4,6 +4,7 @@ A teacher knows x = alpha X1 + sigma eps at integer timesteps tau, with alpha^2 
 is noise. `solvers` integrates it.
 """
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -27,7 +28,6 @@ DEFAULTS = MappingProxyType(
         "rescale_betas_zero_snr": False,
         "prediction_type": "epsilon",
         "timestep_spacing": None,
-        "steps_offset": 0,
         "set_alpha_to_one": True,
         "final_sigmas_type": "zero",
     }
@@ -51,15 +51,20 @@ SUPPORTED = MappingProxyType(
         "lambda_min_clipped": (-float("inf"),),
         "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
         **dict.fromkeys(["set_alpha_to_one", "rescale_betas_zero_snr"], (True, False)),
-        **dict.fromkeys(["clip_sample", "thresholding", "euler_at_final", "use_dynamic_shifting"], (False,)),
+        **dict.fromkeys(["clip_sample", "predict_epsilon"], (True, False)),
+        **dict.fromkeys(["thresholding", "euler_at_final", "use_dynamic_shifting"], (False,)),
+        "timestep_values": (None,),
         **dict.fromkeys(["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"], (False, None)),
         **dict.fromkeys(["use_lu_lambdas", "use_flow_sigmas"], (False, None)),
     }
 )
 # Fields that have no effect under the values above.
 INERT = frozenset(["clip_sample_range", "dynamic_thresholding_ratio", "flow_shift", "interpolation_type"]) | frozenset(
-    ["sample_max_value", "sigma_max", "sigma_min", "skip_prk_steps", "time_shift_type"]
+    ["sample_max_value", "sigma_max", "sigma_min", "skip_prk_steps", "tensor_format", "time_shift_type"]
 )
+STEPS_OFFSET = 1  # added to every timestep of a leading grid
+# The values that diffusers' StableDiffusionPipeline gives every scheduler, whatever its file says.
+PIPELINE = MappingProxyType({"steps_offset": STEPS_OFFSET, "clip_sample": False})
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +74,6 @@ class Schedule:
     abar: np.ndarray  # [T] float64, DDPM's cumulative product at tau = 0 .. T-1; decreases
     prediction_type: str
     timestep_spacing: str | None
-    steps_offset: int
     set_alpha_to_one: bool  # DDIM's last step ends at abar = 1, not at abar[0]
     final_sigmas_type: str  # DPM-Solver's last step ends at sigma = 0 ("zero") or at tau = 0 ("sigma_min")
 
@@ -78,7 +82,8 @@ def read_schedule(config: Mapping[str, Any]) -> Schedule:
     """The schedule that a diffusers `scheduler_config.json` (parsed) describes.
 
     A missing field gets the value that diffusers' `from_config` would give the solver, whichever class wrote the file.
-    One exception: a missing `clip_sample` means no clipping, since latents are never clipped.
+    Two fields are always as diffusers' StableDiffusionPipeline sets them: `steps_offset` is 1, and latents are not
+    clipped. A file that says otherwise gets a warning. `predict_epsilon` is the name of 2022 for `prediction_type`.
 
     Raises:
       ValueError: an unknown field or an unsupported value; names the field, the value and the choices.
@@ -89,8 +94,17 @@ def read_schedule(config: Mapping[str, Any]) -> Schedule:
         _check_field(field, value)
     if "_class_name" not in given:
         raise ValueError(f"scheduler config has no _class_name; supported: {_list(SUPPORTED['_class_name'])}")
+    for field, value in PIPELINE.items():
+        if given.get(field, value) != value:
+            warnings.warn(
+                f"scheduler config: {field}={given[field]!r} is read as {value!r}, as in diffusers' "
+                f"StableDiffusionPipeline; set {field} to {str(value).lower()} in scheduler_config.json",
+                stacklevel=2,
+            )
+    if given.get("predict_epsilon") is False:
+        given.setdefault("prediction_type", "sample")
     fields = DEFAULTS | {k: v for k, v in given.items() if k in DEFAULTS}
-    names = ("prediction_type", "timestep_spacing", "steps_offset", "set_alpha_to_one", "final_sigmas_type")
+    names = ("prediction_type", "timestep_spacing", "set_alpha_to_one", "final_sigmas_type")
     return Schedule(abar=_abar(fields), **{k: fields[k] for k in names})
 
 
@@ -100,7 +114,7 @@ def _check_field(field, value):
             raise ValueError(
                 f"scheduler config: {field}={value!r} is not supported; supported: {_list(SUPPORTED[field])}"
             )
-    elif field not in DEFAULTS and field not in INERT and not field.startswith("_"):
+    elif field not in DEFAULTS | PIPELINE and field not in INERT and not field.startswith("_"):
         raise ValueError(f"scheduler config: unknown field {field}={value!r}; known: {_list([*DEFAULTS, *SUPPORTED])}")
 
 

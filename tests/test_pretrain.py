@@ -55,7 +55,7 @@ def test_stratified_timesteps_are_one_from_each_slice():
 
 def test_min_snr_weighs_clean_latents_down_and_noisy_ones_not():
     abar = np.array([0.99, 0.9, 0.1])
-    schedule = teacher.Schedule(abar, "epsilon", None, 0, False, "zero")
+    schedule = teacher.Schedule(abar, "epsilon", None, False, "zero")
     np.testing.assert_allclose(losses.min_snr_weight(schedule, 5.0), [5 / 99, 5 / 9, 1.0])
     np.testing.assert_array_equal(losses.min_snr_weight(schedule, np.inf), 1.0)
 

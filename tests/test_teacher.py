@@ -1,11 +1,13 @@
 """The teacher's solvers against diffusers' schedulers and against Gaussians with known answers."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, StableDiffusionPipeline
 from helpers import unchecked
 
 from instaflow_jax import flow, solvers, teacher
@@ -77,7 +79,10 @@ def relative(got, want):
 
 
 def assert_follows_diffusers(solver, config, N):
-    scheduler = THEIRS[solver].from_config(config)
+    assert_follows(THEIRS[solver].from_config(config), solver, config, N)
+
+
+def assert_follows(scheduler, solver, config, N):
     want = theirs(scheduler, N)
     assert np.all(np.isfinite(want))
     rows = solvers.TEACHER_SOLVERS[solver](teacher.read_schedule(config), N)
@@ -144,7 +149,6 @@ def test_other_numbers_of_steps_follow_diffusers(solver, spacing, N):
         {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
         {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"},
         {"trained_betas": list(np.geomspace(1e-4, 0.03, 500)), "num_train_timesteps": 500},
-        {"steps_offset": 3, "timestep_spacing": "leading"},
     ],
     ids=lambda change: "-".join(map(str, change)),
 )
@@ -179,6 +183,50 @@ def test_a_unset_file_leaves_the_spacing_to_the_solver_even_when_read_through_it
         scheduler = THEIRS[solver].from_config(through)
         scheduler.set_timesteps(25)
         assert solvers.TEACHER_SOLVERS[solver](schedule, 25).tau[0] == scheduler.timesteps[0] == first
+
+
+BEFORE_OFFSETS = {k: v for k, v in SD15.items() if k != "steps_offset"}
+
+
+@pytest.mark.parametrize(
+    ("config", "overruled"),
+    [
+        (BEFORE_OFFSETS, []),
+        (SD15 | {"steps_offset": 0}, ["steps_offset=0 is read as 1"]),
+        (SD15 | {"steps_offset": 3}, ["steps_offset=3 is read as 1"]),
+        (SD15 | {"clip_sample": True}, ["clip_sample=True is read as False"]),
+        (BEFORE_OFFSETS | {"tensor_format": "pt", "timestep_values": None, "predict_epsilon": True}, []),
+        (BEFORE_OFFSETS | {"steps_offset": 0, "clip_sample": True}, ["steps_offset=0", "clip_sample=True"]),
+    ],
+    ids=["absent", "0", "3", "clip", "2022", "both"],
+)
+@pytest.mark.parametrize("solver", THEIRS)
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers' own notes about these files
+def test_old_scheduler_files_are_read_as_the_reference_pipeline_reads_them(solver, config, overruled):
+    config = config | {"timestep_spacing": "leading"}
+    parts = dict.fromkeys(["vae", "text_encoder", "tokenizer", "unet", "safety_checker", "feature_extractor"])
+    scheduler = THEIRS[solver].from_config(config)
+    pipe = StableDiffusionPipeline(**parts, scheduler=scheduler, requires_safety_checker=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        teacher.read_schedule(config)
+    assert len(caught) == len(overruled)
+    assert all(words in str(w.message) for words, w in zip(overruled, caught, strict=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert_follows(pipe.scheduler, solver, config, 25)
+        assert solvers.ddim(teacher.read_schedule(config), 25).tau[0] == 961
+
+
+def test_predict_epsilon_is_the_old_name_of_the_prediction_type():
+    for old, new, want in (
+        (True, None, "epsilon"),
+        (False, None, "sample"),
+        (False, "v_prediction", "v_prediction"),
+        (True, "sample", "sample"),
+    ):
+        config = SD15 | {"predict_epsilon": old} | ({"prediction_type": new} if new else {})
+        assert teacher.read_schedule(config).prediction_type == want
 
 
 def test_trailing_gives_the_steps_asked_for_where_diffusers_rounding_adds_one():
@@ -292,7 +340,7 @@ def test_a_schedule_can_be_neither_changed_nor_confused():
     with pytest.raises(ValueError, match="read-only"):
         schedule.abar[0] = 1
     with pytest.raises(AttributeError):
-        schedule.steps_offset = 0
+        schedule.timestep_spacing = None
     assert hash(schedule) is not None  # static under jit
 
 
@@ -310,7 +358,7 @@ def test_a_schedule_can_be_neither_changed_nor_confused():
         ({"beta_schedule": "sigmoid"}, "beta_schedule='sigmoid' .* linear, scaled_linear, squaredcos_cap_v2"),
         ({"timestep_spacing": "even"}, "timestep_spacing='even' .* leading, trailing, linspace"),
         ({"final_sigmas_type": "one"}, "final_sigmas_type='one' .* zero, sigma_min"),
-        ({"clip_sample": True}, "clip_sample=True is not supported; supported: False"),
+        ({"timestep_values": [1]}, r"timestep_values=\[1\] is not supported; supported: None"),
         ({"thresholding": True}, "thresholding=True is not supported; supported: False"),
         ({"use_karras_sigmas": True}, "use_karras_sigmas=True is not supported; supported: False"),
         ({"algorithm_type": "sde-dpmsolver++"}, r"algorithm_type='sde-dpmsolver\+\+' .* supported: dpmsolver\+\+"),
