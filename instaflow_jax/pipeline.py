@@ -91,9 +91,10 @@ def load(
     index = _read(home, "model_index.json")
     check_index(index, home)
     nets, params = networks(source, NETWORKS, **options)
-    _check_widths(nets, source)
+    tokenizer = Tokenizer.from_pretrained(home)
+    _check_widths(nets, tokenizer, source)
     scheduler = _read(home, "scheduler/scheduler_config.json")
-    pipe = Pipeline(nets, params, Tokenizer.from_pretrained(home), scheduler, index)
+    pipe = Pipeline(nets, params, tokenizer, scheduler, index)
     if delta:
         pipe = _with_delta(pipe, delta, options)
     for path, scale in loras:
@@ -133,7 +134,7 @@ def _with_delta(pipe: Pipeline, delta: Delta, options: Mapping[str, Any]) -> Pip
     unet = add_delta(pipe.params["unet"], params["unet"], origin["unet"], delta.scale, names=names)
     tokenizer = Tokenizer.from_pretrained(_home(delta.custom, options["base"]))
     nets, params = nets | {"unet": pipe.nets["unet"]}, params | {"unet": unet}
-    _check_widths(nets, delta.custom)
+    _check_widths(nets, tokenizer, delta.custom)
     return dataclasses.replace(pipe, nets=nets, params=params, tokenizer=tokenizer)
 
 
@@ -188,7 +189,7 @@ def check_index(index: Mapping[str, Any], source: str) -> None:
         raise ValueError(f"{source}/model_index.json does not list {', '.join(missing)}; use a complete pipeline")
 
 
-def _check_widths(nets: Mapping[str, Net], source: str) -> None:
+def _check_widths(nets: Mapping[str, Net], tokenizer: Tokenizer, source: str) -> None:
     unet, text, vae = (nets[name].config for name in ("unet", "text_encoder", "vae"))
     for field, value, other, needed in (
         ("cross_attention_dim", unet.cross_attention_dim, "text_encoder has hidden_size", text.hidden_size),
@@ -196,6 +197,11 @@ def _check_widths(nets: Mapping[str, Net], source: str) -> None:
     ):
         if value != needed:
             raise ValueError(f"{source}: unet has {field}={value}, but {other}={needed}; use folders of the same model")
+    if tokenizer.size > text.vocab_size:  # JAX would read beyond the table without an error
+        raise ValueError(
+            f"{source}: the tokenizer has ids up to {tokenizer.size - 1}, but text_encoder has vocab_size="
+            f"{text.vocab_size}; use the text encoder that was trained with the tokenizer's added tokens"
+        )
 
 
 def save(pipeline: Pipeline, directory: str | Path, **options) -> None:

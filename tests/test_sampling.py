@@ -308,6 +308,15 @@ def test_an_unknown_part_of_a_pipeline_is_refused(edit, words, copy):
     assert all(word in str(error.value) for word in ["model_index.json", *words])
 
 
+def test_learned_words_beyond_the_text_encoders_table_are_refused(copy):
+    size = json.loads((copy / "text_encoder" / "config.json").read_text())["vocab_size"]
+    vocab = json.loads((copy / "tokenizer" / "vocab.json").read_text())
+    words = {f"<word-{i}>": i for i in range(len(vocab), size + 1)}
+    (copy / "tokenizer" / "added_tokens.json").write_text(json.dumps(words))
+    with pytest.raises(ValueError, match=f"has ids up to {size}, but text_encoder has vocab_size={size}; use"):
+        pipeline.load(str(copy), variant=None, attention="xla")
+
+
 def test_folders_of_two_models_are_refused(copy):
     path = copy / "unet" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"cross_attention_dim": 24}))

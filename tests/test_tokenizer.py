@@ -79,6 +79,60 @@ def test_newer_files_with_learned_words_are_read(folder, tmp_path):
     np.testing.assert_array_equal(Tokenizer.from_pretrained(tmp_path, "copy")(prompts), want)
 
 
+def learned(folder, where):
+    """Writes "<cat-toy>" and "blorp" as learned words into one file of `folder`, as transformers writes it there."""
+    references()
+    from transformers import CLIPTokenizerFast
+
+    theirs = CLIPTokenizerFast.from_pretrained(folder)
+    theirs.add_tokens(["<cat-toy>", "blorp"])
+    theirs.save_pretrained(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    if where != "decoder":
+        del config["added_tokens_decoder"]
+    for name in {"added_tokens.json", "tokenizer.json"} - {where}:
+        (folder / name).unlink()
+    if where == "tokenizer.json":  # transformers 5 writes no other vocabulary
+        for name in ("vocab.json", "merges.txt", "special_tokens_map.json"):
+            (folder / name).unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+LEARNED = ["a <cat-toy>", "BLORP! x<cat-toy>y <CAT-TOY>", "wow! ! <|startoftext|> café"]
+
+
+@pytest.mark.parametrize("where", ["decoder", "added_tokens.json", "tokenizer.json"])
+def test_learned_words_of_any_file_keep_their_ids(where, folder, tmp_path):
+    references()
+    from transformers import CLIPTokenizer, CLIPTokenizerFast
+
+    learned(folder, where)
+    want = CLIPTokenizerFast.from_pretrained(folder)(LEARNED, padding="max_length", truncation=True).input_ids
+    ours = Tokenizer.from_pretrained(tmp_path)
+    np.testing.assert_array_equal(ours(LEARNED), want)
+    assert ours(LEARNED[:1])[0, 2] == len(ours.vocab) and ours.size == len(ours.vocab) + 2
+    ours.save_pretrained(tmp_path / "copy")
+    np.testing.assert_array_equal(Tokenizer.from_pretrained(tmp_path, "copy")(LEARNED), want)
+    for cls in (CLIPTokenizer, CLIPTokenizerFast):
+        theirs = cls.from_pretrained(tmp_path / "copy")
+        np.testing.assert_array_equal(theirs(LEARNED[:1], padding="max_length").input_ids, want[:1])
+
+
+@pytest.mark.parametrize("field", ["additional_special_tokens", "extra_special_tokens"])
+def test_special_tokens_without_an_id_follow_the_vocabulary(field, tmp_path):
+    references()
+    from transformers import CLIPTokenizerFast
+
+    folder = Path(shutil.copytree(SOURCE, tmp_path / "tokenizer"))
+    edit_json(folder / "tokenizer_config.json", additional_special_tokens=["<cat-toy>", "<dog>"])
+    want = CLIPTokenizerFast.from_pretrained(folder)(LEARNED, padding="max_length").input_ids
+    edit_json(folder / "tokenizer_config.json", **{"additional_special_tokens": [], field: ["<cat-toy>", "<dog>"]})
+    ours = Tokenizer.from_pretrained(tmp_path)
+    np.testing.assert_array_equal(ours(LEARNED), want)
+    ours.save_pretrained(tmp_path / "copy")
+    np.testing.assert_array_equal(Tokenizer.from_pretrained(tmp_path, "copy")(LEARNED), want)
+
+
 def test_saved_files_are_read_by_transformers_and_by_us(folder, tmp_path):
     references()
     from transformers import CLIPTokenizer
@@ -142,6 +196,22 @@ DAMAGES = {  # what happens to the folder → the error and its words
         lambda d: edit_json(d / "tokenizer_config.json", added_tokens_decoder={"7": {"content": "blorp"}}),
         ValueError,
         "gives 'blorp' the id 7",
+    ),
+    "two ids": (
+        lambda d: [
+            edit_json(d / "tokenizer_config.json", added_tokens_decoder={"2048": {"content": "blorp"}}),
+            (d / "added_tokens.json").write_text('{"blorp": 2049}'),
+        ],
+        ValueError,
+        "one file gives 'blorp' the id 2049, another the id 2048; use the files",
+    ),
+    "two words": (
+        lambda d: [
+            edit_json(d / "tokenizer_config.json", added_tokens_decoder={"2048": {"content": "blorp"}}),
+            (d / "added_tokens.json").write_text('{"<cat-toy>": 2048}'),
+        ],
+        ValueError,
+        "one file gives '<cat-toy>' the id 2048, another to 'blorp'; use the files",
     ),
     "another model": (
         lambda d: [(d / "vocab.json").unlink(), (d / "tokenizer.json").write_text(NOT_CLIPS)],

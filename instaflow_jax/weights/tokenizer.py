@@ -21,9 +21,11 @@ from instaflow_jax.infra import files
 from instaflow_jax.weights import hub
 
 _FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_FILES += ("added_tokens.json",)
 WORD_END = "</w>"  # ends the last token of every word, so "cat" and the start of "catch" are different tokens
 _WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 START, END = "<|startoftext|>", "<|endoftext|>"
+FURTHER = ("additional_special_tokens", "extra_special_tokens")  # the second is transformers 5's
 # Defaults of absent keys, as in transformers.
 SPECIAL = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
 
@@ -32,9 +34,10 @@ class Tokenizer:
     """Byte-pair encoding of prompts between a start and an end token, padded to `model_max_length`.
 
     Attributes:
-      vocab: token → id, without tokens that were added later (`added_tokens_decoder`).
+      vocab: token → id, without tokens that were added later (`added_tokens_decoder` in `config`).
       model_max_length: length of every row, including start and end.
       bos_id, eos_id, pad_id: ids of the start, end and padding tokens.
+      size: one more than the largest id, added tokens included.
     """
 
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], config: dict[str, Any]):
@@ -53,8 +56,10 @@ class Tokenizer:
         _check_merges(vocab, merges)
         _check_special(special, vocab.keys() | {t.content for t in learned.values()})
         self._engine = make_engine(vocab, merges, special["unk_token"].content)
-        self._engine.add_tokens([*learned.values(), *special.values()])  # the first of equal tokens counts
+        further = [tokenizers.AddedToken(word, normalized=False, special=True) for word in _further_special(config)]
+        self._engine.add_tokens([*learned.values(), *special.values(), *further])  # the first of equal tokens counts
         _check_learned(learned, self._engine)
+        self.size = 1 + max(self._engine.get_vocab().values())
         self.bos_id, self.eos_id, self.pad_id = (
             self._engine.token_to_id(special[key].content) for key in ("bos_token", "eos_token", "pad_token")
         )
@@ -62,6 +67,9 @@ class Tokenizer:
     @classmethod
     def from_pretrained(cls, source: str | Path, subfolder: str = "tokenizer") -> "Tokenizer":
         """Reads `vocab.json` and `merges.txt`, or else `tokenizer.json`, and their configs, from a folder or hub id.
+
+        Words that were added to the vocabulary (textual inversion) may be listed in `tokenizer_config.json`,
+        `added_tokens.json` or `tokenizer.json`.
 
         Raises:
           FileNotFoundError, ValueError: naming the file that is missing or wrong.
@@ -73,7 +81,7 @@ class Tokenizer:
         if special.is_file() and "added_tokens_decoder" not in config:  # newer configs include the special tokens
             config = config | files.read_json(special)
         try:
-            return cls(vocab, merges, config)
+            return cls(vocab, merges, _with_learned_words(folder, vocab, config))
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
 
@@ -81,11 +89,12 @@ class Tokenizer:
         """Writes the four files that `from_pretrained` and transformers read."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        special = {key: self.config[key] for key in SPECIAL if key in self.config}
+        special = {key: _typed(self.config[key], None) for key in SPECIAL if key in self.config}
+        config = {key: _typed(self.config[key], "AddedToken") for key in (*SPECIAL, *FURTHER) if key in self.config}
         texts = {
             "vocab.json": json.dumps(self.vocab, ensure_ascii=False),
             "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, self.merges)]),
-            "tokenizer_config.json": json.dumps({"tokenizer_class": "CLIPTokenizer"} | self.config, indent=2),
+            "tokenizer_config.json": json.dumps({"tokenizer_class": "CLIPTokenizer"} | self.config | config, indent=2),
             "special_tokens_map.json": json.dumps(special, indent=2),
         }
         for name, text in texts.items():
@@ -161,6 +170,30 @@ def _pair(merge: str | list[str], path: Path) -> tuple[str, str]:
     return parts
 
 
+def _with_learned_words(folder: Path, vocab: dict[str, int], config: dict[str, Any]) -> dict[str, Any]:
+    """The config with the words of `added_tokens.json` and `tokenizer.json` in its `added_tokens_decoder`."""
+    listed, found = dict(config.get("added_tokens_decoder", {})), []
+    words, whole = folder / "added_tokens.json", folder / "tokenizer.json"
+    if words.is_file():  # it lists ids alone; transformers too adds the flags like this
+        special = {token.content for token in _special_tokens(config).values()} | set(_further_special(config))
+        for word, i in files.read_json(words).items():
+            found.append((i, {"content": word, "normalized": word not in special, "special": word in special}))
+    if whole.is_file():
+        tokens = files.read_json(whole).get("added_tokens", [])
+        found += [(token["id"], {key: token[key] for key in token if key != "id"}) for token in tokens]
+    ids = vocab | {token["content"]: int(i) for i, token in listed.items()}
+    for i, token in found:
+        word = token["content"]
+        if ids.setdefault(word, i) != i or listed.get(str(i), token)["content"] != word:
+            other = f"the id {ids[word]}" if ids[word] != i else f"to {listed[str(i)]['content']!r}"
+            raise ValueError(
+                f"one file gives {word!r} the id {i}, another {other}; use the files of the same tokenizer"
+            )
+        if word not in vocab:
+            listed.setdefault(str(i), token)
+    return config | {"added_tokens_decoder": listed} if listed else config
+
+
 def _length(config: dict[str, Any]) -> int:
     length = config.get("model_max_length")
     if not isinstance(length, int) or not 2 < length < 10**6:  # transformers writes 10³⁰ for "unknown"
@@ -192,8 +225,25 @@ def _learned_tokens(config: dict[str, Any]) -> dict[int, tokenizers.AddedToken]:
     return {int(i): _added(token) for i, token in sorted(listed, key=lambda item: int(item[0]))}
 
 
+def _further_special(config: dict[str, Any]) -> list[str]:
+    """Special tokens besides the four."""
+    groups = [config.get(key) or [] for key in FURTHER]
+    tokens = [token for group in groups for token in (group.values() if isinstance(group, dict) else group)]
+    return [token["content"] if isinstance(token, dict) else token for token in tokens]
+
+
 def _added(token: dict[str, Any]) -> tokenizers.AddedToken:
     return tokenizers.AddedToken(**{key: value for key, value in token.items() if key != "__type"})
+
+
+def _typed(token: Any, kind: str | None) -> Any:
+    """A special token, or several, with the type that transformers asks of those in `tokenizer_config.json` alone."""
+    if isinstance(token, list):
+        return [_typed(t, kind) for t in token]
+    if not isinstance(token, dict) or "content" not in token:
+        return token
+    rest = {key: value for key, value in token.items() if key != "__type"}
+    return {"__type": kind} | rest if kind else rest
 
 
 # ---------------------------------------------------------------- checks (the library itself raises bare Exceptions)
@@ -219,7 +269,7 @@ def _check_learned(learned: dict[int, tokenizers.AddedToken], engine: tokenizers
     for i, token in learned.items():
         if engine.token_to_id(token.content) != i:
             raise ValueError(
-                f"added_tokens_decoder gives {token.content!r} the id {i}, but in this vocabulary it has "
+                f"the list of added tokens gives {token.content!r} the id {i}, but in this vocabulary it has "
                 f"{engine.token_to_id(token.content)}"
             )
 
