@@ -319,6 +319,15 @@ BARE_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
             ["2 for the same layer", Q, BARE_Q],
         ),
         (
+            lambda s: s.update({f"{Q}.alpha": s[f"{Q}.lora_up.weight"][0].clone()}),
+            ["1 misshapen", f"{Q} alpha (4,)"],
+        ),
+        (
+            lambda s: s.update({f"{Q}.lora_down.weight": s[f"{Q}.lora_down.weight"][:0].clone()}),
+            ["1 misshapen", f"{Q} down (0, 8)"],
+        ),
+        (lambda s: s.update({f"{Q}.lora_down.weight": s[f"{Q}.alpha"].clone()}), ["1 misshapen", f"{Q} down ()"]),
+        (
             lambda s: s.update({f"{Q}.lora_up.weight": s[f"{Q}.lora_up.weight"][:, :1].clone()}),
             ["1 misshapen", "attn1.to_q", "rank"],
         ),
@@ -348,6 +357,15 @@ def test_other_formulas_of_peft_are_refused(tiny, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 4, "use_dora": True}))
     with pytest.raises(ValueError, match="trained with use_dora"):
         lora.merge(tiny.ours.params, path, 1.0)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 4, "init_lora_weights": "pissa_niter_4"}))
+    with pytest.raises(ValueError, match="trained with init_lora_weights=pissa_niter_4, so"):
+        lora.merge(tiny.ours.params, path, 1.0)
+    damaged = tmp_path / "damaged.safetensors"
+    safetensors.torch.save_file(diffusers(tiny.pipe), damaged, {"lora_adapter_metadata": '{"unet.r": 4'})
+    with pytest.raises(
+        ValueError, match=r"damaged\.safetensors: lora_adapter_metadata '{\"unet.r\": 4' is not a JSON obj"
+    ):
+        lora.merge(tiny.ours.params, damaged, 1.0)
     with pytest.raises(FileNotFoundError, match="there is no LoRA file"):
         lora.merge(tiny.ours.params, tmp_path / "nowhere.safetensors", 1.0)
 

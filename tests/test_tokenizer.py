@@ -213,6 +213,11 @@ DAMAGES = {  # what happens to the folder → the error and its words
         ValueError,
         "one file gives '<cat-toy>' the id 2048, another to 'blorp'; use the files",
     ),
+    "no id": (
+        lambda d: (d / "added_tokens.json").write_text('{"blorp": "2048"}'),
+        ValueError,
+        "an added token is 'blorp' with the id '2048'; use",
+    ),
     "another model": (
         lambda d: [(d / "vocab.json").unlink(), (d / "tokenizer.json").write_text(NOT_CLIPS)],
         ValueError,

@@ -30,7 +30,9 @@ _PART = re.compile(
     r"(.+?)\.(?:lora\.|lora_linear_layer\.)?(lora_down|lora_A|down|lora_up|lora_B|up)\.weight|(.+)\.alpha"
 )
 _PART_NAMES = {"lora_down": "down", "lora_A": "down", "lora_up": "up", "lora_B": "up", None: "alpha"}
-_OTHER_FORMULAS = ("use_dora", "use_rslora", "lora_bias")  # fields of peft's config that change the formula
+# Fields of peft's config that change the formula, and initializations that change the weights of the model itself.
+_OTHER_FORMULAS = ("use_dora", "use_rslora", "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens")
+_OTHER_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 Target = tuple[str, str]  # network, parameter
 
 
@@ -110,10 +112,16 @@ def read(path: Path, params: Mapping[str, Params]) -> dict[Target, Layer]:
         else:
             unknown.append(key)
     incomplete = [module for module, arrays in parts.items() if not {"up", "down"} <= arrays.keys()]
+    misshapen = [
+        f"{module} {part} {array.shape}"
+        for module, arrays in parts.items()
+        for part, array in arrays.items()
+        if (array.size != 1 if part == "alpha" else array.ndim < 2 or array.size == 0)
+    ]
     uses = collections.Counter(targets[module] for module in parts)
     repeated = [module for module in parts if uses[targets[module]] > 1]
     what = f"{path} is not a LoRA of this model"
-    kinds = {"without up or down": incomplete, "for the same layer": repeated}
+    kinds = {"misshapen": misshapen, "without up or down": incomplete, "for the same layer": repeated}
     port.raise_for_mismatch(what, unknown=unknown, **kinds)
     return {
         targets[module]: Layer(arrays["down"], arrays["up"], _alpha(module, arrays, config))
@@ -160,9 +168,15 @@ def _config(path: Path, is_peft: bool) -> dict[str, dict[str, Any]]:
     `adapter_config.json`, under "".
 
     Raises:
-      ValueError: the config asks for another formula.
+      ValueError: the config asks for another formula, or the metadata is damaged.
     """
-    packed = json.loads(port.read_metadata(path).get("lora_adapter_metadata", "{}"))
+    packed = port.read_metadata(path).get("lora_adapter_metadata", "{}")
+    try:
+        packed = dict(json.loads(packed))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path}: lora_adapter_metadata {packed[:40]!r} is not a JSON object; save the file again without it"
+        ) from error
     config = {}
     for key, value in packed.items():
         net, _, field = key.partition(".")
@@ -176,10 +190,15 @@ def _config(path: Path, is_peft: bool) -> dict[str, dict[str, Any]]:
             f"copy peft's {adapter.name} into its folder if alpha differed from the rank",
             stacklevel=2,
         )
-    unsupported = sorted({field for fields in config.values() for field in _OTHER_FORMULAS if fields.get(field)})
+    unsupported = {field for fields in config.values() for field in _OTHER_FORMULAS if fields.get(field)}
+    unsupported |= {
+        f"init_lora_weights={fields['init_lora_weights']}"
+        for fields in config.values()
+        if str(fields.get("init_lora_weights")).startswith(_OTHER_WEIGHTS)
+    }
     if unsupported:
         raise ValueError(
-            f"{path} was trained with {', '.join(unsupported)}, so its formula is not W + scale·up@down; "
+            f"{path} was trained with {', '.join(sorted(unsupported))}, so its formula is not W + scale·up@down; "
             "merge it into the model with peft first"
         )
     return config

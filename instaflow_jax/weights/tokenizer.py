@@ -179,11 +179,13 @@ def _with_learned_words(folder: Path, vocab: dict[str, int], config: dict[str, A
         for word, i in files.read_json(words).items():
             found.append((i, {"content": word, "normalized": word not in special, "special": word in special}))
     if whole.is_file():
-        tokens = files.read_json(whole).get("added_tokens", [])
-        found += [(token["id"], {key: token[key] for key in token if key != "id"}) for token in tokens]
+        tokens = files.read_json(whole).get("added_tokens") or []
+        found += [(token.get("id"), {key: token[key] for key in token if key != "id"}) for token in tokens]
     ids = vocab | {token["content"]: int(i) for i, token in listed.items()}
     for i, token in found:
-        word = token["content"]
+        word = token.get("content")
+        if not isinstance(word, str) or type(i) is not int:
+            raise ValueError(f"an added token is {word!r} with the id {i!r}; use a string and an integer")
         if ids.setdefault(word, i) != i or listed.get(str(i), token)["content"] != word:
             other = f"the id {ids[word]}" if ids[word] != i else f"to {listed[str(i)]['content']!r}"
             raise ValueError(
