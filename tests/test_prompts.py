@@ -10,6 +10,7 @@ import tensorflow_datasets as tfds
 from instaflow_jax.data import prompts, records
 from instaflow_jax.data.openmoji.dataset import encode_png
 from instaflow_jax.data.prompts import Cleaning
+from instaflow_jax.stages.common import loading
 
 UNCHANGED = Cleaning(normalize=False, min_chars=0, max_chars=0, unique=False)
 TIDY = Cleaning(normalize=True, min_chars=1, max_chars=0, unique=False)
@@ -43,6 +44,25 @@ def test_a_text_file_with_a_broken_line(tmp_path):
     found = load(tmp_path / "p.txt")
     assert found.texts == ["one", "two", "three"]
     assert found.report["malformed"] == 1 and found.report["too short"] == 1
+
+
+def test_every_stage_reads_a_text_file_in_the_same_way(tmp_path):
+    """A byte-order mark and Windows line ends are not part of a prompt."""
+    path = tmp_path / "p.txt"
+    path.write_bytes(b"\xef\xbb\xbfred apple\r\n\r\n house\r\n")
+    assert load(path).texts == loading.read_prompts(str(path)) == ["red apple", "house"]
+    assert loading.read_prompts(str(path.rename(tmp_path / "P.TXT"))) == ["red apple", "house"]
+
+
+def test_a_text_file_in_another_encoding_is_named(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_bytes("red apple\ncafé\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"p\.txt': line 2 of the file is not UTF-8 .*save the file as UTF-8"):
+        loading.read_prompts(str(path))
+    path.write_bytes("red apple\nhouse\n".encode("utf-16"))
+    for read in (load, lambda file: loading.read_prompts(str(file))):
+        with pytest.raises(ValueError, match=r"p\.txt is UTF-16, not UTF-8; save it as UTF-8"):
+            read(path)
 
 
 def test_jsonl_supports_nested_columns_and_lists(tmp_path):

@@ -1,5 +1,6 @@
 """Where prompts come from: each source yields its rows in order, and None for a row that is not a text."""
 
+import codecs
 import glob
 import json
 from collections.abc import Iterator
@@ -71,14 +72,30 @@ def files(source: str, column: str) -> Rows:
     return (row for each in paths for row in _READERS[path.suffix](each, column))
 
 
-def _text(path: Path, column: str) -> Rows:
+def text_lines(path: Path) -> Rows:
+    """The lines of a text file without their ends, and None for a line that is not UTF-8.
+
+    A byte-order mark at the start, which Windows editors write, is not part of the first line.
+
+    Raises:
+      ValueError: the file is UTF-16.
+      OSError: it cannot be read; names it.
+    """
     for line in _lines(path):
         yield _decode(line)
 
 
+def _text(path: Path, column: str) -> Rows:
+    return text_lines(path)
+
+
 def _lines(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
-        for line in file:
+        for number, line in enumerate(file):
+            if number == 0 and line.startswith(
+                (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+            ):  # else read as UTF-8 with NULs
+                raise ValueError(f"{path} is UTF-16, not UTF-8; save it as UTF-8")
             yield line.rstrip(b"\r\n")
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from instaflow_jax import pipeline
+from instaflow_jax.data import prompt_sources
 from instaflow_jax.weights.delta import Delta
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -135,16 +136,22 @@ def read_prompts(prompts: str) -> list[str]:
 
     Raises:
       FileNotFoundError: the value ends in .txt and there is no such file.
-      ValueError: the file has no prompts.
+      ValueError: the file has no prompts, or is not UTF-8.
     """
-    path = Path(prompts)
-    if "|" not in prompts and path.suffix == ".txt":
+    path = Path(prompts).expanduser()
+    if "|" not in prompts and path.suffix.lower() == ".txt":
         if not path.is_file():
             raise FileNotFoundError(f"config.prompts={prompts!r}: no such file")
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-        if not any(lines):
+        lines = list(prompt_sources.text_lines(path))
+        if None in lines:
+            raise ValueError(
+                f"config.prompts={prompts!r}: line {lines.index(None) + 1} of the file is not UTF-8 (perhaps Latin-1); "
+                "save the file as UTF-8"
+            )
+        lines = [line.strip() for line in lines if line and line.strip()]
+        if not lines:
             raise ValueError(f"config.prompts={prompts!r}: the file holds no prompt")
-        return [line for line in lines if line]
+        return lines
     return [prompt.strip() for prompt in prompts.split("|")]
 
 
