@@ -24,7 +24,7 @@ def weights() -> ConfigDict:
     config.loras = ""  # FILE=0.8|FILE2=0.5, merged in this order
     config.weights_variant = ""  # "fp16" reads model.fp16.safetensors and so on
     config.dtype = "float32"  # compute type; or bfloat16
-    config.attention = "xla"  # or cudnn (NVIDIA, bfloat16)
+    config.attention = "xla"  # or cudnn (NVIDIA, bfloat16; heads that it cannot compute use xla)
     config.kernels = "auto"  # or xla, which turns all hand-written kernels off
     return config
 

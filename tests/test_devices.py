@@ -75,6 +75,8 @@ def test_a_batch_that_devices_cannot_share_is_refused(wide):
     devices.check_batch_size("batch_size", 48, wide, 2)
     with pytest.raises(ValueError, match=r"batch_size=40 must be a multiple of 16 .*use batch_size=32"):
         devices.check_batch_size("batch_size", 40, wide, 2)
+    with pytest.raises(ValueError, match="accumulate=0 must be at least 1"):
+        devices.check_batch_size("batch_size", 48, wide, 0)
 
 
 def test_a_mesh_that_does_not_divide_is_refused():

@@ -171,8 +171,10 @@ def check_batch_size(field: str, batch_size: int, mesh: AnyMesh, accumulate: int
     """Checks that the devices can share a global batch evenly.
 
     Raises:
-      ValueError: batch_size is not a positive multiple of devices × accumulate.
+      ValueError: accumulate is below 1, or batch_size is not a positive multiple of devices × accumulate.
     """
+    if accumulate < 1:
+        raise ValueError(f"accumulate={accumulate} must be at least 1; use 1 for no micro-batches")
     unit = mesh.size * accumulate
     if batch_size < 1 or batch_size % unit:
         nearest = max(unit, round(batch_size / unit) * unit)

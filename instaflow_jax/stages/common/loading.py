@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from instaflow_jax import pipeline
 from instaflow_jax.data import prompt_sources
+from instaflow_jax.kernels.attention import check_cudnn
 from instaflow_jax.weights.delta import Delta
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -39,9 +40,11 @@ class WeightOptions:
 
 
 def read_weight_options(config: ConfigDict) -> WeightOptions:
-    """The block of `configs.common.weights`. Raises ValueError naming the field and its choices."""
+    """The block of `configs.common.weights`. Raises ValueError naming the field and its choices, or the device."""
     if config.dtype not in DTYPES:
         raise ValueError(f"config.dtype={config.dtype!r} is not one of {', '.join(DTYPES)}")
+    if config.attention == "cudnn":
+        check_cudnn(DTYPES[config.dtype])
     return WeightOptions(
         base=config.base,
         delta=Delta(**config.delta) if config.delta.custom else None,
