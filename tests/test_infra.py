@@ -2,6 +2,8 @@ import errno
 import io
 import json
 import os
+import re
+import resource
 import subprocess
 import sys
 import types
@@ -12,9 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from instaflow_jax.infra import cost, epochs, files, images, metrics
+from instaflow_jax.evals import frechet
+from instaflow_jax.infra import checkpoint, cost, epochs, files, images, metrics, progress
 from instaflow_jax.infra.progress import Progress, clock_time
 from instaflow_jax.infra.runner import BatchedRunner
+from instaflow_jax.weights import hub, port
 
 # ---------------------------------------------------------------- files
 
@@ -45,6 +49,49 @@ def test_a_failed_write_names_the_file(tmp_path):
     assert failed.value.errno == errno.ENOSPC
     with pytest.raises(OSError, match=r"cannot write .*missing/a\.txt"):
         files.write_text(tmp_path / "missing/a.txt", "")
+
+
+NOISE = np.random.default_rng(0).integers(0, 255, (150, 150, 3)).astype(np.uint8)
+
+
+def write_weights(path, form):
+    layout = hub.Layout(stem="file", flax="file")
+    port.save({"a.kernel": np.zeros((100, 100), np.float32)}, path.parent, layout, form=form)
+
+
+@pytest.mark.parametrize(
+    "write, size",
+    [
+        (lambda path: files.write_text(path, "x" * 50_000), "50.0 kB"),
+        (lambda path: files.write_json(path, ["x" * 50_000]), "50.0 kB"),
+        (lambda path: images.save_png(path, NOISE, {}), "67.8 kB"),
+        (lambda path: metrics.append(path, "x" * 50_000), "50.0 kB"),
+        (lambda path: frechet.Moments(2, np.zeros(99), np.zeros((99, 99))).save(path), "80.0 kB"),
+        (lambda path: write_weights(path, "safetensors"), "40.0 kB"),
+        (lambda path: write_weights(path, "flax"), "40.0 kB"),
+        (lambda path: checkpoint.save_weights(path, {"unet": {"a": NOISE.astype(np.float32)}}), "270.0 kB"),
+    ],
+)
+def test_a_full_disk_names_the_file_and_the_bytes_it_takes(write, size, tmp_path):
+    """Files are limited to 20 kB, which the system reports like a full disk."""
+    path = tmp_path / "folder" / "file"
+    path.parent.mkdir()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OSError) as failed:
+            write(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    words = (
+        rf"cannot write {path.parent}\S*: File too large; it takes {size} and [\d.]+ .B are free: make room and start"
+    )
+    assert re.search(words, str(failed.value)) and "\n" not in str(failed.value)
+
+
+def test_a_long_text_is_quoted_in_part():
+    assert progress.quote("a face") == "'a face'"
+    assert len(progress.quote("x" * 10_000)) == 82
 
 
 def test_stale_files_of_ended_processes_are_deleted(tmp_path):

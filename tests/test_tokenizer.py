@@ -45,6 +45,13 @@ def folder(request, tmp_path):
     return target
 
 
+def test_the_warning_about_a_long_prompt_quotes_a_part_of_it():
+    tokenizer = Tokenizer.from_pretrained(SOURCE, subfolder="")
+    with pytest.warns(UserWarning, match="these words are lost") as warned:
+        tokenizer(["cat " * 2500])
+    assert len(str(warned[0].message)) < 300
+
+
 def test_equal_to_transformers(folder):
     references()
     from transformers import CLIPTokenizer, CLIPTokenizerFast
@@ -151,7 +158,7 @@ def test_a_long_prompt_is_truncated_with_a_warning_that_names_the_lost_words():
     with pytest.warns(UserWarning, match="these words are lost") as warned:
         ids = tokenizer([prompt])
     (message,) = (str(w.message) for w in warned)
-    assert message.endswith("green pear'") and "these words are lost" in message and prompt in message
+    assert message.endswith("green pear'") and "these words are lost" in message and prompt[:70] in message
     assert ids[0, 0] == tokenizer.bos_id and ids[0, -1] == tokenizer.eos_id
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -6,6 +6,7 @@ Computed on the host in float64, because both terms are small differences of lar
 """
 
 import dataclasses
+import io
 import zipfile
 from pathlib import Path
 
@@ -77,8 +78,9 @@ class Moments:
     def save(self, path: str | Path) -> None:
         """Writes `mu` and `sigma` as pytorch-fid reads them, and `count`, which it ignores."""
         count = {} if self.count is None else {"count": self.count}
-        with files.atomic_write(Path(path)) as temporary, temporary.open("wb") as file:
-            np.savez(file, mu=self.mean, sigma=self.covariance, **count)
+        content = io.BytesIO()
+        np.savez(content, mu=self.mean, sigma=self.covariance, **count)
+        files.write_bytes(path, content.getbuffer())
 
     @classmethod
     def load(cls, path: str | Path) -> "Moments":

@@ -19,6 +19,7 @@ from jaxtyping import PyTree
 
 from instaflow_jax.arrays import AnyArray, Params
 from instaflow_jax.infra import devices
+from instaflow_jax.infra.files import as_os_error, format_bytes, naming
 
 Leaves = Mapping[str, AnyArray | jax.ShapeDtypeStruct]
 
@@ -42,6 +43,7 @@ class Checkpoints:
         keep = [policies.LatestN(keep_last)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
         options = ocp.CheckpointManagerOptions(preservation_policy=policies.AnyPreservationPolicy(keep))
         self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._size = 0  # bytes of the last checkpoint that was begun
 
     def latest(self) -> int | None:
         """The step of the newest complete checkpoint, or None if there is none."""
@@ -60,6 +62,7 @@ class Checkpoints:
         """
         arrays = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
         data = {"data": ocp.args.JsonSave(dict(position)), "config": ocp.args.JsonSave(dict(config))}
+        self._size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         with self._explain_errors():
             self._manager.save(step, args=ocp.args.Composite(**arrays, **data), force=True)
 
@@ -101,9 +104,9 @@ class Checkpoints:
             if isinstance(error, ValueError) and "os_error_code" not in str(error):
                 raise
             raise OSError(
-                f"cannot write a checkpoint to {self._directory}; the checkpoints of steps "
-                f"{complete_steps(self._directory)} are complete. Free some space and run again: training resumes from "
-                f"the newest. The system reported: {str(error).split(' [')[0]}"
+                f"cannot write a checkpoint of {format_bytes(self._size)} to {self._directory}; the checkpoints of "
+                f"steps {complete_steps(self._directory)} are complete. Free some space and run again: training "
+                f"resumes from the newest. The system reported: {str(error).split(' [')[0]}"
             ) from None
 
 
@@ -130,8 +133,11 @@ def save_weights(directory: str | Path, weights: Mapping[str, Params]) -> None:
     `orbax.checkpoint.StandardCheckpointer().restore(absolute path)` reads them back.
     """
     _quiet_orbax()
-    with contextlib.closing(ocp.StandardCheckpointer()) as checkpointer:
-        checkpointer.save(Path(directory).absolute(), jax.tree.map(np.asarray, dict(weights)))
+    arrays = jax.tree.map(np.asarray, dict(weights))
+    size = sum(array.nbytes for array in jax.tree.leaves(arrays))
+    checkpointer = ocp.StandardCheckpointer()
+    with naming(directory, size), as_os_error(ValueError), contextlib.closing(checkpointer):
+        checkpointer.save(Path(directory).absolute(), arrays)
 
 
 def load_config(directory: str | Path, *, step: int | None) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """Files on disk: atomic writes, JSON, and hashes of contents."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
@@ -12,12 +14,60 @@ from typing import Any
 
 import numpy as np
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's quota, the largest file allowed
+
 
 @contextlib.contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
+def naming(path: str | Path, size: int | None) -> Iterator[None]:
+    """Names `path` in the OSError of a block that writes it, and on a full disk the room that is needed and free.
+
+    Args:
+      size: bytes of the complete file or directory; None if unknown.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(error.errno, f"cannot write {path}: {reason}{_room(Path(path), error.errno, size)}") from error
+
+
+@contextlib.contextmanager
+def as_os_error(kind: type[Exception]) -> Iterator[None]:
+    """Turns a library's own error about a failed write, which has the system's number in its text, into an OSError."""
+    try:
+        yield
+    except kind as error:
+        code = re.search(r"os[ _]error(?:_code=')? ?(\d+)", str(error))
+        if not code:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+
+
+def _room(path: Path, code: int | None, size: int | None) -> str:
+    """How the message about a failed write ends: nothing, unless the disk is full."""
+    if code not in _FULL or size is None:
+        return ""
+    folder = next((parent for parent in path.absolute().parents if parent.is_dir()), Path("/"))
+    free = shutil.disk_usage(folder).free
+    return f"; it takes {format_bytes(size)} and {format_bytes(free)} are free: make room and start again"
+
+
+def format_bytes(size: int) -> str:
+    """A number of bytes as text: "532 bytes", "12.3 kB", "3.4 GB"."""
+    if size < 1000:
+        return f"{size} bytes"
+    power = min((len(str(size)) - 1) // 3, 4)
+    return f"{size / 1000**power:.1f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path, size: int | None = None) -> Iterator[Path]:
     """Yields a temporary path that is renamed to `path` when the block ends without an error, and deleted otherwise.
 
     The contents are flushed to disk before the rename, so a crash never leaves a truncated file under `path`.
+
+    Args:
+      size: bytes of the complete file, for the message on a full disk; None if unknown.
 
     Raises:
       OSError: naming `path`, if it could not be written.
@@ -25,15 +75,14 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     temporary = temporary_name(path)
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # the umask's; safetensors' writer would make the file private to its owner
-        yield temporary
-        temporary.chmod(mode)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
+        with naming(path, size):
+            temporary.touch()
+            mode = temporary.stat().st_mode  # the umask's; safetensors' writer would make the file private to its owner
+            yield temporary
+            temporary.chmod(mode)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -85,10 +134,15 @@ def _is_running(pid: int) -> bool:
     return pid != os.getpid()
 
 
+def write_bytes(path: str | Path, content: bytes | memoryview) -> None:
+    """Writes a file atomically. Raises OSError naming the file and, on a full disk, its size."""
+    with atomic_write(path, len(content)) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_text(path: str | Path, text: str) -> None:
-    """Writes a UTF-8 text file atomically. Raises OSError naming the file."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    """Writes a UTF-8 text file atomically. Raises OSError as `write_bytes` does."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: str | Path, content: Any, *, indent: int = 1) -> None:

@@ -1,5 +1,6 @@
 """Images: bytes ⇄ pixels, grids, PNG files."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from instaflow_jax.arrays import AnyArray
-from instaflow_jax.infra.files import atomic_write
+from instaflow_jax.infra.files import write_bytes
 
 GAP = 2  # pixels between the images of a grid
 WHITE = 255
@@ -87,8 +88,9 @@ def save_png(path: str | Path, image: UInt8[np.ndarray, "H W 3"], text: Mapping[
     info = PngImagePlugin.PngInfo()
     for name, value in text.items():
         info.add_itxt(name, value)
-    with atomic_write(path) as temporary:
-        Image.fromarray(image).save(temporary, format="PNG", pnginfo=info)
+    encoded = io.BytesIO()
+    Image.fromarray(image).save(encoded, format="PNG", pnginfo=info)
+    write_bytes(path, encoded.getbuffer())
 
 
 def load_png(path: str | Path) -> tuple[UInt8[np.ndarray, "H W 3"], dict[str, str]]:

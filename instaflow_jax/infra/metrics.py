@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from instaflow_jax.infra.files import write_json, write_text
+from instaflow_jax.infra.files import naming, write_json, write_text
 
 Scalars = Mapping[str, float | np.floating]
 
@@ -107,7 +107,7 @@ def make_writer(directory: str | Path, *, tensorboard: bool) -> Writer:
 
 def append(path: Path, text: str) -> None:
     """Appends to a file and closes it, so that nothing stays in the buffers of a process that is killed."""
-    with path.open("a") as file:
+    with naming(path, len(text)), path.open("a") as file:
         file.write(text)
 
 

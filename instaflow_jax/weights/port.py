@@ -16,7 +16,7 @@ import safetensors.numpy
 from flax import serialization
 
 from instaflow_jax.arrays import Params
-from instaflow_jax.infra.files import atomic_write, write_text
+from instaflow_jax.infra.files import as_os_error, atomic_write, write_bytes, write_text
 from instaflow_jax.weights import torch_file
 from instaflow_jax.weights.hub import Layout, weight_files
 
@@ -192,8 +192,7 @@ def save(
     """
     arrays = {name: np.asarray(p).astype(dtype) for name, p in params.items()}
     if form == "flax":
-        with atomic_write(directory / layout.flax) as temporary:
-            temporary.write_bytes(serialization.msgpack_serialize(_flax_tree(arrays, layout)))
+        write_bytes(directory / layout.flax, serialization.msgpack_serialize(_flax_tree(arrays, layout)))
         return
     if form != "safetensors":
         raise ValueError(f"form={form!r} is not one of 'safetensors', 'flax'")
@@ -208,7 +207,8 @@ def _save_safetensors(
     names = [f"{stem}{dot}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     names = names if len(shards) > 1 else [f"{stem}{dot}.safetensors"]
     for name, shard in zip(names, shards, strict=True):
-        with atomic_write(directory / name) as temporary:
+        size = sum(a.nbytes for a in shard.values())
+        with atomic_write(directory / name, size) as temporary, as_os_error(safetensors.SafetensorError):
             safetensors.numpy.save_file(shard, temporary, metadata={"format": "pt"})
     if len(shards) > 1:
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}

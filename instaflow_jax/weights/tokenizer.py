@@ -18,6 +18,7 @@ from jaxtyping import Int
 from tokenizers import models, normalizers, pre_tokenizers
 
 from instaflow_jax.infra import files
+from instaflow_jax.infra.progress import quote
 from instaflow_jax.weights import hub
 
 _FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -107,7 +108,7 @@ class Tokenizer:
           ValueError: `prompts` is one string instead of a list.
         """
         if isinstance(prompts, str):
-            raise ValueError(f"expected a list of prompts, got the string {prompts!r}; put it into a list")
+            raise ValueError(f"expected a list of prompts, got the string {quote(prompts)}; put it into a list")
         rows = np.full((len(prompts), self.model_max_length), self.pad_id, np.int32)
         for row, prompt in zip(rows, prompts, strict=True):
             ids = [self.bos_id, *self._words(prompt), self.eos_id]
@@ -123,8 +124,8 @@ class Tokenizer:
         if len(words.ids) > room:
             lost = prompt[words.offsets[room][0] :].strip()
             warnings.warn(
-                f"the prompt {prompt!r} is longer than the text encoder's {self.model_max_length} tokens; "
-                f"these words are lost: {lost!r}",
+                f"the prompt {quote(prompt)} is longer than the text encoder's {self.model_max_length} tokens; "
+                f"these words are lost: {quote(lost)}",
                 stacklevel=3,
             )
         return words.ids[:room]

@@ -8,7 +8,7 @@ metadata is written.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +62,16 @@ def write_shard(directory: Path, recipe: Recipe, shard: int, pairs: Iterable[byt
       OSError: the disk is full or broken. The incomplete shard is removed; finished shards are not changed.
     """
     path = shard_path(directory, recipe, shard)
-    temporary = files.temporary_name(path)
+    temporary, numbers, largest = files.temporary_name(path), shard_range(recipe, shard), 0
+
+    def measured() -> Iterator[bytes]:
+        nonlocal largest
+        for pair in pairs:
+            largest = max(largest, len(pair))
+            yield pair
+
     try:
-        records.write(temporary, pairs)
-        numbers = shard_range(recipe, shard)
+        records.write(temporary, measured())
         metadata = {
             "file": path.name,
             "first": numbers[0],
@@ -79,7 +85,8 @@ def write_shard(directory: Path, recipe: Recipe, shard: int, pairs: Iterable[byt
         files.write_json(metadata_path(path), metadata)
     except OSError as error:
         raise OSError(
-            f"{error}. {path.name} is not finished; the finished shards in {directory} are intact: make room and "
+            f"{error}. {path.name} is not finished, which takes about {files.format_bytes(largest * len(numbers))}; "
+            f"the finished shards in {directory} are intact: make room and "
             "start again, and the run continues from here"
         ) from error
     finally:

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from instaflow_jax import pipeline
 from instaflow_jax.data import prompt_sources
+from instaflow_jax.infra.progress import quote
 from instaflow_jax.kernels.attention import check_cudnn
 from instaflow_jax.weights.delta import Delta
 
@@ -108,7 +109,7 @@ def read_solve_options(config: ConfigDict) -> SolveOptions:
     options = SolveOptions(**{field.name: config[field.name] for field in dataclasses.fields(SolveOptions)})
     if options.negative and options.alpha <= 1:
         raise ValueError(
-            f"config.negative={options.negative!r} has no effect with config.alpha={options.alpha}; "
+            f"config.negative={quote(options.negative)} has no effect with config.alpha={options.alpha}; "
             "guidance needs alpha > 1"
         )
     return options

@@ -1,5 +1,6 @@
 """Measurements that are made once: each is a file named by a hash of everything that decides it."""
 
+import io
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -35,8 +36,9 @@ class Cache:
             return _read(path), True
         record = make()
         about = json.dumps({"settings": settings, "numbers": record.numbers})
-        with files.atomic_write(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, about=np.array(about), **record.arrays)
+        content = io.BytesIO()
+        np.savez(content, about=np.array(about), **record.arrays)
+        files.write_bytes(path, content.getbuffer())
         return record, False
 
 

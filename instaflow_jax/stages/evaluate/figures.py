@@ -3,6 +3,7 @@
 The only file that uses matplotlib.
 """
 
+import io
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -156,6 +157,7 @@ def _save(figure, path: Path) -> None:
     from matplotlib import pyplot
 
     figure.tight_layout()
-    with files.atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png")
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    files.write_bytes(path, content.getbuffer())
     pyplot.close(figure)

@@ -4,6 +4,7 @@ Inception's features are pytorch-fid's: `python -m pytorch_fid DIR/pictures DIR/
 """
 
 import dataclasses
+import io
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -102,8 +103,9 @@ def reference(
         directory.mkdir(parents=True, exist_ok=True)
         origin_file.unlink(missing_ok=True)
         moments.save(statistics)
-        with files.atomic_write(rows) as temporary, temporary.open("wb") as file:
-            np.save(file, found)
+        content = io.BytesIO()
+        np.save(content, found)
+        files.write_bytes(rows, content.getbuffer())
         write_json(origin_file, origin)
     return moments, found
 

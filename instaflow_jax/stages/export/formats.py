@@ -12,7 +12,7 @@ from jax import export
 
 from instaflow_jax import pipeline, sampling
 from instaflow_jax.arrays import AnyArray, Params
-from instaflow_jax.infra import checkpoint, images
+from instaflow_jax.infra import checkpoint, files, images
 from instaflow_jax.stages.common.loading import read_prompts
 from instaflow_jax.stages.export.source import Source
 from instaflow_jax.weights.conventions import as_released, as_stock, as_teacher
@@ -74,8 +74,9 @@ def write_stablehlo(source: Source, directory: Path, options: Options) -> None:
     weights = flat(source.pipe)
     directory.mkdir()
     program = export.export(jax.jit(make_one_step(source)), platforms=PLATFORMS)(*abstract_inputs(source.pipe, weights))
-    (directory / PROGRAM).write_bytes(program.serialize())
-    np.savez(directory / "weights.npz", **weights)
+    files.write_bytes(directory / PROGRAM, bytes(program.serialize()))
+    with files.naming(directory / "weights.npz", sum(array.nbytes for array in weights.values())):
+        np.savez(directory / "weights.npz", **weights)
     np.save(directory / "ids.npy", source.pipe.tokenizer(read_prompts(options.prompts)))
     shutil.copyfile(_READER, directory / "draw.py")
 

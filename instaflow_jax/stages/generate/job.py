@@ -14,6 +14,7 @@ from instaflow_jax import __version__, pipeline, sampling
 from instaflow_jax.arrays import AnyArray, Latent, Params, TokenIds
 from instaflow_jax.data import noise, prompts
 from instaflow_jax.infra.files import sha256_of_json, sha256_of_params
+from instaflow_jax.infra.progress import quote
 from instaflow_jax.infra.runner import BatchedRunner
 from instaflow_jax.stages.common.loading import SolveOptions, WeightOptions, latent_shape
 from instaflow_jax.stages.common.loading import load as load_pipeline
@@ -181,7 +182,7 @@ def fetch(job: Job, numbers: range, ids, X0, X1: jax.Array) -> Generated:
     bad = [i for i, row in zip(numbers, X1, strict=True) if not np.isfinite(row).all()]
     if bad:
         raise ValueError(
-            f"pair {bad[0]} ({job.prompt(bad[0])!r}) is not finite in float16, nor are {len(bad) - 1} more "
+            f"pair {bad[0]} ({quote(job.prompt(bad[0]))}) is not finite in float16, nor are {len(bad) - 1} more "
             f"of {len(numbers)}: lower alpha={job.recipe['alpha']:g}, or set dtype='float32'"
         )
     return Generated(numbers, ids, X0, X1)
