@@ -1,6 +1,7 @@
 """Stage `serve`: what it draws, what it refuses, and its page, used through gradio's client and a browser."""
 
 import itertools
+import os
 import runpy
 import shutil
 import socket
@@ -176,6 +177,26 @@ def test_a_port_that_is_taken_is_named():
             serve.start(config, "nowhere")
 
 
+def test_the_headings_name_steps_and_not_paths():
+    flow, teacher = models.heading("", 1), models.heading("teacher", 25)
+    assert (flow, teacher, models.heading("", 4)) == ("one step", "teacher, 25 steps", "4 steps")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"teacher": "nowhere"}, "nowhere"),
+        ({"teacher_N": 1001}, "N=1001"),
+        ({"examples": ()}, "config.examples"),
+    ],
+)
+def test_both_models_are_checked_before_the_first_is_compiled(fields, words, teacher, monkeypatch):
+    monkeypatch.setattr(serve, "make_model", lambda *_, **__: pytest.fail("compiled"))
+    for act in (serve.start, serve.check):
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            act(tiny(teacher, **fields), "nowhere")
+
+
 def test_a_missing_gradio_ends_in_one_line_that_names_the_extra(monkeypatch):
     config = read("serve")
     config.port = free_port()
@@ -205,8 +226,8 @@ def client(page):
 @pytest.mark.slow
 def test_the_page_answers_with_images_and_seconds(client, teacher):
     flow_line, flow, teacher_line, reference = client.predict("cat face", 3, 2, 2, api_name="/draw")
-    assert flow_line.startswith("### 2 steps · 0.") and "s per image" in flow_line and str(teacher) in flow_line
-    assert teacher_line.startswith("### 3 steps · ")
+    assert flow_line.startswith("### 2 steps · 0.") and flow_line.endswith("s per image")
+    assert teacher_line.startswith("### teacher, 3 steps · ")
     flow, reference = flow["value"], reference["value"]
     for gallery in (flow, reference):
         assert [entry["caption"] for entry in gallery] == ["seed 3", "seed 4"]
@@ -241,6 +262,23 @@ def test_requests_cannot_skip_the_queue_or_upload_files(page):
     assert run.status_code >= 400
     upload = httpx.post(f"{page.local_url}gradio_api/upload", files={"files": ("a.txt", b"much too large")})
     assert upload.status_code >= 400
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variable", ["http_proxy", "ALL_PROXY"])
+def test_a_proxy_of_the_machine_does_not_keep_the_page_from_opening(variable, monkeypatch):
+    from instaflow_jax.stages.serve import page as serve_page
+
+    monkeypatch.setenv(variable, {"ALL_PROXY": "socks5://127.0.0.1:9"}.get(variable, "http://127.0.0.1:9"))
+    monkeypatch.setenv("no_proxy", "example.org")
+    model, limits = fake_model("", (1,)), {"max_chars": 9, "max_images": 1}
+    page = serve_page.make_page([model], models.make_respond([model], **limits), notice="", examples=("a",), **limits)
+    try:
+        url = serve_page.open_page(page, host="127.0.0.1", port=free_port(), queue=1)
+        assert httpx.get(url, trust_env=False).status_code == 200
+        assert os.environ["no_proxy"] == "example.org" and "NO_PROXY" not in os.environ
+    finally:
+        page.close()
 
 
 @pytest.mark.slow
@@ -303,7 +341,7 @@ def test_the_page_in_a_browser(page, tmp_path):
         tab.get_by_label("Prompt").fill("red apple")
         tab.get_by_role("button", name="Draw", exact=True).click()
         tab.get_by_text("3 steps · ").wait_for()
-        assert tab.get_by_text("1 step · ").is_visible()
+        assert tab.get_by_text("one step · ").is_visible()
         drawn = tab.locator(".images.small img")
         drawn.nth(1).wait_for()
         assert drawn.count() == 2

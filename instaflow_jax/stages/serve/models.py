@@ -21,7 +21,7 @@ class Model:
     """A compiled model on the device.
 
     Attributes:
-      title: shown above its images.
+      title: shown above its images, before the number of steps; '' for the model that the page is about.
       choices: the numbers of solver steps N that it is compiled for.
       max_tokens: tokens that a prompt may have.
       count_tokens: prompt → its number of tokens.
@@ -45,8 +45,19 @@ class Result:
     images: list[ImageBytes]
     seconds: list[float]
 
+    @property
+    def heading(self) -> str:
+        """What is shown above the images, without the seconds."""
+        return heading(self.title, self.N)
+
 
 Respond = Callable[[str | None, float | None, float, float], Iterator[Result]]
+
+
+def heading(title: str, N: int) -> str:
+    """ "one step" or "teacher, 25 steps"."""
+    steps = "one step" if N == 1 else f"{N} steps"
+    return f"{title}, {steps}" if title else steps
 
 
 def make_model(pipe: pipeline.Pipeline, title: str, *, dynamics: str, alpha: float, choices: tuple[int, ...]) -> Model:
@@ -63,7 +74,7 @@ def make_model(pipe: pipeline.Pipeline, title: str, *, dynamics: str, alpha: flo
 
     programs = {}
     for N in choices:
-        print(f"{title}, N={N}: ", end="", flush=True)
+        print(f"{heading(title, N)}: ", end="", flush=True)
         solve = sampling.make_solve(pipe.nets["unet"].apply, read, "auto", N, alpha)
         programs[N] = compile_and_log(sampling.make_generate(pipe.nets, solve), inputs("", 0))
         programs[N](*inputs("", 0)).block_until_ready()

@@ -4,6 +4,7 @@ import os
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it when it is imported
 
+import contextlib
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import gradio
 from PIL import Image
 
-from instaflow_jax.stages.serve.models import SEEDS, Model, Respond, Result
+from instaflow_jax.stages.serve.models import SEEDS, Model, Respond, Result, heading
 
 SMALL = 256  # images with fewer pixels a side are enlarged without smoothing
 # Fonts of the visitor's own system; gradio's theme would load its fonts from the internet.
@@ -75,10 +76,10 @@ def make_page(
 def make_column(model: Model) -> tuple[gradio.Markdown, gradio.Gallery]:
     """The heading and the gallery of one model."""
     with gradio.Column(min_width=240):
-        heading = gradio.Markdown(f"### `{model.title}`")
+        title = gradio.Markdown(f"### {heading(model.title, model.choices[0])}")
         style = {"object_fit": "contain", "format": "png", "interactive": False, "elem_classes": ["images"]}
         gallery = gradio.Gallery(show_label=False, columns=2, **style)
-    return heading, gallery
+    return title, gallery
 
 
 def make_answer(respond: Respond, columns: int) -> Callable[..., Iterator[list]]:
@@ -98,11 +99,10 @@ def make_answer(respond: Respond, columns: int) -> Callable[..., Iterator[list]]
 
 
 def describe(result: Result) -> str:
-    """The solver steps, the mean seconds and the model, in Markdown."""
+    """The model, its solver steps and the mean seconds, in Markdown."""
     mean = sum(result.seconds) / len(result.seconds)
-    steps = "1 step" if result.N == 1 else f"{result.N} steps"
     each = "" if len(result.seconds) == 1 else " per image"
-    return f"### {steps} · {mean:.3f} s{each}\n`{result.title}`"
+    return f"### {result.heading} · {mean:.3f} s{each}"
 
 
 def show(result: Result) -> gradio.Gallery:
@@ -121,16 +121,31 @@ def open_page(page: gradio.Blocks, *, host: str, port: int, queue: int) -> str:
     logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio calls its own page at the start
     page.queue(max_size=queue, api_open=False)  # an open API would let requests skip the queue
     off = ("share", "inbrowser", "ssr_mode", "pwa", "mcp_server", "enable_monitoring")
-    _, url, _ = page.launch(
-        server_name=host,
-        server_port=port,
-        prevent_thread_lock=True,
-        quiet=True,
-        show_error=True,
-        max_file_size=1,
-        footer_links=[],
-        theme=THEME,
-        css=CSS,
-        **dict.fromkeys(off, False),
-    )
+    with without_proxies():
+        _, url, _ = page.launch(
+            server_name=host,
+            server_port=port,
+            prevent_thread_lock=True,
+            quiet=True,
+            show_error=True,
+            max_file_size=1,
+            footer_links=[],
+            theme=THEME,
+            css=CSS,
+            **dict.fromkeys(off, False),
+        )
     return url
+
+
+@contextlib.contextmanager
+def without_proxies() -> Iterator[None]:
+    """Hides `http_proxy` and its kin: gradio calls its own page at the start, which no proxy reaches."""
+    names = ("no_proxy", "NO_PROXY")
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    os.environ.update(dict.fromkeys(names, "*"))
+    try:
+        yield
+    finally:
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update(before)

@@ -7,8 +7,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from instaflow_jax import pipeline, sampling
 from instaflow_jax.stages.common.loading import WeightOptions, check_at_least, load, read_weight_options
-from instaflow_jax.stages.serve.models import Model, make_model, make_respond
+from instaflow_jax.stages.serve.models import make_model, make_respond
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -25,30 +26,60 @@ def run(config: ConfigDict, workdir: str) -> None:
 def start(config: ConfigDict, workdir: str) -> Any:
     """Loads and compiles the models; returns the gradio page, which its own thread serves until `close()`.
 
-    Raises as `run` does; settings are checked before anything is loaded.
+    Raises as `run` does, before anything is compiled.
+    """
+    from instaflow_jax.stages.serve import page  # gradio is imported only here
+
+    loaded, notice = load_models(config, workdir)
+    programs = sum(len(options["choices"]) for _, options in loaded)
+    print(
+        f"compiling {programs} programs, usually in some seconds for the embedded models and one to two minutes "
+        "for Stable Diffusion on a GPU; the page opens after the last one",
+        flush=True,
+    )
+    models = [make_model(pipe, **options) for pipe, options in loaded]
+    limits = {"max_chars": config.max_chars, "max_images": config.max_images}
+    blocks = page.make_page(models, make_respond(models, **limits), notice=notice, examples=config.examples, **limits)
+    url = page.open_page(blocks, host=config.host, port=config.port, queue=config.queue)
+    print(f"the page is at {url} (Ctrl-C ends it)", flush=True)
+    return blocks
+
+
+def check(config: ConfigDict, workdir: str) -> None:
+    """Every check of `run`, without compiling. Raises as `run` does."""
+    from instaflow_jax.stages.serve import page  # noqa: F401 (is gradio installed?)
+
+    load_models(config, workdir)
+
+
+def load_models(config: ConfigDict, workdir: str) -> tuple[list[tuple[pipeline.Pipeline, dict[str, Any]]], str]:
+    """The models with their options of `make_model`, the one-step model first, and the notice for the page.
+
+    Settings are checked before anything is loaded. Raises as `run` does.
     """
     weights = read_weight_options(config)
     fields = ("max_chars", "max_images", "queue", "teacher_N")
     check_at_least(1, **{name: config[name] for name in fields})
     if not config.N or min(config.N) < 1:
         raise ValueError(f"config.N={config.N} must have at least one number of solver steps, each at least 1")
+    if not config.examples:
+        raise ValueError("config.examples=() must have at least one prompt, which fills the prompt field")
     check_address(config.host, config.port)
-    from instaflow_jax.stages.serve import page  # gradio is imported only here, before the models take their time
-
     source, notice = find_model(config.model, config.teacher, Path(workdir))
-    models: list[Model] = []
+    loaded = []
     if source:
         options = {"dynamics": config.dynamics, "alpha": config.alpha, "choices": tuple(config.N)}
-        models.append(make_model(load(source, weights), source, **options))
+        print(f"one step: {source}", flush=True)
+        loaded.append((load(source, weights), {"title": "", **options}))
     if config.teacher:
-        pipe = load(config.teacher, as_published(weights))
         options = {"dynamics": config.teacher_dynamics, "alpha": config.teacher_alpha, "choices": (config.teacher_N,)}
-        models.append(make_model(pipe, config.teacher, **options))
-    limits = {"max_chars": config.max_chars, "max_images": config.max_images}
-    blocks = page.make_page(models, make_respond(models, **limits), notice=notice, examples=config.examples, **limits)
-    url = page.open_page(blocks, host=config.host, port=config.port, queue=config.queue)
-    print(f"the page is at {url} (Ctrl-C ends it)", flush=True)
-    return blocks
+        print(f"teacher: {config.teacher}", flush=True)
+        loaded.append((load(config.teacher, as_published(weights)), {"title": "teacher", **options}))
+    for pipe, options in loaded:
+        dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, options["dynamics"])
+        for N in options["choices"]:
+            sampling.solver_table(dynamics, "auto", N)
+    return loaded, notice
 
 
 def as_published(weights: WeightOptions) -> WeightOptions:
