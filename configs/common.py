@@ -26,6 +26,7 @@ def weights() -> ConfigDict:
     config.dtype = "float32"  # compute type; or bfloat16
     config.attention = "xla"  # or cudnn (NVIDIA, bfloat16; heads that it cannot compute use xla)
     config.kernels = "auto"  # or xla, which turns all hand-written kernels off
+    config.check = False  # true only makes every check that needs no long computation
     return config
 
 
@@ -55,6 +56,7 @@ def training() -> ConfigDict:
     config.checkpoints = {"keep_last": 2, "keep_every": 0}
     config.eval_every = 1000  # steps between evaluations: a grid of samples and a few numbers
     config.tensorboard = True
+    config.check = False  # true only makes every check that needs no long computation
     return config
 
 

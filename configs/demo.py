@@ -17,10 +17,14 @@ from configs import distill, evaluate, export, reflow
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.stage = "demo"
+    config.check = False  # true only makes every check that needs no long computation
     config.reflow = reflow.get_config()
     config.generate = config.reflow.pairs  # the same object
     config.distill = distill.get_config()
     config.direct = distill.get_config("direct")
+    with config.distill.unlocked(), config.direct.unlocked():  # what they chain is what runs before them
+        config.distill.reflow = config.direct.reflow = config.reflow
+        config.direct.pairs = config.generate
     config.evaluate = evaluate.get_config()
     config.export = export.get_config()
     config.export.replace = True

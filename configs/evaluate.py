@@ -35,6 +35,7 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
 def openmoji() -> ConfigDict:
     config = ConfigDict()
     config.stage = "evaluate"
+    config.check = False  # true only makes every check that needs no long computation
     config.teacher = {"model": "openmoji", "alpha": 0.0, "N": (25, 8, 4, 2, 1)}  # alpha 0: that of DIR/pairs
     config.reflow = {"alpha": 1.0, "N": (25, 8, 4, 2, 1)}
     config.distill = {"alpha": 1.0, "N": (1, 2, 4, 8)}

@@ -142,6 +142,30 @@ def test_a_deleted_model_is_not_trained_again_beside_models_that_came_from_it(ru
         main.run(configured(tiny), str(copy))
 
 
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"reflow.loss.time": "late"}, "time='late' is unknown"),
+        ({"distill.match": 1.0}, "match=1.0 must be a share"),
+        ({"direct.batch_size": 9}, "batch_size=9 must be from 1 to 8"),
+        ({"evaluate.batch": 0}, "config.batch=0 must be at least 1"),
+        ({"export.formats": ("gguf",)}, "config.formats=('gguf',) must name some of"),
+        ({"generate.solver": "euler"}, "does not fit a teacher"),
+        ({"check": True}, None),
+    ],
+)
+def test_the_settings_of_every_step_are_checked_first(tiny, tmp_path, fields, words, capsys):
+    config = configured(tiny)
+    config.update_from_flattened_dict(fields)
+    if words is None:
+        main.run(config, str(tmp_path))
+        assert "demo: every check passed; nothing was run" in capsys.readouterr().out
+    else:
+        with pytest.raises(ValueError, match=re.escape(words)):
+            main.run(config, str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_step_has_an_expected_time():
     config = config_file.get_config()
     assert set(config.minutes) == {step.name for step in demo.STEPS}

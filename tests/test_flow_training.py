@@ -118,6 +118,63 @@ def test_bad_fields_are_refused_before_anything_is_loaded(fields, words):
         flow_training.read_flow_options(config)
 
 
+@pytest.mark.parametrize(
+    "stage, fields, words",
+    [
+        ("reflow", {"batch_size": 5, "accumulate": 2}, "config.batch_size=5 must be a multiple of 2"),
+        ("reflow", {"accumulate": 0}, "accumulate=0 must be at least 1"),
+        ("reflow", {"batch_size": 9}, "batch_size=9 must be from 1 to 8, the number of examples"),
+        ("reflow", {"fsdp": 3}, "fsdp=3 must divide the 1 devices"),
+        ("reflow", {"schedule.name": "linear"}, "schedule='linear' is unknown"),
+        (
+            "reflow",
+            {"schedule.name": "constant"},
+            "config.schedule.name='constant' takes the fields peak, warmup_steps",
+        ),
+        ("reflow", {"schedule.warmup_steps": 4}, "warmup_steps=4 must be below total_steps=4"),
+        ("reflow", {"loss.time": "late"}, "time='late' is unknown"),
+        ("reflow", {"model": "nowhere"}, "nowhere"),
+        ("reflow", {"pairs.solver": "euler"}, "solver='euler' does not fit a teacher"),
+        ("distill", {"match": 1.0}, "match=1.0 must be a share"),
+        ("distill", {"distance": "taste"}, "config.distance='taste' is not one of l2, lpips"),
+        (
+            "distill",
+            {"distance": "lpips", "lpips.crop": 3, "lpips.margin": 1},
+            "a crop of 5×5 latents, margins included",
+        ),
+        ("distill", {"distance": "lpips", "lpips.trunk": "nowhere.pth"}, "nowhere.pth"),
+        ("distill", {"remat.lpips": "all"}, "config.remat.lpips='all' is not one of"),
+        ("distill", {"batch_size": 9}, "batch_size=9 must be from 1 to 8, the number of examples"),
+        ("distill", {"pairs.solver": "ddim"}, "solver='ddim' does not fit a flow"),
+        ("distill", {"init_from": "nowhere"}, "nowhere"),
+        ("distill", {"reflow.loss.penalty": "cubic"}, "penalty='cubic' is unknown"),
+        ("distill", {"reflow.pairs.solver": "euler"}, "solver='euler' does not fit a teacher"),
+    ],
+)
+@pytest.mark.parametrize("check", [False, True])
+def test_what_can_be_refused_is_refused_before_pairs_are_made(stage, fields, words, check, teacher, tmp_path):
+    config = {"reflow": reflow_config, "distill": distill_config}[stage](teacher)
+    config.update_from_flattened_dict(fields)
+    config.check = check
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(words)):
+        main.run(config, str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stage", ["sample", "generate", "reflow", "distill", "export", "pretrain"])
+def test_check_only_checks(stage, teacher, tmp_path, capsys):
+    config = {"reflow": reflow_config, "distill": distill_config}.get(stage, lambda _: read_config(stage))(teacher)
+    if stage in ("sample", "generate"):
+        config.model = str(teacher)
+    if stage == "export":
+        with config.unlocked():
+            config.distill = distill_config(teacher)
+    config.check = True
+    main.run(config, str(tmp_path))
+    assert f"{stage}: every check passed; nothing was run" in capsys.readouterr().out.splitlines()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_flow_of_the_other_sign_is_refused_as_a_start(teacher):
     stock = dataclasses.replace(load(teacher), scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler"})
     with pytest.raises(ValueError, match=r"predicts -1 of X1 − X0 .*convention=released"):

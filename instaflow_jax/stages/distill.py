@@ -11,8 +11,9 @@ from instaflow_jax.arrays import Params
 from instaflow_jax.models.lpips import LPIPS
 from instaflow_jax.stages import reflow
 from instaflow_jax.stages.common import flow_training, loading
-from instaflow_jax.stages.generate.stage import need_pairs
+from instaflow_jax.stages.generate.stage import check_pairs, has_pairs, need_pairs
 from instaflow_jax.train import losses
+from instaflow_jax.train.step import Loss
 from instaflow_jax.weights.conventions import NUM_TIMESTEPS
 
 DISTANCES = ("l2", "lpips")
@@ -28,14 +29,49 @@ def run(config: ConfigDict, workdir: str) -> None:
       ValueError, FileNotFoundError: a field of the config, the flow or the pairs are wrong.
       OSError, FloatingPointError: see `train.loop`.
     """
-    options = flow_training.read_flow_options(config)
+    options = read_options(config)
+    folder = Path(workdir) / config.pairs_folder
+    if not has_pairs(folder) or (not config.model and not is_trained(workdir)):
+        check(config, workdir)
+    source = config.model or need_reflow(config.reflow, workdir)
+    pairs = need_pairs(pairs_config(config, source), folder)
+    pipe = loading.load(config.init_from or source, options.weights)
+    loss, frozen = make_loss(config, options, pipe)
+    flow_training.train_flow(options, Path(workdir) / config.output, pipe, pairs, loss, frozen)
+
+
+def check(config: ConfigDict, workdir: str) -> None:
+    """Every check of `run` and of the stages that it would run first, without training or writing anything.
+
+    Raises:
+      ValueError, FileNotFoundError: see `run`.
+    """
+    options, source, flow = read_options(config), config.model or str(reflow_export(workdir)), None
+    if not config.model and not is_trained(workdir):
+        flow = reflow.check(config.reflow, workdir)
+    recipe = check_pairs(pairs_config(config, source), Path(workdir) / config.pairs_folder, flow)
+    pipe = flow if flow and not config.init_from else loading.load(config.init_from or source, options.weights)
+    flow_training.check(options, pipe, recipe, *make_loss(config, options, pipe))
+
+
+def read_options(config: ConfigDict) -> flow_training.FlowOptions:
+    """Checks and unpacks the config before anything is loaded. Raises ValueError."""
     if config.distance not in DISTANCES:
         raise ValueError(f"config.distance={config.distance!r} is not one of {', '.join(DISTANCES)}")
-    source = config.model or need_reflow(config.reflow, workdir)
+    return flow_training.read_flow_options(config)
+
+
+def pairs_config(config: ConfigDict, source: str) -> ConfigDict:
+    """`config.pairs`, made by the flow `source`."""
     with config.pairs.unlocked():
         config.pairs.model = source
-    pairs = need_pairs(config.pairs, Path(workdir) / config.pairs_folder)
-    pipe = loading.load(config.init_from or source, options.weights)
+    return config.pairs
+
+
+def make_loss(
+    config: ConfigDict, options: flow_training.FlowOptions, pipe: pipeline.Pipeline
+) -> tuple[Loss, dict[str, Params]]:
+    """The loss, and the weights it reads besides those of every flow's training. Raises as `run` does."""
     distance, frozen = losses.latent_distance, {}
     if config.distance == "lpips":
         distance, frozen = make_lpips_distance(pipe, options.weights.dtype, options.remat, **config.lpips)
@@ -47,13 +83,23 @@ def run(config: ConfigDict, workdir: str) -> None:
         prompt_dropout=options.prompt_dropout,
         num_timesteps=NUM_TIMESTEPS,
     )
-    flow_training.train_flow(options, Path(workdir) / config.output, pipe, pairs, loss, frozen)
+    return loss, frozen
+
+
+def reflow_export(workdir: str) -> Path:
+    """Where `reflow` writes its flow."""
+    return Path(workdir) / reflow.DIRECTORY / loading.EXPORT
+
+
+def is_trained(workdir: str) -> bool:
+    """Whether `reflow` has written its flow."""
+    return (reflow_export(workdir) / "model_index.json").is_file()
 
 
 def need_reflow(config: ConfigDict, workdir: str) -> str:
     """The directory of the flow that `reflow` writes into this workdir; trains it with `config` if it is missing."""
-    source = Path(workdir) / reflow.DIRECTORY / loading.EXPORT
-    if not (source / "model_index.json").is_file():
+    source = reflow_export(workdir)
+    if not is_trained(workdir):
         print(f"{source} is missing\n→ running reflow first", flush=True)
         reflow.run(config, workdir)
     return str(source)

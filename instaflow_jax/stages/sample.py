@@ -32,15 +32,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     Raises:
       ValueError, FileNotFoundError: a field of the config, or a file of the model, is wrong.
     """
-    prompts, seeds = read_prompts(config.prompts), tuple(config.seeds)
-    weights, options = read_weight_options(config), read_solve_options(config)
-    check_at_least(1, batch=config.batch)
-    if not seeds or min(seeds) < 0:
-        raise ValueError(f"config.seeds={seeds} must have at least one seed, and no negative one")
-    pipe = load(config.model, weights)
-    shape = latent_shape(pipe, options.height, options.width)
-    dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, options.dynamics)
-    solve = sampling.make_solve(pipe.nets["unet"].apply, dynamics, options.solver, options.N, options.alpha)
+    prompts, seeds, options, pipe, shape, dynamics, solve = prepare(config)
     jobs = list(itertools.product(range(len(prompts)), seeds))
     factor = pipe.nets["vae"].config.factor
     print(
@@ -56,6 +48,25 @@ def run(config: ConfigDict, workdir: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     drawn = draw(pipe, solve, prompts, jobs, negative=options.negative, shape=shape, batch=config.batch)
     write(directory, prompts, seeds, drawn, settings, ending=f"N{options.N}_alpha{options.alpha:g}")
+
+
+def check(config: ConfigDict, workdir: str) -> None:
+    """Every check of `run`, without drawing. Raises as `run` does."""
+    prepare(config)
+
+
+def prepare(config: ConfigDict) -> tuple:
+    """Prompts, seeds, solver options, pipeline, latents' shape, dynamics and ODE; makes every check of `run`."""
+    prompts, seeds = read_prompts(config.prompts), tuple(config.seeds)
+    weights, options = read_weight_options(config), read_solve_options(config)
+    check_at_least(1, batch=config.batch)
+    if not seeds or min(seeds) < 0:
+        raise ValueError(f"config.seeds={seeds} must have at least one seed, and no negative one")
+    pipe = load(config.model, weights)
+    shape = latent_shape(pipe, options.height, options.width)
+    dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, options.dynamics)
+    solve = sampling.make_solve(pipe.nets["unet"].apply, dynamics, options.solver, options.N, options.alpha)
+    return prompts, seeds, options, pipe, shape, dynamics, solve
 
 
 def draw(

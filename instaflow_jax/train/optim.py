@@ -1,5 +1,6 @@
 """AdamW with global-norm clipping, and the learning-rate schedules."""
 
+import inspect
 from typing import NamedTuple
 
 import jax
@@ -33,6 +34,12 @@ def make_schedule(name: str, **fields) -> optax.Schedule:
     """The schedule called `name` ('constant' or 'cosine'); `fields` are its keyword arguments."""
     if name not in SCHEDULES:
         raise ValueError(f"schedule={name!r} is unknown: use one of {sorted(SCHEDULES)}")
+    taken = inspect.signature(SCHEDULES[name]).parameters
+    if taken.keys() != fields.keys():
+        raise ValueError(
+            f"config.schedule.name={name!r} takes the fields {', '.join(taken)}, but this config has "
+            f"{', '.join(fields)}: use the schedule of the config"
+        )
     return SCHEDULES[name](**fields)
 
 

@@ -33,8 +33,15 @@ def begin(directory: Path, recipe: Recipe, about: Mapping[str, Any]) -> None:
     """
     directory.mkdir(parents=True, exist_ok=True)
     path, recipe = directory / MANIFEST, json.loads(json.dumps(recipe))
+    check_same(directory, recipe)
     if not path.is_file():
         write_json(path, {"format": FORMAT, "recipe": recipe, "recipe_sha256": sha256_of_json(recipe), "about": about})
+
+
+def check_same(directory: Path, recipe: Recipe) -> None:
+    """Raises ValueError, naming the fields that differ, if the directory holds pairs of another recipe."""
+    path, recipe = directory / MANIFEST, json.loads(json.dumps(recipe))
+    if not path.is_file():
         return
     found = read(directory)["recipe"]
     if differ := [name for name in sorted({*found, *recipe}) if found.get(name) != recipe.get(name)]:

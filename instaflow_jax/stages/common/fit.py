@@ -75,6 +75,13 @@ def read_eval_options(config: ConfigDict) -> EvalOptions:
 # ---------------------------------------------------------------- training
 
 
+def check(options: TrainOptions) -> None:
+    """Every check of `train` that needs neither weights nor data. Raises ValueError."""
+    mesh = devices.make_mesh(fsdp=options.fsdp)
+    devices.check_batch_size("config.batch_size", options.batch_size, mesh, options.accumulate)
+    optim.make_optimizer(optim.make_schedule(**options.schedule), **options.optim)
+
+
 def train(
     options: TrainOptions,
     directory: Path,

@@ -15,6 +15,7 @@ from instaflow_jax import flow, pipeline, sampling, solvers
 from instaflow_jax.arrays import Params
 from instaflow_jax.data.pairs.reader import PairBatches, Pairs
 from instaflow_jax.infra import images
+from instaflow_jax.infra.epochs import ShuffledEpochs
 from instaflow_jax.models.layers import REMAT
 from instaflow_jax.stages.common import fit
 from instaflow_jax.stages.common.loading import EXPORT, WeightOptions, read_weight_options
@@ -72,6 +73,48 @@ def read_remat(config: ConfigDict) -> dict[str, str]:
     return config.to_dict()
 
 
+# ---------------------------------------------------------------- checks before the first long computation
+
+
+def check(
+    options: FlowOptions, pipe: pipeline.Pipeline, recipe: Mapping[str, Any], loss: Loss, frozen: Mapping[str, Any]
+) -> None:
+    """Every check of `train_flow` that needs no pairs; traces the loss, but computes nothing.
+
+    Args:
+      recipe: of the pairs, which may not exist yet.
+      loss, frozen: see `train_flow`.
+
+    Raises:
+      ValueError: the pairs, the weights to start from, the devices, or a field of the config do not fit.
+    """
+    check_fit(pipe, recipe)
+    start_dynamics(pipe)
+    train = options.train
+    fit.check(train)
+    ShuffledEpochs(recipe["count"], batch_size=train.batch_size, seed=train.seed)
+    rows, shape = train.batch_size // train.accumulate, tuple(recipe["latent_shape"])
+    latents = jax.ShapeDtypeStruct((rows, *shape), jnp.float16)
+    batch = {"X0": latents, "X1": latents, "ids": jax.ShapeDtypeStruct((rows, recipe["tokens"]), jnp.int32)}
+    jax.eval_shape(loss, pipe.nets["unet"].shapes, with_text(pipe, frozen), batch, jax.random.key(0))
+
+
+def check_fit(pipe: pipeline.Pipeline, recipe: Mapping[str, Any]) -> None:
+    """Raises ValueError if pairs of this recipe do not have the latents and prompts that the model takes."""
+    net, length, shape = pipe.nets["unet"], pipe.tokenizer.model_max_length, tuple(recipe["latent_shape"])
+    if shape[-1] != net.config.in_channels or recipe["tokens"] != length:
+        raise ValueError(
+            f"the pairs hold latents {shape} and prompts of {recipe['tokens']} tokens, but the model takes "
+            f"{net.config.in_channels} channels and {length} tokens: they were made by another teacher; "
+            "use its config.model or another workdir"
+        )
+
+
+def with_text(pipe: pipeline.Pipeline, frozen: Mapping[str, Any]) -> dict[str, Any]:
+    """`frozen`, the text encoder's weights and the empty prompt."""
+    return {**frozen, "text_encoder": pipe.params["text_encoder"], "null_ids": pipe.tokenizer([""])}
+
+
 # ---------------------------------------------------------------- training
 
 
@@ -92,20 +135,14 @@ def train_flow(
       ValueError: the pairs or the weights to start from do not fit (see `initial_params`).
       OSError, FloatingPointError: see `train.loop`.
     """
-    recipe, net, length = pairs.manifest["recipe"], pipe.nets["unet"], pipe.tokenizer.model_max_length
-    shape = tuple(recipe["latent_shape"])
-    if shape[-1] != net.config.in_channels or recipe["tokens"] != length:
-        raise ValueError(
-            f"the pairs hold latents {shape} and prompts of {recipe['tokens']} tokens, but the model takes "
-            f"{net.config.in_channels} channels and {length} tokens: they were made by another teacher; "
-            "use its config.model or another workdir"
-        )
+    check_fit(pipe, pairs.manifest["recipe"])
+    shape = tuple(pairs.manifest["recipe"]["latent_shape"])
     state = fit.train(
         options.train,
         directory,
         init=initial_params(pipe, options.warm_start),
         loss=loss,
-        frozen={**frozen, "text_encoder": pipe.params["text_encoder"], "null_ids": pipe.tokenizer([""])},
+        frozen=with_text(pipe, frozen),
         batches=PairBatches(pairs, batch_size=options.train.batch_size, seed=options.train.seed),
         evaluate=make_evaluate(options.eval, pipe, shape),
     )
@@ -118,25 +155,34 @@ def initial_params(pipe: pipeline.Pipeline, warm_start_teacher: bool) -> Params:
     Raises:
       ValueError: `pipe` is a flow with a sign or timesteps that are not trained here.
     """
-    dynamics, params = sampling.read_dynamics(pipe.scheduler, pipe.index, "auto"), pipe.params["unet"]
-    if isinstance(dynamics, sampling.Flow):
-        if dynamics != FLOW:
-            raise ValueError(
-                f"the flow to start from predicts {dynamics.factor:g} of X1 − X0 with timesteps from "
-                f"{dynamics.num_timesteps}, but training needs the sign +1 and timesteps from {NUM_TIMESTEPS}: convert "
-                "it with configs/export.py, --config.formats=\"('diffusers',)\" --config.convention=released"
-            )
-        return params
-    if not warm_start_teacher:
+    dynamics, params = start_dynamics(pipe), pipe.params["unet"]
+    if isinstance(dynamics, sampling.Flow) or not warm_start_teacher:
         return params
     print("converting the teacher's weights to a flow's sign and timesteps (config.warm_start)", flush=True)
     return warm_start.from_teacher(params, pipe.nets["unet"], dynamics, NUM_TIMESTEPS)
 
 
-def export(pipe: pipeline.Pipeline, unet: Params, directory: Path) -> None:
-    """Writes the pipeline with the flow as its UNet, under the released code's class name, which marks it as a flow."""
+def start_dynamics(pipe: pipeline.Pipeline) -> sampling.Dynamics:
+    """The dynamics of the model to start from. Raises ValueError for a flow of another sign or other timesteps."""
+    dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, "auto")
+    if isinstance(dynamics, sampling.Flow) and dynamics != FLOW:
+        raise ValueError(
+            f"the flow to start from predicts {dynamics.factor:g} of X1 − X0 with timesteps from "
+            f"{dynamics.num_timesteps}, but training needs the sign +1 and timesteps from {NUM_TIMESTEPS}: convert "
+            "it with configs/export.py, --config.formats=\"('diffusers',)\" --config.convention=released"
+        )
+    return dynamics
+
+
+def as_flow(pipe: pipeline.Pipeline, unet: Params) -> pipeline.Pipeline:
+    """The pipeline with a flow as its UNet, under the released code's class name, which marks it as a flow."""
     params, index = pipe.params | {"unet": unet}, pipe.index | {"_class_name": "RectifiedFlowPipeline"}
-    pipeline.save(dataclasses.replace(pipe, params=params, index=index), directory)
+    return dataclasses.replace(pipe, params=params, index=index)
+
+
+def export(pipe: pipeline.Pipeline, unet: Params, directory: Path) -> None:
+    """Writes the pipeline with the flow `unet`, see `as_flow`."""
+    pipeline.save(as_flow(pipe, unet), directory)
     print(f"wrote the flow to {directory}", flush=True)
 
 

@@ -45,6 +45,12 @@ STEPS = (
     Step("evaluate", "evaluation of all models", evaluate.run, "evaluate/results.json", False),
     Step("export", "export of the one-step model", export.run, "export/export.json", False),
 )
+CHECKS: dict[str, Callable[[ConfigDict, str], Any]] = {  # before the first step, when no model may exist yet
+    "distill": distill.check,  # and of the steps before it
+    "direct": distill.check,
+    "evaluate": lambda config, _: evaluate.check_fields(config),
+    "export": export.check_fields,
+}
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -54,10 +60,19 @@ def run(config: ConfigDict, workdir: str) -> None:
       ValueError: the workdir was made with other settings, or a model that later steps depend on was deleted.
       Other errors: see the stages.
     """
-    if jax.process_count() > 1:
-        raise ValueError("the demo runs in one process, on all its devices; run without --processes")
+    check(config, workdir)
     with quiet_drawing_warnings():
         run_all({step.name: config[step.name] for step in STEPS}, dict(config.minutes), Path(workdir))
+
+
+def check(config: ConfigDict, workdir: str) -> None:
+    """The checks of every stage that is left to run. Raises as `run` does; nothing is written."""
+    if jax.process_count() > 1:
+        raise ValueError("the demo runs in one process, on all its devices; run without --processes")
+    settings = {step.name: json.loads(config[step.name].to_json_best_effort()) for step in STEPS}
+    for step in unfinished(Path(workdir), open_ledger(Path(workdir), settings), settings):
+        if step.name in CHECKS:
+            CHECKS[step.name](config[step.name], workdir)
 
 
 def run_all(configs: Mapping[str, ConfigDict], minutes: Mapping[str, float], directory: Path) -> None:
@@ -97,6 +112,7 @@ def quiet_drawing_warnings() -> Iterator[None]:
 
 def run_step(step: Step, config: ConfigDict, directory: Path, ledger: dict[str, Any], settings: dict[str, Any]) -> None:
     """Runs one step and records its time; a step without a time was interrupted, and counts as run again."""
+    directory.mkdir(parents=True, exist_ok=True)
     entry = ledger["steps"].setdefault(step.name, {"runs": 0})
     entry |= {"runs": entry["runs"] + 1 if "seconds" not in entry else 1, "settings": settings}
     entry.pop("seconds", None)
@@ -113,7 +129,6 @@ def open_ledger(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
     Raises:
       ValueError: the workdir was made with other training settings, or by another version of this package.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     path = directory / LEDGER
     new = {"version": __version__, "machine": machine(), "steps": {}}
     ledger = read_json(path) if path.is_file() else new

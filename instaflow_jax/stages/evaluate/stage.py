@@ -28,10 +28,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     Raises:
       ValueError, FileNotFoundError: a field of the config, or a model, is wrong.
     """
-    check(config)
-    root = Path(workdir)
-    found = models.load(read_entries(config, root))
-    models.check_seeds(config.seed, (root, *(root / name for name in folders(config))))
+    found, root = check(config, workdir), Path(workdir)
     data = openmoji.load(config.data_dir or root / "data")
     directory = root / DIRECTORY
     measurements = Measurements(read_options(config), directory / "measured", data, found[0])
@@ -49,7 +46,15 @@ def run(config: ConfigDict, workdir: str) -> None:
     print(f"\n{table.markdown(rows, table.COLUMNS)}\nwrote {directory}", flush=True)
 
 
-def check(config: ConfigDict) -> None:
+def check(config: ConfigDict, workdir: str) -> list[Model]:
+    """Every check of `run`, without measuring; returns the models. Raises as `run` does."""
+    check_fields(config)
+    root = Path(workdir)
+    models.check_seeds(config.seed, (root, *(root / name for name in folders(config))))
+    return models.load(read_entries(config, root))
+
+
+def check_fields(config: ConfigDict) -> None:
     """Cross-field checks, before anything is loaded.
 
     Raises:

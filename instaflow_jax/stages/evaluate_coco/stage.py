@@ -79,6 +79,22 @@ def run(config: ConfigDict, workdir: str) -> None:
     Raises:
       ValueError, FileNotFoundError: a field of the config, or a file of a model or COCO, is wrong; nothing is written.
     """
+    job, judges, photos = check(config, workdir)
+    data, size = config.data, job.options.size
+    real = measures.reference(judges, photos, job.directory, source=data.source, split=data.split, size=size)
+    draw(job)
+    devices.barrier("images of COCO's captions")
+    results = measures.measure(judges, real, {job.path(photo): photo.caption for photo in job.photos}, size)
+    if jax.process_index() == 0:
+        report(job, results, data.source, config.to_dict())
+
+
+def check(config: ConfigDict, workdir: str) -> tuple[Job, measures.Judges, list[coco.Photo]]:
+    """Every check of `run`, without drawing; returns the work, the networks that measure, and all photographs.
+
+    Raises:
+      ValueError, FileNotFoundError: see `run`.
+    """
     options, data = read_options(config), config.data
     photos = coco.load(data.source, data.captions, data.split)
     chosen = coco.choose(photos, data.count)
@@ -87,12 +103,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     judges = measures.load(**{name: config[name] for name in ("inception", "clip", "reference", "batch")})
     job = prepare(options, chosen, Path(workdir) / "evaluate" / "coco")
     check_same(job)
-    real = measures.reference(judges, photos, job.directory, source=data.source, split=data.split, size=options.size)
-    draw(job)
-    devices.barrier("images of COCO's captions")
-    results = measures.measure(judges, real, {job.path(photo): photo.caption for photo in chosen}, options.size)
-    if jax.process_index() == 0:
-        report(job, results, data.source, config.to_dict())
+    return job, judges, photos
 
 
 def read_options(config: ConfigDict) -> Options:

@@ -9,7 +9,7 @@ from instaflow_jax import sampling
 from instaflow_jax.infra import devices
 from instaflow_jax.infra.files import atomic_directory, write_json, write_text
 from instaflow_jax.stages import distill
-from instaflow_jax.stages.common.loading import EXPORT, read_prompts, read_weight_options
+from instaflow_jax.stages.common.loading import EXPORT, WeightOptions, read_prompts, read_weight_options
 from instaflow_jax.stages.export import card as export_card
 from instaflow_jax.stages.export import source as export_source
 from instaflow_jax.stages.export.formats import CONVENTIONS, WRITERS, Options
@@ -25,9 +25,8 @@ def run(config: ConfigDict, workdir: str) -> None:
       ValueError, FileNotFoundError: a field of the config, or a file of the model, is wrong.
       FileExistsError: the directory exists.
     """
-    options, weight_options = read_options(config), read_weight_options(config)
+    options, weight_options = check_fields(config, workdir)
     target = Path(workdir) / config.output
-    check_target(target, config.replace)
     devices.barrier("export begins")
     model = config.model or need_distill(config.distill, workdir)
     source = export_source.load(model, config.weights, config.dynamics, weight_options)
@@ -51,16 +50,37 @@ def write(source: Source, directory: Path, options: Options, workdir: Path) -> N
     write_text(directory / "README.md", export_card.card(source, licence, options, workdir))
 
 
+def is_distilled(run: Path) -> bool:
+    """Whether a distillation has left anything in `run`."""
+    return (run / CHECKPOINTS).is_dir() or (run / EXPORT / "model_index.json").is_file()
+
+
 def need_distill(config: ConfigDict, workdir: str) -> str:
     """The run in `workdir` that the distillation `config` makes; it is trained first if it does not exist."""
     run = Path(workdir) / config.output
-    if not (run / CHECKPOINTS).is_dir() and not (run / EXPORT / "model_index.json").is_file():
+    if not is_distilled(run):
         print(f"{run} is missing\n→ running distill first", flush=True)
         distill.run(config, workdir)
     return str(run if (run / CHECKPOINTS).is_dir() else run / EXPORT)
 
 
 # ---------------------------------------------------------------- checks, before anything is written
+
+
+def check(config: ConfigDict, workdir: str) -> None:
+    """Every check of `run` and of the distillation that it would run first, without writing. Raises as `run` does."""
+    options, weight_options = check_fields(config, workdir)
+    if not config.model and not is_distilled(Path(workdir) / config.distill.output):
+        return distill.check(config.distill, workdir)
+    model = config.model or need_distill(config.distill, workdir)
+    check_formats(options.formats, export_source.load(model, config.weights, config.dynamics, weight_options))
+
+
+def check_fields(config: ConfigDict, workdir: str) -> tuple[Options, WeightOptions]:
+    """The config as values, after every check that needs no model. Raises as `run` does."""
+    options, weight_options = read_options(config), read_weight_options(config)
+    check_target(Path(workdir) / config.output, config.replace)
+    return options, weight_options
 
 
 def read_options(config: ConfigDict) -> Options:

@@ -76,6 +76,7 @@ def load(
     seed: int,
     shard_size: int,
     store_noise: bool,
+    pipe: pipeline.Pipeline | None = None,
 ) -> Job:
     """Reads the teacher `model` and writes down the recipe.
 
@@ -83,11 +84,12 @@ def load(
       found: the prompts.
       count: number of pairs; 0 means one per prompt.
       seed, shard_size, store_noise: see `configs/generate.py`.
+      pipe: the teacher, if it is not to be read from `model`.
 
     Raises:
       ValueError, FileNotFoundError: an option, or a file of the teacher, is wrong.
     """
-    pipe = load_pipeline(model, weights)
+    pipe = pipe or load_pipeline(model, weights)
     shape = latent_shape(pipe, options.height, options.width)
     dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, options.dynamics)
     flow = isinstance(dynamics, sampling.Flow)

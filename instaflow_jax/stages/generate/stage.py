@@ -11,9 +11,11 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from instaflow_jax import pipeline
 from instaflow_jax.data import prompts
 from instaflow_jax.data.pairs import manifest as pairs_manifest
 from instaflow_jax.data.pairs import store as pairs_store
+from instaflow_jax.data.pairs.manifest import Recipe
 from instaflow_jax.data.pairs.reader import Pairs
 from instaflow_jax.infra import devices, files
 from instaflow_jax.infra.progress import Progress
@@ -31,7 +33,7 @@ def run(config: ConfigDict, workdir: str) -> None:
       ValueError, FileNotFoundError: a field of the config, a file of the teacher or of the pairs is wrong.
       OSError: the disk is full.
     """
-    check(config)
+    check_fields(config)
     directory = Path(workdir) / PAIRS
     if config.inspect:
         return generate_inspect.run(directory, config.preview)
@@ -72,7 +74,42 @@ def need_pairs(config: ConfigDict, directory: Path) -> Pairs:
     return pairs
 
 
-def check(config: ConfigDict) -> None:
+def has_pairs(directory: Path) -> bool:
+    """Whether `directory`/pairs is complete. Raises ValueError if it does not fit its manifest."""
+    try:
+        return len(Pairs(directory / PAIRS)) > 0
+    except FileNotFoundError:
+        return False
+
+
+def check_pairs(config: ConfigDict, directory: Path, pipe: pipeline.Pipeline | None = None) -> Recipe:
+    """The recipe of the pairs that `need_pairs` opens or makes; checks all that making them needs. See `check`."""
+    try:
+        return Pairs(directory / PAIRS).manifest["recipe"]
+    except FileNotFoundError:
+        return check(config, str(directory), pipe)
+
+
+def check(config: ConfigDict, workdir: str, pipe: pipeline.Pipeline | None = None) -> Recipe:
+    """Every check of `run`, without making a pair or writing anything; returns the recipe of the pairs.
+
+    Args:
+      pipe: stands in for a teacher that is yet to be trained.
+
+    Raises:
+      ValueError, FileNotFoundError: see `run`.
+    """
+    check_fields(config)
+    directory = Path(workdir) / PAIRS
+    if config.inspect:
+        return pairs_manifest.read(directory)["recipe"]
+    recipe = read_job(config, pipe).recipe
+    if pipe is None and not config.plan:
+        pairs_manifest.check_same(directory, recipe)
+    return recipe
+
+
+def check_fields(config: ConfigDict) -> None:
     """Cross-field checks, before anything is loaded.
 
     Raises:
@@ -94,8 +131,8 @@ def read_processes(config: ConfigDict) -> tuple[int, int]:
     return config.process, config.processes
 
 
-def read_job(config: ConfigDict) -> Job:
-    """Reads the prompts and the teacher that the config names.
+def read_job(config: ConfigDict, pipe: pipeline.Pipeline | None = None) -> Job:
+    """Reads the prompts and, unless `pipe` is given, the teacher that the config names.
 
     Raises:
       ValueError, FileNotFoundError: a field of the config, or a file, is wrong.
@@ -104,7 +141,8 @@ def read_job(config: ConfigDict) -> Job:
     cleaning = prompts.Cleaning(**fields.pop("cleaning"))
     found = prompts.load(**fields, count=config.count, seed=config.seed, cleaning=cleaning)
     options = {name: config[name] for name in ("count", "seed", "shard_size", "store_noise")}
-    return generate_job.load(config.model, read_weight_options(config), read_solve_options(config), found, **options)
+    weights, solving = read_weight_options(config), read_solve_options(config)
+    return generate_job.load(config.model, weights, solving, found, **options, pipe=pipe)
 
 
 def write_shards(job: Job, directory: Path, shards: list[int], *, batch: int, preview: int) -> None:

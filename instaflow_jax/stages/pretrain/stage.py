@@ -8,9 +8,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from instaflow_jax import pipeline
 from instaflow_jax.arrays import Params
 from instaflow_jax.data.openmoji import dataset as openmoji
 from instaflow_jax.data.openmoji.augment import augment
+from instaflow_jax.models.vae import AutoencoderKL
 from instaflow_jax.stages.common import fit
 from instaflow_jax.stages.pretrain import autoencoder, classifier, clip, diffusion
 from instaflow_jax.stages.pretrain.recipe import Recipe
@@ -33,9 +35,8 @@ def run(config: ConfigDict, workdir: str) -> None:
     Raises:
       ValueError, FileNotFoundError: a field of the config, or a file of a network that the recipe needs, is wrong.
     """
-    if config.recipe not in RECIPES:
-        raise ValueError(f"config.recipe={config.recipe!r} is not one of {', '.join(RECIPES)}")
-    options, recipe, export = fit.read_train_options(config), read_recipe(config, workdir), Path(workdir) / "export"
+    options = check(config, workdir)
+    recipe, export = read_recipe(config, workdir), Path(workdir) / "export"
 
     def evaluate(ema: Params, path: Path) -> dict[str, float]:
         recipe.export(ema, export)  # so that an interrupted run leaves a usable network
@@ -52,6 +53,17 @@ def run(config: ConfigDict, workdir: str) -> None:
     )
     fit.export_ema(state, lambda ema: recipe.export(ema, export))
     print(f"exported the running mean of step {int(state.step)} to {export}", flush=True)
+
+
+def check(config: ConfigDict, workdir: str) -> fit.TrainOptions:
+    """Every check of `run` that needs no images, which take minutes to draw. Raises as `run` does."""
+    if config.recipe not in RECIPES:
+        raise ValueError(f"config.recipe={config.recipe!r} is not one of {', '.join(RECIPES)}")
+    options = fit.read_train_options(config)
+    fit.check(options)
+    if "autoencoder" in config:
+        AutoencoderKL.from_pretrained(pipeline.locate(config.autoencoder), "vae")
+    return options
 
 
 def read_recipe(config: ConfigDict, workdir: str) -> Recipe:
