@@ -50,9 +50,19 @@ class Pipeline:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """[h, w, c] of the latents the UNet was trained on."""
+        """[h, w, c] of the latents the UNet was trained on.
+
+        Raises:
+          ValueError: the UNet's config does not say.
+        """
         unet = self.nets["unet"].config
-        return (unet.sample_size, unet.sample_size, unet.in_channels)
+        if unet.sample_size is None:
+            raise ValueError(
+                "the UNet's config.json has no sample_size; set config.height and config.width, or write into "
+                "config.json the side of its latents (64 for Stable Diffusion 1.x)"
+            )
+        size = unet.sample_size if isinstance(unet.sample_size, tuple) else (unet.sample_size,) * 2
+        return (*size, unet.in_channels)
 
 
 def locate(source: str) -> str:

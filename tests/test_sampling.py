@@ -1,5 +1,6 @@
 """The released loop on the real UNet, pipelines on disk, and the `sample` stage from prompts to PNGs."""
 
+import contextlib
 import json
 import runpy
 import shutil
@@ -15,6 +16,7 @@ from PIL import Image
 
 from instaflow_jax import main, pipeline, sampling, teacher
 from instaflow_jax.models.unet import UNet2DConditionModel
+from instaflow_jax.stages.common import loading
 
 ROOT = Path(__file__).parent.parent
 UNET = {
@@ -315,6 +317,41 @@ def test_learned_words_beyond_the_text_encoders_table_are_refused(copy):
     (copy / "tokenizer" / "added_tokens.json").write_text(json.dumps(words))
     with pytest.raises(ValueError, match=f"has ids up to {size}, but text_encoder has vocab_size={size}; use"):
         pipeline.load(str(copy), variant=None, attention="xla")
+
+
+@pytest.mark.parametrize(
+    "fields,want",
+    [
+        ({"sample_size": 8, "_diffusers_version": "0.6.0"}, (64, 64, 4)),
+        ({"sample_size": 32, "_diffusers_version": "0.8.1"}, (64, 64, 4)),
+        ({"sample_size": 96, "_diffusers_version": "0.6.0"}, (96, 96, 4)),
+        ({"sample_size": 8, "_diffusers_version": "0.9.0"}, (8, 8, 4)),
+        ({"sample_size": 8}, (8, 8, 4)),
+        ({"sample_size": [6, 10]}, (6, 10, 4)),
+    ],
+    ids=str,
+)
+def test_the_size_a_model_was_made_for_is_that_of_diffusers(fields, want, copy):
+    path = copy / "unet" / "config.json"
+    raw = {name: value for name, value in json.loads(path.read_text()).items() if not name.startswith("_diffusers")}
+    path.write_text(json.dumps(raw | fields))
+    old = pytest.warns(UserWarning, match="before 0.9 meant 64") if want[0] == 64 else contextlib.nullcontext()
+    with old:
+        pipe = pipeline.load(str(copy), variant=None, attention="xla")
+    assert pipe.latent_shape == loading.latent_shape(pipe, 0, 0) == want
+    factor = pipe.nets["vae"].config.factor
+    assert loading.latent_shape(pipe, 4 * factor, 0) == (4, *want[1:])
+
+
+def test_a_model_that_does_not_say_its_size_asks_for_height_and_width(copy):
+    path = copy / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": None}))
+    pipe = pipeline.load(str(copy), variant=None, attention="xla")
+    for height, width in ((0, 0), (8, 0)):
+        with pytest.raises(ValueError, match=r"^[^\n]*no sample_size; set config\.height and config\.width[^\n]*$"):
+            loading.latent_shape(pipe, height, width)
+    factor = pipe.nets["vae"].config.factor
+    assert loading.latent_shape(pipe, 8 * factor, 16 * factor) == (8, 16, 4)
 
 
 def test_folders_of_two_models_are_refused(copy):

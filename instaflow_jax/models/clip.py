@@ -64,6 +64,8 @@ class CLIPConfig(Config):
         towers = {}
         for key, tower in (("text_config", CLIPTextConfig), ("vision_config", CLIPVisionConfig)):
             stated = [raw[k] for k in (f"{key}_dict", key) if raw.get(k) is not None]
+            if stated and not isinstance(stated[0], dict):
+                raise ValueError(f"config.json: {key}={stated[0]!r} is not supported; use an object with its fields")
             towers[key] = tower.from_dict(stated[0] if stated else {})
         return super().from_dict(raw | towers)
 
@@ -87,7 +89,7 @@ class CLIPOutput(NamedTuple):
 class Attention(nnx.Module):
     def __init__(self, config, factory: LayerFactory):
         width, heads = config.hidden_size, config.num_attention_heads
-        if width % heads:
+        if heads < 1 or width % heads:
             raise ValueError(f"config.json: hidden_size={width} is not divisible by num_attention_heads={heads}")
         self.heads, self.implementation, self.kernels = heads, factory.attention, factory.kernels
         self.k_proj = factory.linear(width, width)
@@ -164,6 +166,11 @@ class TextTransformer(nnx.Module):
 class VisionEmbeddings(nnx.Module):
     def __init__(self, config: CLIPVisionConfig, factory: LayerFactory):
         self.image_size, width = config.image_size, config.hidden_size
+        if not 1 <= config.patch_size <= config.image_size:
+            raise ValueError(
+                f"config.json: patch_size={config.patch_size} does not fit image_size={config.image_size}; use a "
+                "patch_size from 1 to image_size"
+            )
         patches = (config.image_size // config.patch_size) ** 2
         self.class_embedding = nnx.Param(jnp.zeros(width), **{RANDOM_INIT: True})
         self.patch_embedding = factory.conv(

@@ -8,6 +8,8 @@ checkpoints a flat dict directly.
 import dataclasses
 import json
 import math
+import types
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,14 +36,36 @@ class Config:
         """Reads the known keys of a `config.json`.
 
         Raises:
-          ValueError: a key has a value that this port does not support.
+          ValueError: a key has a value of another type, or one that this port does not support.
         """
         for key, value in cls.fixed.items():
             if key in raw and raw[key] != value:
                 raise ValueError(f"config.json: {key}={raw[key]!r} is not supported; use {value!r}")
-        fields = {f.name for f in dataclasses.fields(cls)}
+        fields = {f.name: f.type for f in dataclasses.fields(cls)}
         freeze = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in fields}
+        for key, value in freeze.items():
+            if not _fits(value, fields[key]):
+                kind = getattr(fields[key], "__name__", "") if isinstance(fields[key], type) else ""
+                raise ValueError(f"config.json: {key}={raw[key]!r} is not supported; use {kind or fields[key]}")
         return cls(**freeze)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a JSON value fits a field's annotation: bool, int, float, str, None, a union, tuple[kind, …], a config.
+
+    Integers are at least 0, as all of these configs' are.
+    """
+    if isinstance(kind, types.UnionType):
+        return any(_fits(value, one) for one in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(one, typing.get_args(kind)[0]) for one in value)
+    if kind is None or kind is types.NoneType:
+        return value is None
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    if kind is float:
+        return isinstance(value, (int, float))
+    return isinstance(value, kind) and (kind is not int or value >= 0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

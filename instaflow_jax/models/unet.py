@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import math
+import re
+import warnings
 from typing import Any, ClassVar
 
 import jax
@@ -17,6 +19,8 @@ from instaflow_jax.models.layers import LayerFactory, Remat
 from instaflow_jax.models.transformer import Transformer2DModel
 from instaflow_jax.weights import hub
 
+_OLD_SAMPLE_SIZE = 64  # latents' side that diffusers' pipelines took for files from before version 0.9
+
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig(net.Config):
@@ -26,7 +30,7 @@ class UNetConfig(net.Config):
     blocks (SD 1.x: 8) or one for each (SD 2.x: [5, 10, 20, 20]).
     """
 
-    sample_size: int | None = None
+    sample_size: int | tuple[int, ...] | None = None
     in_channels: int = 4
     out_channels: int = 4
     flip_sin_to_cos: bool = True
@@ -61,7 +65,23 @@ class UNetConfig(net.Config):
         "dropout": 0.0,
     }
 
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> "UNetConfig":
+        """Reads `config.json`; a `sample_size` below 64 from diffusers before 0.9 means 64, as in its pipelines."""
+        size, version = raw.get("sample_size"), re.match(r"0\.(\d+)\.", str(raw.get("_diffusers_version", "")))
+        if version and int(version[1]) < 9 and isinstance(size, int) and size < _OLD_SAMPLE_SIZE:
+            warnings.warn(
+                f"the UNet's config.json has sample_size={size}, written by diffusers {raw['_diffusers_version']}; "
+                f"diffusers before 0.9 meant {_OLD_SAMPLE_SIZE} by it, so {_OLD_SAMPLE_SIZE} is used",
+                stacklevel=2,
+            )
+            raw = raw | {"sample_size": _OLD_SAMPLE_SIZE}
+        return super().from_dict(raw)
+
     def __post_init__(self):
+        size = (self.sample_size,) * 2 if isinstance(self.sample_size, int) else self.sample_size
+        if size is not None and (len(size) != 2 or min(size) < 1):
+            raise ValueError(f"config.json: sample_size={self.sample_size} is not supported; use one side, or two")
         for field, allowed in (
             ("down_block_types", ("CrossAttnDownBlock2D", "DownBlock2D")),
             ("up_block_types", ("CrossAttnUpBlock2D", "UpBlock2D")),
@@ -72,6 +92,13 @@ class UNetConfig(net.Config):
                     f"config.json: {field}={list(types)} must name, for each of block_out_channels="
                     f"{list(self.block_out_channels)}, one of {allowed}"
                 )
+        if not self.block_out_channels:
+            raise ValueError("config.json: block_out_channels=[] is not supported; use the channels of each block")
+        if len(self.heads) != len(self.block_out_channels) or min(self.heads) < 1:
+            raise ValueError(
+                f"config.json: attention_head_dim={list(self.heads)} must give the number of heads of each of "
+                f"block_out_channels={list(self.block_out_channels)}"
+            )
 
     @property
     def heads(self) -> tuple[int, ...]:

@@ -34,7 +34,7 @@ class VAEConfig(net.Config):
     layers_per_block: int = 1
     latent_channels: int = 4
     norm_num_groups: int = 32
-    sample_size: int = 32
+    sample_size: int | tuple[int, ...] | None = 32
     scaling_factor: float = 0.18215
 
     fixed: ClassVar[dict[str, Any]] = {
@@ -48,6 +48,8 @@ class VAEConfig(net.Config):
     }
 
     def __post_init__(self):
+        if not self.block_out_channels:
+            raise ValueError("config.json: block_out_channels=[] is not supported; use the channels of each block")
         for field, allowed in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             types = getattr(self, field)
             if types != (allowed,) * len(self.block_out_channels):

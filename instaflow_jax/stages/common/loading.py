@@ -119,9 +119,9 @@ def latent_shape(pipe: pipeline.Pipeline, height: int, width: int) -> tuple[int,
     """[h, w, c] of the latents of a `height` × `width` image; 0 means the size the model was made for.
 
     Raises:
-      ValueError: the autoencoder cannot make an image of that size.
+      ValueError: the autoencoder cannot make an image of that size, or the model does not say what it was made for.
     """
-    factor, (h, w, channels) = pipe.nets["vae"].config.factor, pipe.latent_shape
+    factor, channels = pipe.nets["vae"].config.factor, pipe.nets["unet"].config.in_channels
     for name, size in (("height", height), ("width", width)):
         if size < 0 or size % factor:
             lower = max(size // factor, 1) * factor
@@ -129,6 +129,7 @@ def latent_shape(pipe: pipeline.Pipeline, height: int, width: int) -> tuple[int,
                 f"config.{name}={size} is not divisible by the autoencoder's factor {factor}; "
                 f"use {lower} or {lower + factor}"
             )
+    h, w = (height // factor, width // factor) if height and width else pipe.latent_shape[:2]
     return (height // factor or h, width // factor or w, channels)
 
 
