@@ -2,14 +2,21 @@
 
 import json
 import pickle
+import shutil
 
 import numpy as np
 import pytest
-from helpers import randomize, references
+from helpers import make_coco_models, randomize, references
 
+from instaflow_jax import pipeline
+from instaflow_jax.evals import clip_score
+from instaflow_jax.infra import images
+from instaflow_jax.models.clip import CLIPModel
+from instaflow_jax.models.inception import InceptionV3
+from instaflow_jax.models.lpips import LPIPS
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.models.vae import AutoencoderKL
-from instaflow_jax.weights import port, torch_file
+from instaflow_jax.weights import lora, port, torch_file
 
 COMMON = {"layers_per_block": 1, "norm_num_groups": 32}
 UNET = {
@@ -161,6 +168,47 @@ def test_old_spellings_of_the_autoencoder_are_read(vae, torch, tmp_path):
     assert_bit_equal(params, expected(vae, net))
 
 
+FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+
+
+@pytest.mark.parametrize("form", ["safetensors", "zip", "stream"])
+def test_float8_is_read_exactly(form, torch, tmp_path):
+    """Every bit pattern of every float8 type, and beside them the types that have no storage class in torch."""
+    import safetensors.torch
+
+    codes = torch.arange(256, dtype=torch.uint8).reshape(16, 16)
+    tensors = {name: codes.clone().view(getattr(torch, name)) for name in FLOAT8}
+    tensors |= {"wide": torch.tensor([[1, 2, 65535]]).to(torch.uint16), "brain": torch.ones(3, dtype=torch.bfloat16)}
+    path = tmp_path / ("x.safetensors" if form == "safetensors" else "x.bin")
+    if form == "safetensors":
+        safetensors.torch.save_file(tensors, path)
+    else:
+        torch.save(tensors, path, _use_new_zipfile_serialization=form == "zip")
+    stored = port.open_weights(path)
+    assert stored.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        np.testing.assert_array_equal(stored[key]().astype("float32"), tensor.to(torch.float32).numpy(), err_msg=key)
+
+
+def test_a_network_in_float8_is_read_as_float32(unet, torch, tmp_path):
+    import safetensors.torch
+
+    unet.save_config(tmp_path)
+    state = {key: tensor.to(torch.float8_e4m3fn) for key, tensor in unet.state_dict().items()}
+    safetensors.torch.save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
+    net, params = UNet2DConditionModel.from_pretrained(tmp_path)
+    want = {key: lambda t=t: t.float().numpy() for key, t in state.items()}
+    assert_bit_equal(params, port.fill(want, net.shapes, net.module.layout, source="memory"))
+
+
+def test_a_type_of_number_that_cannot_be_read_is_named(torch, tmp_path):
+    import safetensors.torch
+
+    safetensors.torch.save_file({"a": torch.zeros(2, dtype=torch.complex64)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"x\.safetensors: a has the type C64; convert it to one of F64"):
+        port.open_weights(tmp_path / "x.safetensors")["a"]()
+
+
 # ---------------------------------------------------------------- a hub id
 
 
@@ -233,7 +281,7 @@ def test_an_error_names_the_first_ten_offenders_and_counts_the_rest():
     with pytest.raises(ValueError) as error:
         port.raise_for_mismatch("the file does not fit", missing=names, extra=[], unknown=["y"])
     listed = ", ".join(f"x{i:02d}" for i in range(10))
-    assert str(error.value) == f"the file does not fit:\n  25 missing: {listed} and 15 more\n  1 unknown: y"
+    assert str(error.value) == f"the file does not fit: 25 missing: {listed} and 15 more; 1 unknown: y"
     port.raise_for_mismatch("nothing is wrong", missing=[])
 
 
@@ -310,6 +358,134 @@ def test_another_class_or_broken_config_is_refused(folder):
     (folder / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel"})[:-4])
     with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
         UNet2DConditionModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        ({"layers_per_block": "2"}, r"layers_per_block='2' is not supported; use int"),
+        ({"layers_per_block": [1, 1]}, r"layers_per_block=\[1, 1\] is not supported"),
+        ({"norm_num_groups": 4.5}, r"norm_num_groups=4\.5 is not supported"),
+        ({"norm_num_groups": -4}, r"norm_num_groups=-4 is not supported"),
+        ({"use_linear_projection": 1}, r"use_linear_projection=1 is not supported; use bool"),
+        ({"norm_eps": None}, r"norm_eps=None is not supported; use float"),
+        ({"block_out_channels": 32}, r"block_out_channels=32 is not supported; use tuple\[int"),
+        ({"block_out_channels": [], "down_block_types": [], "up_block_types": []}, "block_out_channels"),
+        ({"attention_head_dim": [4]}, r"attention_head_dim=\[4\] must give the number of heads of each"),
+        ({"attention_head_dim": 0}, "attention_head_dim"),
+        ({"sample_size": [8]}, r"sample_size=\(8,\) is not supported; use one side, or two"),
+        ({"sample_size": 0}, "sample_size=0"),
+        ({"sample_size": "64"}, "sample_size='64'"),
+    ],
+    ids=str,
+)
+def test_a_config_value_of_another_type_is_named(changes, words):
+    with pytest.raises(ValueError, match=rf"^config\.json: [^\n]*{words}[^\n]*$"):
+        UNet2DConditionModel.from_config(UNET | changes)
+
+
+# ---------------------------------------------------------------- files of another kind than their name says
+
+
+def tensors_of(array):
+    """Bytes of a safetensors file with one tensor of a UNet."""
+    from safetensors.numpy import save
+
+    return save({"conv_in.weight": array})
+
+
+WRONG = {  # a file's bytes, or None for a directory
+    "directory": None,
+    "empty": b"",
+    "git-lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0f1e\nsize 3438167540\n",
+    "web page": b"<!DOCTYPE html>\n<html><body>404</body></html>\n",
+    "text": b"a cat\n",
+    "JSON list": b"[1, 2]\n",
+    "image": b"\x89PNG\r\n\x1a\n" + bytes(40),
+    "zip": b"PK\x05\x06" + bytes(18),
+    "gzip": b"\x1f\x8b\x08" + bytes(40),
+    "array of another rank": tensors_of(np.zeros((), np.float32)),
+    "words": "ein Käfer\n".encode("latin-1"),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A complete Stable Diffusion, a CLIP beside it, and files of Inception and LPIPS to break."""
+    folder = tmp_path_factory.mktemp("whole")
+    make_coco_models(folder)
+    return folder
+
+
+def load_sd(folder):
+    return pipeline.load(str(folder / "sd"), variant=None, attention="xla")
+
+
+def load_clip(folder):
+    return clip_score.read_preprocessor(folder / "clip", "", CLIPModel.from_pretrained(folder / "clip")[0])
+
+
+def in_other_form(name):
+    """Reads the UNet from a file of that name in place of its safetensors."""
+
+    def read(folder):
+        (folder / "sd" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+        return UNet2DConditionModel.from_pretrained(folder / "sd", "unet")
+
+    return f"sd/unet/{name}", read
+
+
+READERS = {
+    "unet weights": ("sd/unet/diffusion_pytorch_model.safetensors", load_sd),
+    "bin weights": in_other_form("diffusion_pytorch_model.bin"),
+    "flax weights": in_other_form("diffusion_flax_model.msgpack"),
+    "shard index": in_other_form("diffusion_pytorch_model.safetensors.index.json"),
+    "config": ("sd/unet/config.json", load_sd),
+    "index": ("sd/model_index.json", load_sd),
+    "scheduler": ("sd/scheduler/scheduler_config.json", load_sd),
+    "vocabulary": ("sd/tokenizer/vocab.json", load_sd),
+    "tokenizer config": ("sd/tokenizer/tokenizer_config.json", load_sd),
+    "preprocessor": ("clip/preprocessor_config.json", load_clip),
+    "clip config": ("clip/config.json", load_clip),
+    "single file": ("x.safetensors", lambda f: pipeline.load(str(f / "x.safetensors"), **SINGLE, base=str(f / "sd"))),
+    "ckpt": ("x.ckpt", lambda f: pipeline.load(str(f / "x.ckpt"), **SINGLE, base=str(f / "sd"))),
+    "lora": ("x.safetensors", lambda f: lora.merge(load_sd(f).params, f / "x.safetensors", 1.0)),
+    "inception": ("x.pth", lambda f: InceptionV3.from_file(f / "x.pth")),
+    "lpips": ("x.pth", lambda f: LPIPS.from_files(f / "x.pth", f / "x.pth", net="alex")),
+    "png": ("x.png", lambda f: images.load_png(f / "x.png")),
+}
+SINGLE = {"variant": None, "attention": "xla"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", READERS)
+def test_a_file_of_another_kind_ends_in_one_line_that_names_it(reader, whole, tmp_path):
+    name, read = READERS[reader]
+    for kind, content in WRONG.items():
+        folder = tmp_path / kind.replace(" ", "_")
+        shutil.copytree(whole, folder)
+        path = folder / name
+        path.unlink(missing_ok=True)
+        path.mkdir() if content is None else path.write_bytes(content)
+        with pytest.raises((ValueError, OSError)) as error:
+            read(folder)
+        message = str(error.value)
+        assert path.name in message or str(path.parent) in message, (kind, message)
+        assert "\n" not in message and len(message) < 1000, (kind, message)
+        shutil.rmtree(folder)
+
+
+def test_an_array_that_holds_no_numbers_is_named(unet, tmp_path):
+    from flax import serialization
+
+    net = UNet2DConditionModel.from_config(dict(unet.config))
+    net.save_pretrained(expected(unet, net), tmp_path, form="flax")
+    path = tmp_path / "diffusion_flax_model.msgpack"
+    tree = serialization.msgpack_restore(path.read_bytes())
+    tree["conv_in"]["bias"] = "text"
+    path.write_bytes(serialization.msgpack_serialize(tree))
+    with pytest.raises(ValueError, match=r"msgpack does not fit .*: conv_in\.bias has the type <U4, not real numbers"):
+        UNet2DConditionModel.from_pretrained(tmp_path)
 
 
 def test_a_failed_write_leaves_the_old_file(folder, unet, monkeypatch):

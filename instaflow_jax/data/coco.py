@@ -107,7 +107,7 @@ def pixels(photo: Photo, size: int) -> UInt8[np.ndarray, "size size 3"]:
     try:
         with Image.open(io.BytesIO(photo.read())) as image:
             return square(image.convert("RGB"), size)
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all that Pillow raises
         raise ValueError(f"{photo.where} cannot be read as an image ({error}): download it again") from error
 
 

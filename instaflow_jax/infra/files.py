@@ -150,23 +150,43 @@ def write_json(path: str | Path, content: Any, *, indent: int = 1) -> None:
     write_text(path, json.dumps(content, indent=indent) + "\n")
 
 
-def read_json(path: str | Path, *, remedy: str = "the file may be truncated") -> Any:
-    """The content of a JSON file.
+def wrong_kind(path: str | Path) -> str:
+    """Why a file cannot be what its name says (a directory, an empty file, …) and the remedy; "" if it may be."""
+    path = Path(path)
+    if path.is_dir():
+        return "it is a directory; use a file"
+    with path.open("rb") as file:
+        start = file.read(64)
+    if not start:
+        return "it is empty, perhaps truncated; download or save it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is only a git-lfs pointer; run 'git lfs pull' where it was cloned, or download the file itself"
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return "it is a web page; download the file itself"
+    return ""
+
+
+def read_json(path: str | Path, *, remedy: str = "the file may be truncated") -> dict[str, Any]:
+    """The object in a JSON file.
 
     Args:
       remedy: what the error message advises if the file is not valid JSON.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is not valid JSON.
+      ValueError: it is not valid JSON, or not an object.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path} is missing")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # includes UnicodeDecodeError
-        raise ValueError(f"{path} is not valid JSON ({error}); {remedy}") from error
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows write a byte-order mark
+    except (ValueError, RecursionError, OSError) as error:  # ValueError includes UnicodeDecodeError
+        reason = wrong_kind(path)
+        raise ValueError(f"{path} is not valid JSON{f': {reason}' if reason else f' ({error}); {remedy}'}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} contains a JSON {type(content).__name__} where an object {{…}} is needed; {remedy}")
+    return content
 
 
 def sha256_of_file(path: Path) -> str:

@@ -9,7 +9,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from instaflow_jax.arrays import AnyArray
-from instaflow_jax.infra.files import write_bytes
+from instaflow_jax.infra.files import write_bytes, wrong_kind
 
 GAP = 2  # pixels between the images of a grid
 WHITE = 255
@@ -94,6 +94,16 @@ def save_png(path: str | Path, image: UInt8[np.ndarray, "H W 3"], text: Mapping[
 
 
 def load_png(path: str | Path) -> tuple[UInt8[np.ndarray, "H W 3"], dict[str, str]]:
-    """The image and the text of a PNG. Raises FileNotFoundError if there is no such file."""
-    with Image.open(path) as file:
-        return np.asarray(file.convert("RGB")), {name: str(value) for name, value in file.text.items()}
+    """The image and the text of a PNG.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is not a PNG.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as file:
+            return np.asarray(file.convert("RGB")), {name: str(value) for name, value in file.text.items()}
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all that PIL raises
+        raise ValueError(f"{path} is not readable as a PNG: {wrong_kind(path) or error}") from error

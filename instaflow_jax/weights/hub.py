@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,17 +103,23 @@ def weight_files(directory: Path, layout: Layout, variant: str | None) -> list[P
 
 
 def _shards(index: Path) -> list[Path]:
-    files = [index.parent / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
+        raise ValueError(f"{index} has no weight_map from keys to shards; download it again")
+    files = [index.parent / name for name in sorted(set(table.values()))]
     missing = [f.name for f in files if not f.is_file()]
     if missing:
-        raise FileNotFoundError(f"{index} names missing shards: {', '.join(missing)}; download them again")
+        raise FileNotFoundError(f"{index} names missing shards: {first_ten(missing)}; download them again")
     return files
 
 
 def _listing(directory: Path) -> str:
-    names = sorted(p.name for p in directory.iterdir())
-    rest = f" and {len(names) - 20} more" if len(names) > 20 else ""
-    return ", ".join(names[:20]) + rest if names else "nothing"
+    return first_ten(sorted(p.name for p in directory.iterdir())) or "nothing"
+
+
+def first_ten(names: Sequence[str]) -> str:
+    """The first ten names, and the number of the rest, for an error message."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def read_config(directory: Path, class_name: str) -> dict[str, Any]:
@@ -123,7 +129,9 @@ def read_config(directory: Path, class_name: str) -> dict[str, Any]:
       FileNotFoundError, ValueError: the file is missing, is not valid JSON, or describes another class.
     """
     raw = read_json(directory / "config.json")
-    named = {n.removeprefix("Flax") for n in (raw.get("_class_name"), *(raw.get("architectures") or ())) if n}
+    stated = raw.get("architectures") or []
+    stated = [raw.get("_class_name"), *(stated if isinstance(stated, list) else [stated])]
+    named = {str(name).removeprefix("Flax") for name in stated if name}
     if named and class_name not in named:
         raise ValueError(f"{directory / 'config.json'} describes {' / '.join(sorted(named))}, not {class_name}")
     return raw

@@ -4,21 +4,23 @@ Reads a directory in diffusers or transformers layout: safetensors, `.bin`, shar
 `.msgpack` of the old Flax classes. Writes safetensors (optionally sharded) and `.msgpack`. No other file knows NCHW.
 """
 
+import functools
 import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import jax
+import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
 from flax import serialization
 
 from instaflow_jax.arrays import Params
-from instaflow_jax.infra.files import as_os_error, atomic_write, write_bytes, write_text
+from instaflow_jax.infra.files import as_os_error, atomic_write, write_bytes, write_text, wrong_kind
 from instaflow_jax.weights import torch_file
-from instaflow_jax.weights.hub import Layout, weight_files
+from instaflow_jax.weights.hub import Layout, first_ten, weight_files
 
 Stored = Mapping[str, Callable[[], np.ndarray]]  # key in the file → function that reads that tensor
 Shapes = Mapping[str, jax.ShapeDtypeStruct]  # our name → shape and dtype of a parameter
@@ -26,7 +28,10 @@ Shapes = Mapping[str, jax.ShapeDtypeStruct]  # our name → shape and dtype of a
 _TORCH_WORD = {"mean": "running_mean", "var": "running_var"} | dict.fromkeys(("kernel", "scale", "embedding"), "weight")
 _BUFFERS = (r"(^|\.)position_ids$", r"(^|\.)num_batches_tracked$")  # constants in old files
 
-_LISTED = 10  # offenders of one kind that an error message names
+# Types of safetensors that its numpy reader does not know → their numpy types.
+_FLOAT8 = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
+_FLOAT8 |= {"F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz, "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz}
+_NUMPY_TYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 
 
 # ---------------------------------------------------------------- names and array layouts
@@ -64,8 +69,11 @@ def open_weights(path: Path) -> Stored:
     """Key → reader for one weight file; its suffix gives the format. Safetensors are read lazily.
 
     Raises:
+      FileNotFoundError: there is no such file.
       ValueError: the file is truncated or not in the format of its suffix.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"there is no weight file {path}")
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
     if path.suffix == ".msgpack":
@@ -75,10 +83,25 @@ def open_weights(path: Path) -> Stored:
 
 def _open_safetensors(path: Path) -> Stored:
     try:
-        file = safetensors.safe_open(path, framework="numpy")
-        return {key: lambda key=key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except safetensors.SafetensorError as error:
+        file = safetensors.safe_open(path, framework="numpy")  # checks the header, so that it can be parsed below
+    except (safetensors.SafetensorError, OSError) as error:
         raise _unreadable(path, "safetensors", error) from error
+    with path.open("rb") as raw:
+        length = int.from_bytes(raw.read(8), "little")
+        header = json.loads(raw.read(length))
+
+    def read(key: str) -> np.ndarray:
+        stated = header[key]
+        if stated["dtype"] in _NUMPY_TYPES:
+            return file.get_tensor(key)
+        if stated["dtype"] not in _FLOAT8:
+            known = ", ".join((*_NUMPY_TYPES, *_FLOAT8))
+            raise ValueError(f"{path}: {key} has the type {stated['dtype']}; convert it to one of {known}")
+        dtype, (start, end) = _FLOAT8[stated["dtype"]], stated["data_offsets"]
+        flat = np.fromfile(path, np.uint8, count=end - start, offset=8 + length + start)
+        return flat.view(dtype).reshape(stated["shape"])
+
+    return {key: functools.partial(read, key) for key in header if key != "__metadata__"}
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -91,21 +114,20 @@ def read_metadata(path: Path) -> dict[str, str]:
         return {}
     try:
         return safetensors.safe_open(path, framework="numpy").metadata() or {}
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, OSError) as error:
         raise _unreadable(path, "safetensors", error) from error
 
 
 def _unreadable(path: Path, form: str, error: Exception) -> ValueError:
-    return ValueError(
-        f"{path} is not readable as {form} ({error}); the file may be truncated, download or save it again"
-    )
+    reason = wrong_kind(path) or f"{error}; the file may be truncated, download or save it again"
+    return ValueError(f"{path} is not readable as {form}: {' '.join(reason.split())}")
 
 
 def _read_msgpack(path: Path) -> dict[str, np.ndarray]:
     try:
         tree = serialization.msgpack_restore(path.read_bytes())
         return {key: np.asarray(leaf) for key, leaf in _leaves(tree)}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
         raise _unreadable(path, "Flax msgpack", error) from error
 
 
@@ -141,6 +163,9 @@ def fill(stored: Stored, shapes: Shapes, layout: Layout, *, source: str, flax: b
     params, misshapen = {}, []
     for key in keys.keys() & readers.keys():
         array = readers[key]()
+        if array.dtype.kind in "cOSUM":
+            misshapen.append(f"{key} has the type {array.dtype}, not real numbers")
+            continue
         params[keys[key]] = array if flax else from_torch(keys[key], array)
         if params[keys[key]].shape != shapes[keys[key]].shape:
             want = tuple(int(n) for n in to_torch(keys[key], np.empty(shapes[keys[key]].shape, bool)).shape)
@@ -155,14 +180,10 @@ def fill(stored: Stored, shapes: Shapes, layout: Layout, *, source: str, flax: b
 
 
 def raise_for_mismatch(what: str, **offenders: Collection[str]) -> None:
-    """Raises ValueError if there are offenders: `what` is wrong, then the first ten of each kind, sorted."""
-    lines = []
-    for kind, names in offenders.items():
-        if names:
-            rest = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-            lines.append(f"  {len(names)} {kind}: {', '.join(sorted(names)[:_LISTED])}{rest}")
-    if lines:
-        raise ValueError("\n".join([f"{what}:", *lines]))
+    """Raises ValueError if there are offenders: `what` is wrong, then the first ten of each kind, sorted; one line."""
+    kinds = [f"{len(names)} {kind}: {first_ten(sorted(names))}" for kind, names in offenders.items() if names]
+    if kinds:
+        raise ValueError(f"{what}: {'; '.join(kinds)}")
 
 
 # ---------------------------------------------------------------- writing

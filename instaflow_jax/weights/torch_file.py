@@ -13,17 +13,27 @@ import pickle
 import re
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
+from instaflow_jax.infra.files import wrong_kind
+
 _STORAGES = {"DoubleStorage": np.float64, "FloatStorage": np.float32, "HalfStorage": np.float16}
 _STORAGES |= {"BFloat16Storage": ml_dtypes.bfloat16, "LongStorage": np.int64, "IntStorage": np.int32}
 _STORAGES |= {"ShortStorage": np.int16, "CharStorage": np.int8, "ByteStorage": np.uint8, "BoolStorage": np.bool_}
+# torch saves the types without a storage class of their own as bytes and a dtype.
+_UNTYPED = "UntypedStorage"
+_STORAGES |= {_UNTYPED: np.uint8}
+_DTYPES = {name: np.dtype(name) for name in ("uint16", "uint32", "uint64")}
+_DTYPES |= {name: np.dtype(getattr(ml_dtypes, name)) for name in ("float8_e4m3fn", "float8_e5m2")}
+_DTYPES |= {name: np.dtype(getattr(ml_dtypes, name)) for name in ("float8_e4m3fnuz", "float8_e5m2fnuz")}
 _DAMAGED = (pickle.UnpicklingError, zipfile.BadZipFile, struct.error, EOFError, LookupError)  # raised by damaged files
 _DAMAGED += (ValueError, TypeError, AttributeError, OverflowError)
+_DAMAGED += (zlib.error, RuntimeError)  # zip members: damaged, of an unknown method, encrypted; endless nesting
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of the container used before torch 1.6
 
 
@@ -46,21 +56,36 @@ class _Storage:
 
 
 class _Tensor:
-    def __init__(self, storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]):
-        self.storage, self.offset, self.shape, self.stride = storage, offset, shape, stride
+    """A strided view of a storage; `dtype` is that of the elements if the storage holds bytes."""
+
+    def __init__(
+        self,
+        storage: _Storage,
+        offset: int,
+        shape: tuple[int, ...],
+        stride: tuple[int, ...],
+        dtype: np.dtype | None = None,
+    ):
+        self.storage, self.offset, self.shape, self.stride, self.dtype = storage, offset, shape, stride, dtype
 
     def array(self) -> np.ndarray:
-        flat = self.storage.data
+        flat = self.storage.data if self.dtype is None else self.storage.data.view(self.dtype)
         last = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
         if 0 not in self.shape and (min(self.offset, *self.stride, 0) < 0 or last >= flat.size):
             raise pickle.UnpicklingError("a tensor reaches beyond its storage")
         strides = [s * flat.itemsize for s in self.stride]
-        view = np.lib.stride_tricks.as_strided(flat[self.offset :], self.shape, strides, writeable=False)
+        # From bytes, because numpy's own view functions do not take float8.
+        start = self.offset * flat.itemsize if flat.size else 0
+        view = np.ndarray(self.shape, flat.dtype, flat.view(np.uint8), start, strides)
         return np.ascontiguousarray(view).reshape(self.shape)
 
 
 def _rebuild_tensor(storage, offset, shape, stride, *_unused):
     return _Tensor(storage, offset, shape, stride)
+
+
+def _rebuild_untyped(storage, offset, shape, stride, _requires_grad, _hooks, dtype, *_unused):
+    return _Tensor(storage, offset, shape, stride, dtype)
 
 
 def _rebuild_parameter(tensor, *_unused):
@@ -71,8 +96,10 @@ _ALLOWED = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_untyped,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-}
+    ("torch.storage", _UNTYPED): _Dtype(_UNTYPED),
+} | {("torch", name): dtype for name, dtype in _DTYPES.items()}
 # Modules and names that become placeholders: training frameworks and what their states contain. None is imported.
 _IGNORED = re.compile(r"(pytorch_lightning|lightning\w*|omegaconf|numpy|_codecs|typing|ldm)(\.|$)")
 _IGNORED_NAMES = {
@@ -119,7 +146,9 @@ class _Unpickler(pickle.Unpickler):
 
 def _read_zip(file) -> dict:
     archive = zipfile.ZipFile(file)
-    (entry,) = [n for n in archive.namelist() if n.endswith("/data.pkl") or n == "data.pkl"]
+    entry = next((n for n in archive.namelist() if n.endswith("/data.pkl") or n == "data.pkl"), None)
+    if entry is None:
+        raise pickle.UnpicklingError("it is a zip archive without data.pkl")
     root = entry.removesuffix("data.pkl")
     if root + "byteorder" in archive.namelist() and archive.read(root + "byteorder") != b"little":
         raise pickle.UnpicklingError("its numbers are big-endian")
@@ -164,12 +193,16 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
             file.seek(0)
             state = _read_zip(file) if is_zip else _read_stream(file)
             state = state.get("state_dict", state) if isinstance(state, dict) else {}
-            tensors = {key: value.array() for key, value in state.items() if isinstance(value, _Tensor)}
-    except _DAMAGED as error:
-        raise ValueError(
-            f"{path} is not readable as PyTorch weights ({error}); the file may be truncated or contain more than "
-            "tensors. Download it again, or save it as safetensors."
-        ) from error
+            named = {key: value for key, value in state.items() if isinstance(key, str)}
+            tensors = {key: value.array() for key, value in named.items() if isinstance(value, _Tensor)}
+    except FileNotFoundError:
+        raise
+    except (*_DAMAGED, OSError) as error:
+        reason = wrong_kind(path) or (
+            f"{error}; the file may be truncated or contain more than tensors. Download it again, or save it as "
+            "safetensors."
+        )
+        raise ValueError(f"{path} is not readable as PyTorch weights: {' '.join(reason.split())}") from error
     if not tensors:
         raise ValueError(f"{path} contains no named tensors; use a file with a state dict")
     return tensors
