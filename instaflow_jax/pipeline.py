@@ -4,12 +4,14 @@ Single-file checkpoints can be read too. A delta of another model and LoRA files
 """
 
 import dataclasses
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
+from instaflow_jax import teacher
 from instaflow_jax.arrays import Params
 from instaflow_jax.infra import files
 from instaflow_jax.models.clip import CLIPTextModel
@@ -85,7 +87,8 @@ def load(
     """Reads a pipeline from a directory, a hub id, the name of an embedded model ("openmoji"), or a single file.
 
     Args:
-      variant: e.g. "fp16" for weight files of that name; None for files without a variant.
+      variant: e.g. "fp16" for weight files of that name, where a folder has them; None for files without a variant.
+        In a single file, "ema" means the UNet's EMA weights.
       dtype: compute type of the networks; parameters are float32.
       attention: "xla" or "cudnn".
       kernels: "auto" for the hand-written kernels where they are faster, "xla" for XLA's own everywhere.
@@ -100,10 +103,10 @@ def load(
     home = _home(source, base)
     index = _read(home, "model_index.json")
     check_index(index, home)
+    scheduler, index = _with_stated_prediction(source, _read(home, "scheduler/scheduler_config.json"), index)
     nets, params = networks(source, NETWORKS, **options)
     tokenizer = Tokenizer.from_pretrained(home)
     _check_widths(nets, tokenizer, source)
-    scheduler = _read(home, "scheduler/scheduler_config.json")
     pipe = Pipeline(nets, params, tokenizer, scheduler, index)
     if delta:
         pipe = _with_delta(pipe, delta, options)
@@ -125,19 +128,73 @@ def networks(
     """The networks called `names` ("unet", "vae", "text_encoder") and their weights; see `load`."""
     options = {"dtype": dtype, "attention": attention, "kernels": kernels}
     if not _is_file(source):
-        source = locate(source)
-        loaded = {name: NETWORKS[name].from_pretrained(source, name, variant=variant, **options) for name in names}
+        loaded = _from_folders(locate(source), names, variant, options)
         return tuple({name: pair[i] for name, pair in loaded.items()} for i in (0, 1))
     home, nets = _home(source, base), {}
     for name, cls in NETWORKS.items():
         raw = hub.read_config(_folder(home, f"{name}/config.json") / name, cls.__name__)
         nets[name] = cls.from_config(raw, **options)
     configs, shapes = ({name: getattr(net, field) for name, net in nets.items()} for field in ("config", "shapes"))
-    params = ldm.read(Path(source).expanduser(), configs, shapes)
+    params = ldm.read(Path(source).expanduser(), configs, shapes, variant)
+    for name in [name for name in names if name not in params]:
+        warnings.warn(f"{source} has no {name}; that of base={base} is used", stacklevel=2)
+        params[name] = _from_folders(home, [name], None, options)[name][1]
     return {name: nets[name] for name in names}, {name: params[name] for name in names}
 
 
+def _from_folders(
+    source: str, names: Collection[str], variant: str | None, options: Mapping[str, Any]
+) -> dict[str, tuple[Net, Params]]:
+    """The networks in the folders `names`; where only some have the variant, the others' usual files are read."""
+    loaded, failed = {}, {}
+    for name in names:
+        try:
+            loaded[name] = NETWORKS[name].from_pretrained(source, name, variant=variant, **options)
+        except FileNotFoundError as error:
+            failed[name] = error
+    for name, error in failed.items():
+        if not variant or not loaded:
+            raise error
+        loaded[name] = NETWORKS[name].from_pretrained(source, name, variant=None, **options)
+        warnings.warn(f"{source}/{name} has no weights of variant {variant!r}; its usual ones are used", stacklevel=2)
+    return loaded
+
+
+def _with_stated_prediction(
+    source: str, scheduler: dict[str, Any], index: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The scheduler and index of `base` with what a single file itself says of its prediction; see `ldm`.
+
+    Raises:
+      ValueError: the file says that it is a teacher, but `base` is a flow.
+    """
+    stated = ldm.prediction_fields(Path(source).expanduser()) if _is_file(source) else {}
+    news = {k: v for k, v in stated.items() if (scheduler.get(k) or teacher.DEFAULTS[k]) != v}
+    is_flow = scheduler.get("prediction_type") == "flow_prediction"
+    is_flow |= scheduler.get("_class_name") == "FlowMatchEulerDiscreteScheduler"
+    is_flow |= index.get("_class_name") in ("RectifiedFlowPipeline", "InstaFlowPipeline")
+    # Programs that know no flows call every flow "epsilon".
+    if not news or (is_flow and news == {"prediction_type": "epsilon"}):
+        return scheduler, index
+    said = ", ".join(f"{name}={value}" for name, value in news.items())
+    if is_flow:
+        raise ValueError(f"{source} asks for {said}, but its base is a flow; use the base of a teacher")
+    if "rescale_betas_zero_snr" in news:  # a start before the last timestep would leave zero SNR unused
+        news["timestep_spacing"] = "trailing"
+    warnings.warn(f"{source} asks for {said}; this replaces what the scheduler of base says", stacklevel=3)
+    # DDIM's class knows all of these fields; diffusers would ignore some in PNDM's.
+    fields = {"_class_name": "DDIMScheduler", "clip_sample": False}
+    kept = {name: value for name, value in scheduler.items() if name != "skip_prk_steps"}
+    return kept | fields | news, index | {"scheduler": ["diffusers", "DDIMScheduler"]}
+
+
 def _with_delta(pipe: Pipeline, delta: Delta, options: Mapping[str, Any]) -> Pipeline:
+    custom, origin = (_prediction_type(source, options["base"]) for source in (delta.custom, delta.origin))
+    if custom and origin and custom != origin:
+        raise ValueError(
+            f"delta: custom={delta.custom!r} has prediction_type={custom}, but origin={delta.origin!r} has {origin}; "
+            "use two models that predict the same"
+        )
     nets, params = networks(delta.custom, NETWORKS, **options)
     _, origin = networks(delta.origin, ["unet"], **options)
     names = {"custom": delta.custom, "origin": delta.origin}
@@ -146,6 +203,15 @@ def _with_delta(pipe: Pipeline, delta: Delta, options: Mapping[str, Any]) -> Pip
     nets, params = nets | {"unet": pipe.nets["unet"]}, params | {"unet": unet}
     _check_widths(nets, tokenizer, delta.custom)
     return dataclasses.replace(pipe, nets=nets, params=params, tokenizer=tokenizer)
+
+
+def _prediction_type(source: str, base: str) -> str:
+    """What the network of a teacher on this machine predicts; "" if that is not known."""
+    stated = ldm.prediction_fields(Path(source).expanduser()) if _is_file(source) else {}
+    path = Path(_home(source, base)).expanduser() / "scheduler" / "scheduler_config.json"
+    scheduler = files.read_json(path) if path.is_file() else {"prediction_type": ""}
+    kind = ({"prediction_type": "epsilon"} | scheduler | stated)["prediction_type"]
+    return "" if kind == "flow_prediction" else kind
 
 
 def _is_file(source: str) -> bool:
@@ -185,6 +251,8 @@ def check_index(index: Mapping[str, Any], source: str) -> None:
       ValueError: naming the part, its class and the supported classes.
     """
     for name, value in index.items():
+        if isinstance(value, list) and len(value) != 2:
+            raise ValueError(f"{source}/model_index.json: {name} is {value!r}; use [library, class]")
         cls = value[1] if isinstance(value, list | tuple) else value
         if name in _CLASSES and cls not in _CLASSES[name]:
             raise ValueError(f"{source}/model_index.json: {name} is {cls!r}; supported: {', '.join(_CLASSES[name])}")

@@ -1,8 +1,11 @@
 """Published directories and single files: the released layout, the original LDM naming of SD 1.x and 2.x."""
 
 import collections
+import copy
 import functools
 import json
+import re
+import shutil
 import sys
 import types
 
@@ -12,8 +15,9 @@ import pytest
 import safetensors.torch
 from helpers import assert_is, load, make_directory, normal, references, relative, to_ldm
 
-from instaflow_jax import pipeline, sampling
+from instaflow_jax import pipeline, sampling, solvers, teacher
 from instaflow_jax.weights import ldm, torch_file
+from instaflow_jax.weights.delta import Delta
 
 
 @pytest.fixture(scope="module")
@@ -160,8 +164,110 @@ def test_a_single_file_needs_a_base_with_configs(sd1, torch, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no file .*nowhere\.ckpt"):
         load(tmp_path / "nowhere.ckpt", base=sd1.base)
     safetensors.torch.save_file({"lora_unet_mid.alpha": torch.ones(1)}, tmp_path / "lora.safetensors")
-    with pytest.raises(ValueError, match=r"not a checkpoint of the original .*; it contains lora_unet_mid\.alpha"):
+    with pytest.raises(ValueError, match=r"not a checkpoint of the original .*; it contains lora_unet_mid\.alpha$"):
         read(tmp_path / "lora.safetensors", sd1.ours)
+
+
+def save(state, path, **metadata):
+    safetensors.torch.save_file({k: v.clone().contiguous() for k, v in state.items()}, path, metadata=metadata or None)
+    return str(path)
+
+
+@pytest.mark.parametrize("form", ["markers", "metadata", "ckpt"])
+def test_a_file_that_says_it_predicts_v_is_loaded_so(form, sd1, torch, tmp_path):
+    """Over a base that predicts epsilon. The schedule is diffusers', zero terminal SNR included."""
+    from diffusers import DDIMScheduler
+
+    path = tmp_path / ("model.ckpt" if form == "ckpt" else "model.safetensors")
+    markers = {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}
+    if form == "metadata":
+        save(sd1.state, path, **{"modelspec.prediction_type": "v"})
+    elif form == "markers":
+        save(sd1.state | markers, path)
+    else:
+        torch.save({"state_dict": sd1.state | markers}, path)
+    with pytest.warns(UserWarning, match="asks for prediction_type=v_prediction"):
+        pipe = load(path, base=sd1.base)
+    assert_is(pipe.params, sd1.pipe)
+    ours, theirs = teacher.read_schedule(pipe.scheduler), DDIMScheduler.from_config(pipe.scheduler)
+    assert ours.prediction_type == theirs.config.prediction_type == "v_prediction"
+    assert (ours.abar[-1] == 0) == (form != "metadata")
+    np.testing.assert_allclose(ours.abar, theirs.alphas_cumprod, atol=1e-6)
+    theirs.set_timesteps(4)
+    np.testing.assert_array_equal(solvers.ddim(ours, 4).tau, theirs.timesteps)
+    assert pipe.index["scheduler"] == ["diffusers", "DDIMScheduler"] and not theirs.config.clip_sample
+
+
+def test_a_v_prediction_file_over_a_flow_or_beside_an_epsilon_origin_is_refused(sd1, torch, tmp_path):
+    file = save(sd1.state | {"v_pred": torch.tensor([])}, tmp_path / "v.safetensors")
+    base = tmp_path / "base"
+    shutil.copytree(sd1.base, base)
+    index = json.loads((base / "model_index.json").read_text()) | {"_class_name": "RectifiedFlowPipeline"}
+    (base / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="asks for prediction_type=v_prediction, but its base is a flow; use the base"):
+        load(file, base=str(base))
+    for origin in (sd1.base, sd1.file):
+        with pytest.raises(ValueError, match=r"custom=.*v_prediction, but origin=.* has epsilon; use two models"):
+            load(sd1.base, base=sd1.base, delta=Delta(file, origin, 1.0))
+
+
+def test_diffusers_names_in_the_attention_of_the_autoencoder_are_read(sd1, torch, tmp_path):
+    """Converters of diffusers' newer names leave linear layers [out, in] called to_q … in place of convolutions."""
+    new = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0", "norm": "group_norm"}
+    state = {}
+    for key, tensor in sd1.state.items():
+        if ".attn_1." in key:
+            *stem, layer, word = key.split(".")
+            key, tensor = ".".join([*stem, new[layer], word]), tensor.reshape(tensor.shape[:2])
+        state[key] = tensor
+    assert sum("attn_1.to_out.0" in key for key in state) == 4
+    file = save(state, tmp_path / "model.safetensors")
+    assert_is(load(file, base=sd1.base).params, sd1.pipe)
+
+
+@pytest.mark.parametrize("part,name", [("first_stage_model.", "vae"), ("cond_stage_model.", "text_encoder")])
+def test_a_part_that_a_single_file_lacks_comes_from_the_base(part, name, sd1, tmp_path):
+    file = save({k: v for k, v in sd1.state.items() if not k.startswith(part)}, tmp_path / "model.safetensors")
+    with pytest.warns(UserWarning, match=f"has no {name}; that of base=.* is used"):
+        assert_is(load(file, base=sd1.base).params, sd1.pipe)
+
+
+def test_ema_weights_are_read_when_asked_for(sd1, tmp_path):
+    unet = {key: tensor for key, tensor in sd1.state.items() if key.startswith("model.diffusion_model.")}
+    ema = {"model_ema." + key.removeprefix("model.").replace(".", ""): tensor + 1 for key, tensor in unet.items()}
+    file = save(sd1.state | ema, tmp_path / "model.safetensors")
+    assert_is(load(file, base=sd1.base).params, sd1.pipe)
+    params = pipeline.load(file, variant="ema", attention="xla", base=sd1.base).params
+    for name, value in sd1.ours.params["unet"].items():
+        np.testing.assert_array_equal(params["unet"][name], value + 1, err_msg=name)
+    with pytest.raises(ValueError, match=r"no complete EMA copy .* run without config\.weights_variant=ema: \d+"):
+        pipeline.load(sd1.file, variant="ema", attention="xla", base=sd1.base)
+
+
+def test_a_variant_that_only_some_folders_have_is_used_there(sd1, tmp_path):
+    folder = tmp_path / "some"
+    shutil.copytree(sd1.base, folder)
+    half = folder / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+    with pytest.raises(FileNotFoundError, match="has no variant 'fp16'"):
+        pipeline.load(str(folder), variant="fp16", attention="xla")
+    copy.deepcopy(sd1.pipe.unet).half().save_pretrained(folder / "unet", variant="fp16")
+    with pytest.warns(UserWarning, match="has no weights of variant 'fp16'; its usual ones are used") as told:
+        params = pipeline.load(str(folder), variant="fp16", attention="xla").params
+    assert half.is_file() and len(told) == 2
+    for name, value in sd1.ours.params["unet"].items():
+        np.testing.assert_array_equal(params["unet"][name], value.astype(np.float16).astype(np.float32), err_msg=name)
+    for name, value in sd1.ours.params["vae"].items():
+        np.testing.assert_array_equal(params["vae"][name], value, err_msg=name)
+
+
+def test_a_file_of_another_model_is_refused_in_one_short_line(sd1, torch, tmp_path):
+    """An SDXL file has two text encoders and another UNet: thousands of keys that do not fit."""
+    state = sd1.state | {f"conditioner.embedders.{i}.weight": torch.ones(1) for i in range(3000)}
+    for tensors in (state, {key: tensor for key, tensor in state.items() if "conditioner" in key}):
+        with pytest.raises(ValueError) as error:
+            load(save(tensors, tmp_path / "xl.safetensors"), base=sd1.base)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 2000
+        assert re.search(r"and \d{4} more", str(error.value))
 
 
 # ---------------------------------------------------------------- the released directories

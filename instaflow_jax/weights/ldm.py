@@ -5,7 +5,6 @@ layers in the order in which CompVis' constructors create them. The text encoder
 OpenCLIP's (SD 2.x).
 """
 
-import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -18,6 +17,8 @@ from instaflow_jax.weights import hub, port
 
 _UNET, _VAE = "model.diffusion_model.", "first_stage_model."
 _CLIP, _OPENCLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
+_PREFIXES = {"unet": _UNET, "vae": _VAE, "text_encoder": "cond_stage_model."}
+_EMA = "ema"  # variant of a single file: the UNet's EMA weights instead of the last ones
 # Keys in such files that are not part of the networks: schedules (names without a dot), the EMA copy of the weights,
 # the autoencoder's discriminator, projections that Stable Diffusion does not use, constants.
 _EXTRA = (
@@ -35,6 +36,7 @@ _UNET_LAYERS = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_la
 _UNET_LAYERS |= {"time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
 _VAE_LAYERS = {"conv_shortcut": "nin_shortcut", "conv_norm_out": "norm_out", "group_norm": "norm"}
 _VAE_LAYERS |= {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+_VAE_ATTENTION = r"to_q|to_k|to_v|to_out\.0|group_norm"  # of these layers, diffusers' names occur in single files
 _OPENCLIP_LAYERS = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
 _OPENCLIP_LAYERS |= {"self_attn.out_proj": "attn.out_proj"}
 _OPENCLIP_ENDS = {
@@ -112,15 +114,22 @@ def places(net: str, config: Any, names: Iterable[str], openclip: bool) -> dict[
 # ---------------------------------------------------------------- reading
 
 
-def read(path: Path, configs: Mapping[str, Any], shapes: Mapping[str, port.Shapes]) -> dict[str, Params]:
-    """The weights of a complete Stable Diffusion from one file, as host arrays.
+def read(
+    path: Path, configs: Mapping[str, Any], shapes: Mapping[str, port.Shapes], variant: str | None = None
+) -> dict[str, Params]:
+    """The weights of a Stable Diffusion from one file, as host arrays.
 
     An SD 2.x file has one more text block than Stable Diffusion uses; it is ignored if the config has one block less.
-    The EMA copy (`model_ema.`) is ignored too, because published files hold the average as the model itself.
+    Published files usually hold the average as the model itself, so the EMA copy (`model_ema.`) is read only for
+    `variant="ema"`.
 
     Args:
       configs: of "unet", "vae" and "text_encoder".
       shapes: for each of them, the names and shapes of its parameters.
+      variant: "ema" for the EMA copy of the UNet; others do not matter.
+
+    Returns:
+      the parameters by network, without those (autoencoder, text encoder) of which the file has no weight at all.
 
     Raises:
       ValueError: naming the missing, extra and misshapen weights.
@@ -129,17 +138,49 @@ def read(path: Path, configs: Mapping[str, Any], shapes: Mapping[str, port.Shape
     if not any(key.startswith(_UNET) for key in stored):
         raise ValueError(
             f"{path} has no weights named {_UNET}…, so it is not a checkpoint of the original Latent Diffusion code; "
-            f"it contains {', '.join(itertools.islice(stored, 3))}, …"
+            f"it contains {hub.first_ten(list(stored)) or 'nothing'}"
         )
+    if variant == _EMA:
+        stored |= _ema(stored, path)
     openclip = any(key.startswith(_OPENCLIP) for key in stored)
-    tables = {net: places(net, configs[net], shapes[net], openclip) for net in shapes}
+    present = [net for net in shapes if any(key.startswith(_PREFIXES[net]) for key in stored)]
+    tables = {net: places(net, configs[net], shapes[net], openclip) for net in present}
     _check(path, stored, tables, configs["text_encoder"].num_hidden_layers)
-    return {net: _fill(stored, tables[net], shapes[net], source=f"{path} ({net})") for net in shapes}
+    return {net: _fill(stored, tables[net], shapes[net], source=f"{path} ({net})") for net in tables}
 
 
 def _modernize_key(key: str) -> str:
-    """Some files were saved from the inner text model: `cond_stage_model.transformer.encoder…`."""
-    return _CLIP + hub.add_text_model_prefix(key.removeprefix(_CLIP)) if key.startswith(_CLIP) else key
+    """Undoes what converters left: a text model saved from inside, diffusers' names in the autoencoder's attention."""
+    if key.startswith(_CLIP):
+        return _CLIP + hub.add_text_model_prefix(key.removeprefix(_CLIP))
+    if key.startswith(_VAE):
+        return re.sub(rf"(?<=\.mid\.attn_1\.)({_VAE_ATTENTION})(?=\.\w+$)", lambda f: _VAE_LAYERS[f[1]], key)
+    return key
+
+
+def _ema(stored: port.Stored, path: Path) -> port.Stored:
+    """The UNet's keys with the EMA weights, whose names have no dots: `model_ema.diffusion_modelinput_blocks00weight`.
+
+    Raises:
+      ValueError: the file lacks the EMA copy of a weight.
+    """
+    names = {key: f"model_ema.{key.removeprefix('model.').replace('.', '')}" for key in stored if key.startswith(_UNET)}
+    what = f"{path} has no complete EMA copy of the UNet, run without config.weights_variant={_EMA}"
+    port.raise_for_mismatch(what, missing=[name for name in names.values() if name not in stored])
+    return {key: stored[name] for key, name in names.items()}
+
+
+def prediction_fields(path: Path) -> dict[str, Any]:
+    """What a single file says of its noise schedule, as fields of `scheduler_config.json`; {} for most files.
+
+    ComfyUI and trainers add empty tensors named `v_pred` and `ztsnr` (zero terminal SNR) to v-prediction models, or
+    state the prediction type in the metadata of ModelSpec.
+    """
+    keys, metadata = port.open_weights(path).keys(), port.read_metadata(path)
+    stated = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key")
+    kind = "v_prediction" if "v_pred" in keys else {"v": "v_prediction", "epsilon": "epsilon"}.get(stated)
+    fields = {"prediction_type": kind} if kind else {}
+    return fields | ({"rescale_betas_zero_snr": True} if "ztsnr" in keys else {})
 
 
 def _check(path: Path, stored: port.Stored, tables: Mapping[str, Mapping[str, Place]], text_blocks: int) -> None:
@@ -159,6 +200,8 @@ def _fill(stored: port.Stored, table: Mapping[str, Place], shapes: port.Shapes, 
 def _reader(stored: port.Stored, key: str, third: int | None, rank: int) -> Callable[[], np.ndarray]:
     def get() -> np.ndarray:
         array = stored[key]()
+        if not array.ndim:
+            return array
         if rank == 2 and array.shape[2:] == (1, 1):  # CompVis' autoencoder has 1×1 convolutions in its attention
             return array[..., 0, 0]
         size = len(array) // 3 if third is not None else 0
