@@ -22,7 +22,7 @@ def weights() -> ConfigDict:
     config.base = SD15  # directory or hub id that gives a single file's configs, tokenizer and scheduler
     config.delta = {"custom": "", "origin": SD15, "scale": 1.0}  # adds scale · (custom − origin); "" adds nothing
     config.loras = ""  # FILE=0.8|FILE2=0.5, merged in this order
-    config.weights_variant = ""  # "fp16" reads model.fp16.safetensors and so on
+    config.weights_variant = ""  # "fp16" reads model.fp16.safetensors and so on; "ema" a single file's model_ema
     config.dtype = "float32"  # compute type; or bfloat16
     config.attention = "xla"  # or cudnn (NVIDIA, bfloat16; heads that it cannot compute use xla)
     config.kernels = "auto"  # or xla, which turns all hand-written kernels off

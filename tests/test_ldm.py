@@ -16,7 +16,7 @@ import safetensors.torch
 from helpers import assert_is, load, make_directory, normal, references, relative, to_ldm
 
 from instaflow_jax import pipeline, sampling, solvers, teacher
-from instaflow_jax.weights import ldm, torch_file
+from instaflow_jax.weights import ldm, lora, torch_file
 from instaflow_jax.weights.delta import Delta
 
 
@@ -223,6 +223,31 @@ def test_diffusers_names_in_the_attention_of_the_autoencoder_are_read(sd1, torch
     assert sum("attn_1.to_out.0" in key for key in state) == 4
     file = save(state, tmp_path / "model.safetensors")
     assert_is(load(file, base=sd1.base).params, sd1.pipe)
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2"])
+def test_single_files_and_loras_in_float8_are_read_exactly(kind, sd1, torch, tmp_path):
+    state = {k: t.to(getattr(torch, kind)) if t.is_floating_point() else t for k, t in sd1.state.items()}
+    small, exact = load(save(state, tmp_path / "8.safetensors"), base=sd1.base), tmp_path / "32.safetensors"
+    want = load(save({k: t.float() for k, t in state.items()}, exact), base=sd1.base)
+    layer = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    parts = {f"{layer}.lora_down.weight": normal(0, 2, 16), f"{layer}.lora_up.weight": normal(1, 16, 2)}
+    tensors = {k: torch.tensor(v, dtype=torch.float32).to(getattr(torch, kind)) for k, v in parts.items()}
+    tensors[f"{layer}.alpha"] = torch.tensor(2.0)
+    merged, same = (
+        lora.merge(pipe.params, save(lora_file, tmp_path / name), 1.0)["unet"]
+        for pipe, lora_file, name in (
+            (small, tensors, "lora8.safetensors"),
+            (want, {k: t.float() for k, t in tensors.items()}, "lora32.safetensors"),
+        )
+    )
+    changed = [name for name in merged if not np.array_equal(merged[name], small.params["unet"][name])]
+    assert changed == ["mid_block.attentions.0.transformer_blocks.0.attn1.to_q.kernel"]
+    for name, value in same.items():
+        np.testing.assert_array_equal(merged[name], value, err_msg=name)
+    for net, params in want.params.items():
+        for name, value in params.items():
+            np.testing.assert_array_equal(small.params[net][name], value, err_msg=name)
 
 
 @pytest.mark.parametrize("part,name", [("first_stage_model.", "vae"), ("cond_stage_model.", "text_encoder")])
