@@ -395,6 +395,9 @@ def make_coco_models(root: Path) -> Path:
         {"text_config": text, "vision_config": tower | {"image_size": 16, "patch_size": 8}, "projection_dim": 8}
     )
     clip.save_pretrained(drawn(clip), root / "clip", dtype=np.float32)
+    plain = {"size": {"height": 16, "width": 16}, "do_center_crop": False}
+    plain |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (root / "clip" / "preprocessor_config.json").write_text(json.dumps(plain))
     tokenizer.save_pretrained(root / "clip")
     return root
 

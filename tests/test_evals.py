@@ -269,12 +269,31 @@ def test_the_embedded_clip_takes_images_in_minus_one_to_one():
     how = clip_score.read_preprocessor(source, "clip", net)
     images = bytes_of(2, 2, 32, 32, 3)
     np.testing.assert_allclose(clip_score.preprocess(images, how), images / 127.5 - 1, atol=1e-6)
-    assert clip_score.read_preprocessor(source, "unet", net) == how  # no such file there: the same by default
+    with pytest.raises(FileNotFoundError, match=r"has neither preprocessor_config\.json nor processor_config\.json"):
+        clip_score.read_preprocessor(source, "unet", net)
     ids = Tokenizer.from_pretrained(source)(["red apple", "house"])
     pixels = jnp.asarray(images / 127.5 - 1, jnp.float32)
     score = jax.jit(clip_score.make_clip_score(net))(params, pixels, ids)
     out = jax.jit(net.apply)(params, ids, pixels)
     np.testing.assert_allclose(score, np.sum(out.image_embeds * out.text_embeds, -1), atol=1e-6)
+
+
+def test_the_image_processor_that_transformers_5_nests_is_read(tmp_path):
+    """It saves no preprocessor_config.json. The values are CLIP's own, which no default of ours may replace."""
+    net = CLIPModel.from_config({"vision_config": {"image_size": 16, "patch_size": 8, "num_hidden_layers": 1}})
+    values = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}, "image_mean": [0.1, 0.2, 0.3]}
+    values |= {"image_std": [0.4, 0.5, 0.6], "resample": 2, "do_center_crop": True, "do_pad": None}
+    nested = {"processor_class": "CLIPProcessor", "image_processor": values}
+    (tmp_path / "processor_config.json").write_text(json.dumps(nested))
+    how = clip_score.read_preprocessor(tmp_path, "", net)
+    assert how == clip_score.Preprocessor(16, (), (16, 16), 2, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "CLIPProcessor"}))
+    with pytest.raises(FileNotFoundError, match=r"nor processor_config\.json with an image_processor"):
+        clip_score.read_preprocessor(tmp_path, "", net)
+    for wrong in ([1], "text", {"size": [16]}, {"image_mean": 3}, {"rescale_factor": "x"}):
+        (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": wrong}))
+        with pytest.raises(ValueError, match=r"^[^\n]*processor_config\.json: [^\n]*$"):
+            clip_score.read_preprocessor(tmp_path, "", net)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from instaflow_jax.infra import files
 from instaflow_jax.models.net import Net
 from instaflow_jax.weights import hub
 
-FILE = "preprocessor_config.json"
+FILE, NESTED = "preprocessor_config.json", "processor_config.json"  # transformers 5 writes only the second
 _MEAN, _STD = (
     (0.48145466, 0.4578275, 0.40821073),
     (0.26862954, 0.26130258, 0.27577711),
@@ -72,6 +72,7 @@ class Preprocessor:
         Raises:
           ValueError: the file turns off a step that this port always takes, or states a size in an unknown way.
         """
+        raw = {key: value for key, value in raw.items() if value is not None}
         known = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_center_crop": True}
         stated = known | {key: raw[key] for key in known if key in raw}
         for key in ("do_resize", "do_rescale", "do_normalize"):
@@ -79,17 +80,17 @@ class Preprocessor:
                 raise ValueError(f"{key}={stated[key]!r} is not supported; only true is")
         if abs(raw.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
             raise ValueError(f"rescale_factor={raw['rescale_factor']} is not supported; only 1/255 is")
+        for key in ("size", "crop_size"):
+            if not isinstance(raw.get(key, 224), int | Mapping):
+                raise ValueError(f"{key}={raw[key]!r} is not supported; use a number or an object")
         size = raw.get("size", 224)
-        shortest = size if isinstance(size, int) else size.get("shortest_edge", 0)
+        shortest = size if isinstance(size, int) else 0
+        if isinstance(size, Mapping):
+            shortest = size.get("shortest_edge") or 0
         both = () if shortest else _both(size)
         crop = _both(raw.get("crop_size", 224)) if stated["do_center_crop"] else ()
         mean, std = tuple(raw.get("image_mean", _MEAN)), tuple(raw.get("image_std", _STD))
         return cls(shortest, both, crop, raw.get("resample", 3), mean, std)
-
-    @classmethod
-    def for_plain(cls, image_size: int) -> "Preprocessor":
-        """For a directory without the file: the image resized to a square, values in [-1, 1]."""
-        return cls(0, (image_size,) * 2, (), 3, (0.5,) * 3, (0.5,) * 3)
 
 
 def _both(size: int | Mapping[str, int]) -> tuple[int, int]:
@@ -101,21 +102,30 @@ def _both(size: int | Mapping[str, int]) -> tuple[int, int]:
 
 
 def read_preprocessor(source: str | Path, subfolder: str, net: Net) -> Preprocessor:
-    """The preprocessing of a CLIP in a directory or at a hub id; `for_plain` if it has no such file.
+    """The preprocessing of a CLIP in a directory or at a hub id, as transformers 4 or 5 saves it.
 
     Raises:
-      FileNotFoundError: `source` is neither a directory nor a hub id that can be downloaded.
+      FileNotFoundError: `source` is neither a directory nor a hub id that can be downloaded, or it has no such file.
       ValueError: the file asks for an unsupported step, or for a size other than the network's.
     """
     folder = Path(source).expanduser()
     if not folder.is_dir():
-        folder = hub.snapshot(str(source), [f"{subfolder}/{FILE}" if subfolder else FILE])
+        folder = hub.snapshot(str(source), [f"{subfolder}/{n}" if subfolder else n for n in (FILE, NESTED)])
     path, side = folder / subfolder / FILE, net.config.vision_config.image_size
-    if not path.is_file():
-        return Preprocessor.for_plain(side)
+    raw = files.read_json(path) if path.exists() else None
+    if raw is None and (folder / subfolder / NESTED).exists():
+        path = folder / subfolder / NESTED
+        raw = files.read_json(path).get("image_processor")
+    if raw is None:
+        raise FileNotFoundError(
+            f"{folder / subfolder} has neither {FILE} nor {NESTED} with an image_processor, so its pixels cannot be "
+            "normalised; copy the file from where the weights come from"
+        )
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"{path}: image_processor={raw!r} is not supported; use an object with its fields")
     try:
-        preprocessor = Preprocessor.from_dict(files.read_json(path))
-    except ValueError as error:
+        preprocessor = Preprocessor.from_dict(raw)
+    except (ValueError, TypeError, AttributeError) as error:  # the last two: a value of another type
         raise ValueError(f"{path}: {error}") from error
     if (preprocessor.crop or preprocessor.size) != (side, side):
         raise ValueError(
