@@ -27,6 +27,7 @@ def weights() -> ConfigDict:
     config.attention = "xla"  # or cudnn (NVIDIA, bfloat16; heads that it cannot compute use xla)
     config.kernels = "auto"  # or xla, which turns all hand-written kernels off
     config.check = False  # true only makes every check that needs no long computation
+    config.verify = True  # compare files with their checksums, where there are any; false saves a reading of large ones
     return config
 
 
@@ -54,6 +55,8 @@ def training() -> ConfigDict:
     config.optim = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip": 1.0}
     config.loop = {"steps": 1, "log_every": 50, "save_every": 1000, "max_skipped": 10, "profile_steps": (0, 0)}
     config.checkpoints = {"keep_last": 2, "keep_every": 0}
+    config.verify = True  # compare a checkpoint's files with their checksums before resuming
+    config.resume = "auto"  # or force: continues the run in the workdir with other settings than its own
     config.eval_every = 1000  # steps between evaluations: a grid of samples and a few numbers
     config.tensorboard = True
     config.check = False  # true only makes every check that needs no long computation

@@ -52,8 +52,8 @@ RENAMED = {  # config field of version 0.1 → its name now; the longer names co
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/STAGE.py, or configs/STAGE.py:variant")
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0; '' asks the cluster")
-_PROCESSES = flags.DEFINE_integer("processes", 1, "processes of this run; 0 asks the cluster")
-_PROCESS = flags.DEFINE_integer("process", -1, "number of this process, from 0; -1 asks the cluster")
+_PROCESSES = flags.DEFINE_integer("processes", 1, "processes of this run; 0 asks the cluster", lower_bound=0)
+_PROCESS = flags.DEFINE_integer("process", -1, "number of this process, from 0; -1 asks the cluster", lower_bound=-1)
 _CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices", 0, "devices to split the CPU into, e.g. its cores; 0 does not split it", lower_bound=0
 )

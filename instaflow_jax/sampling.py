@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Integer
 
 from instaflow_jax import flow, solvers, teacher
@@ -111,12 +112,23 @@ def make_generate(
 
     Takes ids [B, L], null_ids [1, L] (the empty or negative prompt) and X0 [B, h, w, c]; returns images [B, H, W, 3].
     """
+    checked = make_generate_checked(nets, solve)
+    return lambda params, ids, null_ids, X0: checked(params, ids, null_ids, X0)[0]
+
+
+def make_generate_checked(nets: Mapping[str, Any], solve: Solve) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """Like `make_generate`, but returns (images, finite [B]); see `to_uint8_checked`."""
 
     def generate(params, ids, null_ids, X0):
         X1 = solve(params["unet"], X0, *encode_text(nets, params, ids, null_ids))
-        return to_uint8(nets["vae"].apply(params["vae"], X1, method="decode"))
+        return to_uint8_checked(nets["vae"].apply(params["vae"], X1, method="decode"))
 
     return generate
+
+
+def to_uint8_checked(pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Images in bytes, where NaN becomes black, and for each image whether all its pixels [B, H, W, 3] were finite."""
+    return to_uint8(pixels), jnp.isfinite(pixels).all((1, 2, 3))
 
 
 def encode_text(
@@ -128,5 +140,11 @@ def encode_text(
 
 
 def noise(seeds: Integer[AnyArray, " B"], shape: tuple[int, int, int]) -> Latent:
-    """X0 for each seed, [len(seeds), *shape]; independent of the batch that a seed is in."""
+    """X0 for each seed, [len(seeds), *shape]; independent of the batch that a seed is in.
+
+    Raises:
+      ValueError: a seed of a numpy array does not fit into 32 bits, where it would silently become another one.
+    """
+    if isinstance(seeds, np.ndarray) and seeds.size and not (seeds.min() >= 0 and seeds.max() < 2**32):
+        raise ValueError(f"seeds from {seeds.min()} to {seeds.max()}: use seeds from 0 to {2**32 - 1}")
     return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(jnp.asarray(seeds, jnp.uint32))

@@ -609,3 +609,10 @@ def normal(seed: int, *shape: int) -> np.ndarray:
 def unchecked(function):
     """The function without the run-time type checker, for tests of what it does with a wrong type."""
     return inspect.unwrap(function)
+
+
+def flip(path: Path) -> None:
+    """Flips one bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_training as toy
+from helpers import flip
 
 from instaflow_jax.infra import checkpoint, devices
 from instaflow_jax.infra.checkpoint import Checkpoints
@@ -168,3 +169,57 @@ def test_a_full_disk_is_one_error_and_older_checkpoints_stay_readable(tmp_path, 
             save_and_wait(checkpoints)
         assert checkpoint.complete_steps(tmp_path) == [3, 6]
         assert_equal(restore(tmp_path, devices.abstract(some_state(), mesh))[0], some_state(6))
+
+
+# ---------------------------------------------------------------- damage
+
+
+def files_of(folder):
+    """All files but those that mark a checkpoint as complete, which nothing is read from."""
+    marks = ("_CHECKPOINT_METADATA", "commit_success.txt")
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in marks)
+
+
+def test_a_flipped_bit_in_any_file_is_named_with_the_newest_undamaged_step(tmp_path, mesh):
+    save(tmp_path, [3, 7])
+    like = devices.abstract(some_state(), mesh)
+    paths = files_of(tmp_path / "7")
+    assert {path.relative_to(tmp_path / "7").parts[0] for path in paths} == {*checkpoint.ITEMS, "checksums.json"}
+    for path in paths:
+        before = path.read_bytes()
+        if not before:
+            continue
+        flip(path)
+        with pytest.raises(
+            ValueError, match=r"is damaged.*; the newest undamaged checkpoint is that of step 3"
+        ) as error:
+            restore(tmp_path, like)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+        path.write_bytes(before)
+    assert_equal(restore(tmp_path, like)[0], some_state(7))
+
+
+def test_damage_is_found_when_weights_and_configs_are_read(tmp_path, mesh):
+    save(tmp_path, [3])
+    largest = max(files_of(tmp_path / "3" / "ema"), key=lambda path: path.stat().st_size)
+    flip(largest)
+    with pytest.raises(ValueError, match="no other checkpoint is undamaged"):
+        checkpoint.load_weights(tmp_path, "ema", mesh, step=None, like=None)
+    checkpoint.load_weights(tmp_path, "params", mesh, step=None, like=None)  # another item
+    flip(tmp_path / "3" / "config" / "metadata")
+    with pytest.raises(ValueError, match="config/metadata is damaged"):
+        checkpoint.load_config(tmp_path, step=3)
+    largest.unlink()
+    with pytest.raises(ValueError, match=r"is missing, though checksums\.json lists it"):
+        checkpoint.load_weights(tmp_path, "ema", mesh, step=None, like=None)
+
+
+def test_checkpoints_without_checksums_are_read_and_checks_can_be_turned_off(tmp_path, mesh):
+    save(tmp_path, [3])
+    like = devices.abstract(some_state(), mesh)
+    (tmp_path / "3" / "data" / "metadata").write_text('{"step": 4}')
+    checkpoints = Checkpoints(tmp_path, keep_last=2, keep_every=0, verify=False)
+    assert checkpoints.restore(like)[1] == {"step": 4}
+    checkpoints.close()
+    (tmp_path / "3" / "checksums.json").unlink()  # version 0.1 wrote none
+    assert restore(tmp_path, like)[1] == {"step": 4}

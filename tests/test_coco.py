@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import tensorflow_datasets as tfds
 from helpers import COCO_COUNT, COCO_IDS, COCO_WORDS, ROOT, captions_of, drawn, jpeg, read_config, small_inception
 from PIL import Image
@@ -408,3 +409,15 @@ def test_the_command_on_two_devices_with_the_real_inception(done, coco_folder, c
     found = results(tmp_path)
     assert np.isfinite(found["fid"]) and found["fid"] > 0 and (found["made"], found["real"]) == (6, COCO_COUNT)
     assert np.load(tmp_path / "evaluate" / "coco" / "reference.npz")["mu"].shape == (2048,)
+
+
+def test_an_image_that_is_not_finite_is_neither_written_nor_measured(coco_folder, coco_models, small, tmp_path):
+    """Finite weights whose product is too large for float32."""
+    model = shutil.copytree(coco_models / "sd", tmp_path / "sd")
+    path = model / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = dict(safetensors.numpy.load_file(path))
+    tensors["decoder.conv_in.bias"] = np.full_like(tensors["decoder.conv_in.bias"], 3e38)
+    safetensors.numpy.save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"the image of prompt '.*', seed 0, image \d+ is NaN or infinite"):
+        main.run(config(coco_folder, coco_models, model=str(model)), str(tmp_path / "out"))
+    assert not list(tmp_path.glob("out/**/*.png")) and not list(tmp_path.glob("out/**/results.json"))

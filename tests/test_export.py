@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import runpy
 import shutil
 import subprocess
@@ -12,17 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import normal, read_config, relative
+from helpers import flip, normal, read_config, relative
 from jax import export as jax_export
 from PIL import Image
 
 from instaflow_jax import main, pipeline, sampling
-from instaflow_jax.infra import checkpoint, images
+from instaflow_jax.infra import checkpoint, files, images
 from instaflow_jax.infra.checkpoint import Checkpoints
 from instaflow_jax.models.clip import CLIPTextModel
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.models.vae import AutoencoderKL
 from instaflow_jax.stages import distill
+from instaflow_jax.stages.common import loading
 from instaflow_jax.stages.export import card as export_card
 from instaflow_jax.stages.export import formats as export_formats
 from instaflow_jax.stages.export import source as export_source
@@ -231,7 +233,7 @@ def test_ten_lines_of_jax_and_numpy_generate_our_images(exported, ours, tmp_path
     header, pixels = (folder / "4.ppm").read_bytes().split(b"\n", 1)
     assert header == b"P6 8 8 255" and pixels == made["images"][4].tobytes()
     statements = [line for line in (folder / "draw.py").read_text().splitlines() if line and "import" not in line]
-    assert len(statements) <= 11  # ten lines and the docstring
+    assert len(statements) <= 15  # ten lines, four that check the files, and the docstring
 
 
 @pytest.mark.slow
@@ -459,3 +461,50 @@ def test_the_licence_is_inherited_through_the_runs(model, licence, source, teach
     assert (found.name, found.source) == (licence, model)
     text = export_card.legal(dataclasses.replace(distilled, run={}), found)
     assert ("OpenMoji" in text) == bool(source)
+
+
+# ---------------------------------------------------------------- damage
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["diffusers", "msgpack"])
+def test_a_flipped_bit_in_exported_weights_is_named(name, exported, tmp_path):
+    folder = Path(shutil.copytree(exported / name, tmp_path / name))
+    loading.load(str(folder), loading.WeightOptions())
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        before = path.read_bytes()
+        flip(path)
+        with pytest.raises(ValueError, match=f"{re.escape(str(path))} is damaged.*make or copy") as refused:
+            loading.load(str(folder), loading.WeightOptions())
+        assert "\n" not in str(refused.value)
+        path.write_bytes(before)
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_in_the_program_or_the_manifest_is_named(exported, tmp_path):
+    folder = Path(shutil.copytree(exported, tmp_path / "export"))
+    listed = files.read_json(folder / files.CHECKSUMS)["files"]
+    assert {"README.md", "export.json", "stablehlo/weights.npz", "stablehlo/checksums.json"} <= listed.keys()
+    assert any(name.startswith("orbax/") for name in listed) and files.find_damage(folder) is None
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size):
+        before = path.read_bytes()
+        flip(path)
+        assert str(path) in files.find_damage(folder)
+        path.write_bytes(before)
+    flip(folder / "export.json")
+    with pytest.raises(ValueError, match=r"export\.json is damaged"):
+        export_source.run_config(str(folder / "diffusers"))
+    flip(folder / "stablehlo" / "weights.npz")
+    done = subprocess.run(
+        [sys.executable, folder / "stablehlo" / "draw.py"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and "weights.npz is damaged" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_damaged_checkpoint_is_not_exported(run, tmp_path):
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    path = max((folder / "checkpoints" / "7" / "ema").rglob("*"), key=lambda path: path.stat().st_size)
+    flip(path)
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))} is damaged"):
+        main.run(configured(model=str(folder)), str(tmp_path))
+    assert not (tmp_path / "export").exists()

@@ -3,16 +3,22 @@
 import dataclasses
 import itertools
 import json
+import math
 import re
 
 import numpy as np
+import optax
 import pytest
 from helpers import distill_config, load, read_config, reflow_config
 
-from instaflow_jax import main
+from instaflow_jax import main, sampling
+from instaflow_jax.data import noise
+from instaflow_jax.infra.checkpoint import Checkpoints
 from instaflow_jax.models.unet import UNet2DConditionModel
-from instaflow_jax.stages.common import flow_training
+from instaflow_jax.stages.common import fit, flow_training
+from instaflow_jax.stages.common.ranges import check_ranges
 from instaflow_jax.stages.generate.stage import need_pairs
+from instaflow_jax.train import state as train_state
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +70,7 @@ def test_two_and_two_steps_equal_four(run, teacher, tmp_path):
     """Reflow resumed after two steps, on newly generated pairs, gives the same weights, bit for bit."""
     for steps in (2, 4):
         config = reflow_config(teacher)
-        config.loop.steps = steps
+        config.loop.steps, config.resume = steps, "force"  # the schedule of the first run ends at step 2
         main.run(config, str(tmp_path))
     once, twice = unet(run / "reflow"), unet(tmp_path / "reflow")
     assert all(np.array_equal(p, twice[name]) for name, p in once.items())
@@ -80,14 +86,14 @@ def test_direct_distillation_learns_from_the_teachers_pairs(run, teacher):
     "fields,words",
     [
         ({"distance": "taste"}, "config.distance='taste' is not one of l2, lpips"),
-        ({"match": 1.0}, "match=1.0 must be a share"),
+        ({"match": 1.0}, "config.match=1.0 must be from 0 to"),
         ({"batch_size": 9}, "batch_size=9 must be from 1 to 8, the number of examples"),
     ],
 )
 @pytest.mark.slow
 def test_bad_settings_end_in_one_clear_message(fields, words, run, teacher):
     config = distill_config(teacher)
-    config.update_from_flattened_dict(fields)
+    config.update_from_flattened_dict(fields | {"resume": "force"})
     with pytest.raises(ValueError) as error:
         main.run(config, str(run))
     assert words in str(error.value)
@@ -106,7 +112,7 @@ def test_pairs_of_another_teacher_are_refused(run, teacher):
     "fields,words",
     [
         ({"dtype": "int8"}, "config.dtype='int8' is not one of"),
-        ({"prompt_dropout": 1.5}, "config.prompt_dropout=1.5 must be a share"),
+        ({"prompt_dropout": 1.5}, "config.prompt_dropout=1.5 must be from 0 to 1"),
         ({"eval_every": 0}, "config.eval_every=0 must be at least 1"),
         ({"remat.unet": "some"}, "config.remat.unet='some' is not one of none, attention, blocks"),
     ],
@@ -188,3 +194,147 @@ def test_a_warm_start_converts_sign_and_timesteps_of_a_teacher_only(teacher):
     converted = flow_training.initial_params(pipe, True)
     np.testing.assert_array_equal(converted["conv_out.kernel"], -np.asarray(pipe.params["unet"]["conv_out.kernel"]))
     assert flow_training.initial_params(pipe, False) is pipe.params["unet"]
+
+
+# ---------------------------------------------------------------- ranges
+
+CONFIGS = [
+    *(("sample", v) for v in ("openmoji", "instaflow")),
+    *(("reflow", v) for v in ("openmoji", "sd15", "sd15_2")),
+    *(("distill", v) for v in ("openmoji", "direct", "sd15_lpips")),
+    *(("pretrain", v) for v in ("autoencoder", "diffusion", "clip", "classifier")),
+    *(("evaluate", v) for v in ("openmoji", "coco5k")),
+    *(("generate", "rf2"), ("serve", "openmoji"), ("export", "openmoji"), ("demo", "")),
+]
+
+
+def numbers(config, prefix=""):
+    """Dotted name and value of every number and tuple of numbers."""
+    for name, value in config.items():
+        if hasattr(value, "items"):
+            yield from numbers(value, f"{prefix}{name}.")
+        first = value[0] if isinstance(value, tuple) and value else value
+        if isinstance(first, int | float) and not isinstance(first, bool):
+            yield prefix + name, value
+
+
+@pytest.mark.parametrize("stage,variant", CONFIGS)
+def test_every_number_of_every_config_has_a_range(stage, variant):
+    """The shipped values pass; NaN, an infinite float and integers wider than 64 bits never do."""
+    check_ranges(read_config(stage, variant))
+    for name, value in numbers(read_config(stage, variant)):
+        first = value[0] if isinstance(value, tuple) else value
+        for wrong in (2**64, -(2**64)) if isinstance(first, int) else (math.nan, -math.inf, 1e39, 1e-60):
+            config = read_config(stage, variant).copy_and_resolve_references().unlock()
+            config.update_from_flattened_dict({name: (wrong,) if isinstance(value, tuple) else wrong})
+            with pytest.raises(ValueError, match=re.escape(f"{name.split('.')[-1]}=")) as refused:
+                check_ranges(config)
+            assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "stage,field,value,words",
+    [
+        ("reflow", "schedule.peak", math.nan, "config.schedule.peak=nan is not a finite number"),
+        ("reflow", "ema_decay", 2.0, "config.ema_decay=2.0 must be from 0 to 1"),
+        ("reflow", "optim.b1", 1.5, "config.optim.b1=1.5 must be from 0 to 0.9999999"),
+        ("reflow", "optim.b2", 0.99999999999, "config.optim.b2=0.99999999999 must be"),  # 1 in float32: division by 0
+        ("reflow", "optim.eps", 1e-60, "config.optim.eps=1e-60 does not fit into float32"),
+        ("reflow", "loop.save_every", 0, "config.loop.save_every=0 must be at least 1"),
+        ("reflow", "loop.steps", 2**31, "config.loop.steps=2147483648 must be from 1 to 2147483647"),
+        ("reflow", "loop.profile_steps", (5, 3), "config.loop.profile_steps=(5, 3) must be (first, last)"),
+        ("reflow", "accumulate", 0, "config.accumulate=0 must be at least 1"),
+        ("reflow", "eval.N", (0,), "config.eval.N=(0,) must be at least 1"),
+        ("reflow", "eval.prompts", (), "config.eval.prompts=() must have at least one value"),
+        ("reflow", "seed", 2**32, "config.seed=4294967296 must be from 0 to 4294967295"),
+        ("reflow", "pairs.alpha", math.inf, "config.pairs.alpha=inf is not a finite number"),
+        ("distill", "reflow.pairs.seed", -1, "config.reflow.pairs.seed=-1 must be from 0 to 18446744073709551615"),
+        ("sample", "alpha", math.nan, "config.alpha=nan is not a finite number"),
+        ("sample", "seeds", (0, 2**32), "config.seeds=(0, 4294967296) must be from 0 to 4294967295"),
+        ("sample", "prompts", "", "config.prompts='' holds no prompt"),
+        ("sample", "prompts", " | ", "config.prompts=' | ' holds no prompt"),
+        ("sample", "loras", "x.safetensors=1e999", "config.loras='x.safetensors=1e999': a scale does not fit"),
+        ("sample", "delta.scale", math.inf, "config.delta.scale=inf is not a finite number"),
+        ("serve", "port", 70000, "config.port=70000 must be from 0 to 65535"),
+        ("demo", "distill.ema_decay", -1.0, "config.distill.ema_decay=-1.0 must be from 0 to 1"),
+        ("evaluate", "seed", 2**64 - 2, "config.seed=18446744073709551614 must be from 0 to 18446744073709551613"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_anything_is_written(stage, field, value, words, tmp_path):
+    config = read_config(stage)
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(ValueError, match=re.escape(words)):
+        main.run(config, str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_clipping_may_be_turned_off():
+    config = read_config("reflow")
+    config.optim.clip = math.inf
+    check_ranges(config)
+
+
+def test_noise_refuses_seeds_that_would_become_others():
+    with pytest.raises(ValueError, match="use seeds from 0 to 4294967295"):
+        sampling.noise(np.array([2**32]), (2, 2, 1))
+    assert np.isfinite(sampling.noise(np.array([2**32 - 1]), (2, 2, 1))).all()
+    for seed, number in ((2**64, 0), (0, -1)):
+        with pytest.raises(ValueError, match="use integers from 0 to 18446744073709551615"):
+            noise.noise(seed, number, (2, 2, 1))
+
+
+# ---------------------------------------------------------------- resuming under another config
+
+
+@pytest.fixture
+def half_finished(tmp_path):
+    """A workdir with a checkpoint of step 4 of reflow, whose arrays do not matter."""
+    checkpoints = Checkpoints(tmp_path / "reflow" / "checkpoints", keep_last=1, keep_every=0)
+    small = train_state.create({"a": np.ones(2, np.float32)}, optax.sgd(1.0))
+    checkpoints.save(4, small, {"step": 4}, read_config("reflow").to_dict())
+    checkpoints.close()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "fields,words",
+    [
+        ({"schedule.peak": 2e-3}, ["schedule.peak=0.002, there 0.001"]),
+        ({"ema_decay": 0.5, "optim.b1": 0.5}, ["ema_decay=0.5, there 0.99", "optim.b1=0.5, there 0.9"]),
+        ({"pairs.alpha": 2.0}, ["pairs.alpha=2.0, there 3.0"]),
+        ({"loop.steps": 3}, ["loop.steps=3, there 1500"]),
+        ({"loop.steps": 3000}, ["schedule.total_steps=3000, there 1500"]),  # the cosine would change
+    ],
+)
+def test_a_run_is_not_continued_with_other_settings(fields, words, half_finished):
+    config = read_config("reflow")
+    config.update_from_flattened_dict(fields)
+    with pytest.raises(ValueError, match=r"at step 4 .*another --workdir, or --config\.resume=force") as refused:
+        main.run(config, str(half_finished))
+    assert all(word in str(refused.value) for word in words) and "\n" not in str(refused.value)
+    assert not (half_finished / "pairs").exists()
+    config.resume = "force"
+    fit.check_same_run(fit.read_train_options(config), half_finished / "reflow")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"loop.save_every": 7, "eval.N": (2,), "fsdp": 2, "pairs.batch": 3}, {"checkpoints.keep_last": 5}],
+)
+def test_settings_that_change_no_weights_may_differ(fields, half_finished):
+    config = read_config("reflow")
+    config.update_from_flattened_dict(fields)
+    fit.check_same_run(fit.read_train_options(config), half_finished / "reflow")
+
+
+def test_a_run_of_version_0_1_is_continued(half_finished):
+    """Its config has other names for some fields, and lacks others."""
+    path = half_finished / "reflow" / "checkpoints" / "4"
+    (path / "checksums.json").unlink(missing_ok=True)  # version 0.1 wrote none
+    saved = path / "config" / "metadata"
+    old = json.loads(saved.read_text())
+    old["watch_every"], old["start"] = old.pop("eval_every"), ""
+    old["schedule"]["kind"] = old["schedule"].pop("name")
+    del old["resume"]
+    saved.write_text(json.dumps(old))
+    fit.check_same_run(fit.read_train_options(read_config("reflow")), half_finished / "reflow")

@@ -11,12 +11,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from helpers import normal, randomize, references, relative
 from PIL import Image
 
 from instaflow_jax import main, pipeline, sampling, teacher
+from instaflow_jax.infra import files
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.stages.common import loading
+from instaflow_jax.stages.serve import models as serve_models
 
 ROOT = Path(__file__).parent.parent
 UNET = {
@@ -378,3 +381,64 @@ def test_the_command_line_reports_an_error_in_one_line_and_exits_with_1(tmp_path
     )
     assert done.returncode == 1
     assert "Traceback" not in done.stderr and str(tmp_path / "nowhere") in done.stderr.strip().splitlines()[-1]
+
+
+# ---------------------------------------------------------------- values that are not finite
+
+
+def change(path, key, value):
+    """Sets the first value of a tensor in a safetensors file."""
+    tensors = safetensors.numpy.load_file(path)
+    tensors[key] = tensors[key].copy()
+    tensors[key].flat[0] = value
+    safetensors.numpy.save_file(tensors, path)
+
+
+UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
+VAE_FILE = "vae/diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize(
+    "path,key,value",
+    [
+        (UNET_FILE, "conv_in.weight", np.nan),
+        (VAE_FILE, "decoder.conv_out.bias", np.inf),
+        ("text_encoder/model.safetensors", "text_model.final_layer_norm.weight", -np.inf),
+    ],
+)
+def test_a_weight_that_is_not_finite_is_named(path, key, value, copy, tmp_path):
+    change(copy / path, key, value)
+    with pytest.raises(ValueError, match="is NaN or infinite in 1 of its") as refused:
+        main.run(config(copy), str(tmp_path / "out"))
+    assert str(copy) in str(refused.value) and path in str(refused.value) and f"weight {key} " in str(refused.value)
+    assert "\n" not in str(refused.value) and not (tmp_path / "out").exists()
+
+
+def test_the_lora_that_brings_in_nan_is_named(copy, tmp_path):
+    for name in ("good", "bad"):
+        key = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_"
+        up, down = np.ones((64, 2), np.float32), np.ones((2, 64), np.float32)
+        safetensors.numpy.save_file({f"{key}A.weight": down, f"{key}B.weight": up}, tmp_path / f"{name}.safetensors")
+    change(tmp_path / "bad.safetensors", f"{key}B.weight", np.nan)
+    with pytest.raises(ValueError, match=r"^\S*bad\.safetensors: unet.*, weight mid_block\S*to_q\.weight is NaN"):
+        main.run(config(copy, loras=f"{tmp_path}/good.safetensors|{tmp_path}/bad.safetensors"), str(tmp_path / "out"))
+
+
+def test_an_image_that_is_not_finite_is_named_by_prompt_and_seed(copy, tmp_path):
+    """Finite weights whose product is too large for float32."""
+    change(copy / VAE_FILE, "decoder.conv_in.bias", 3e38)
+    with pytest.raises(ValueError, match="prompt 'red apple', seed 5 is NaN or infinite, as are 5 others of 6"):
+        main.run(config(copy, batch=6), str(tmp_path))
+    assert not list(tmp_path.glob("sample/*.png"))
+    pipe = pipeline.load(str(copy), variant=None, attention="xla")
+    served = serve_models.make_model(pipe, "tiny", dynamics="teacher", alpha=1.0, choices=(1,))
+    with pytest.raises(ValueError, match="prompt 'house', seed 3 is NaN or infinite"):
+        served.draw("house", 3, 1)
+
+
+def test_a_file_that_has_changed_since_its_checksum_is_named(copy, tmp_path):
+    files.write_checksums(copy)
+    change(copy / UNET_FILE, "conv_in.bias", 0.5)
+    with pytest.raises(ValueError, match=r"unet/diffusion_pytorch_model\.safetensors is damaged.*or delete"):
+        main.run(config(copy), str(tmp_path / "out"))
+    loading.load(str(copy), loading.WeightOptions(verify=False))

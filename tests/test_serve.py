@@ -156,7 +156,7 @@ def test_without_model_and_teacher_there_is_nothing_to_show(tmp_path):
     [
         ({"dtype": "int8"}, "config.dtype='int8' is not one of"),
         ({"queue": 0}, "config.queue=0 must be at least 1"),
-        ({"N": ()}, "must have at least one number of solver steps"),
+        ({"N": ()}, "must have at least one value"),
         ({"host": "256.0.0.1"}, "cannot listen at config.host='256.0.0.1'"),
     ],
 )

@@ -1,5 +1,7 @@
 """Draws one image per row of token ids in ids.npy; needs only jax and numpy: `python draw.py [seed]`."""
 
+import hashlib
+import json
 import sys
 from pathlib import Path
 
@@ -7,6 +9,10 @@ import numpy as np
 from jax import export
 
 here = Path(__file__).parent
+written = json.loads((here / "checksums.json").read_text())["files"]
+for name in ("one_step.jaxexport", "weights.npz"):
+    if hashlib.sha256((here / name).read_bytes()).hexdigest() != written[name]:
+        sys.exit(f"error: {here / name} is damaged: its SHA-256 is not the one in checksums.json; export it again")
 program = export.deserialize((here / "one_step.jaxexport").read_bytes())
 weights, ids = dict(np.load(here / "weights.npz")), np.load(here / "ids.npy")
 shape = (len(ids), *program.in_avals[-1].shape[1:])  # of the noise: any batch size, latents of one size

@@ -22,7 +22,12 @@ def noise(seed: int, index: int, shape: Sequence[int]) -> Float16[np.ndarray, ".
       seed: seed of the run, 0 <= seed < 2^64.
       index: number of the pair, in the same range.
       shape: shape of the result, [h, w, c].
+
+    Raises:
+      ValueError: seed or index does not fit into 64 bits.
     """
+    if not (0 <= seed < 2**64 and 0 <= index < 2**64):
+        raise ValueError(f"noise of seed {seed} and number {index}: use integers from 0 to {2**64 - 1}")
     count = int(np.prod(shape))
     half = -(-count // 2)
     bits = np.random.Philox(key=np.array([seed, index], np.uint64)).random_raw(2 * half)

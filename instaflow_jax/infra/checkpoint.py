@@ -1,13 +1,14 @@
 """Checkpoints; the only file that imports Orbax.
 
 A checkpoint holds five items: params, ema, optimizer (its state and the step), data (the position in it) and config.
-Sampling reads ema only. A checkpoint gets its final name when it is complete, so an interrupted save is never read.
+Sampling reads ema only. Beside them, checksums.json holds the SHA-256 of each file, which reading compares; checkpoints
+of version 0.1 have none. A checkpoint gets its final name when it is complete, so an interrupted save is never read.
 """
 
 import contextlib
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from instaflow_jax.arrays import AnyArray, Params
-from instaflow_jax.infra import devices
+from instaflow_jax.infra import devices, files
 from instaflow_jax.infra.files import as_os_error, format_bytes, naming
 
+_INCOMPLETE = "*.orbax-checkpoint-tmp*"
+ITEMS = ("params", "ema", "optimizer", "data", "config")
 Leaves = Mapping[str, AnyArray | jax.ShapeDtypeStruct]
 
 
@@ -31,17 +34,21 @@ class Checkpoints:
       directory: on a disk that all processes share.
       keep_last: number of newest checkpoints to keep.
       keep_every: keeps checkpoints at multiples of this step for ever; 0 keeps none.
+      verify: whether `restore` reads all files once more to compare their checksums.
     """
 
-    def __init__(self, directory: str | Path, *, keep_last: int, keep_every: int):
+    def __init__(self, directory: str | Path, *, keep_last: int, keep_every: int, verify: bool = True):
         if keep_last < 1:
             raise ValueError(f"keep_last={keep_last} must be 1 or more: resuming needs the newest checkpoint")
         _quiet_orbax()
-        self._directory = Path(directory).absolute()
+        self._directory, self._verify = Path(directory).absolute(), verify
         _remove_incomplete(self._directory)
         policies = ocp.checkpoint_managers
         keep = [policies.LatestN(keep_last)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
-        options = ocp.CheckpointManagerOptions(preservation_policy=policies.AnyPreservationPolicy(keep))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(keep),
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+        )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
         self._size = 0  # bytes of the last checkpoint that was begun
 
@@ -66,6 +73,12 @@ class Checkpoints:
         with self._explain_errors():
             self._manager.save(step, args=ocp.args.Composite(**arrays, **data), force=True)
 
+    def _write_checksums(self) -> None:
+        """Orbax calls this in the background, before it gives the checkpoint its final name."""
+        if jax.process_index() == 0:
+            for path in self._directory.glob(_INCOMPLETE):
+                files.write_checksums(path, parts=ITEMS)
+
     def check(self) -> None:
         """Raises OSError if writing in the background has failed by now."""
         with self._explain_errors():
@@ -79,9 +92,11 @@ class Checkpoints:
 
         Raises:
           FileNotFoundError: there is no checkpoint yet.
-          ValueError: names, shapes or dtypes differ from those saved.
+          ValueError: a file is damaged, or names, shapes or dtypes differ from those saved.
         """
         path = _step_path(self._directory, None)
+        if self._verify:
+            _check_files(path, ITEMS)
         loaded = {name: _load_arrays(path / name, item) for name, item in _items(like).items()}
         return _state(like, loaded), _load_json(path / "data")
 
@@ -110,20 +125,26 @@ class Checkpoints:
             ) from None
 
 
-def load_weights(directory: str | Path, item: str, mesh: Mesh, *, step: int | None, like: Leaves | None) -> Params:
+def load_weights(
+    directory: str | Path, item: str, mesh: Mesh, *, step: int | None, like: Leaves | None, verify: bool = True
+) -> Params:
     """The weights of one checkpoint, straight into shards; no other item is read.
 
     Args:
       item: "ema" or "params".
       step: step of the checkpoint; None for the newest.
       like: expected names, shapes and dtypes; None accepts what is saved.
+      verify: whether to compare the files' checksums first.
 
     Raises:
       FileNotFoundError: there is no such checkpoint.
-      ValueError: names, shapes or dtypes differ from those saved.
+      ValueError: a file is damaged, or names, shapes or dtypes differ from those saved.
     """
     _quiet_orbax()
-    path = _step_path(Path(directory), step) / item
+    path = _step_path(Path(directory), step)
+    if verify:
+        _check_files(path, (item,))
+    path /= item
     return _load_arrays(path, devices.abstract(_saved(path) if like is None else like, mesh))
 
 
@@ -141,8 +162,15 @@ def save_weights(directory: str | Path, weights: Mapping[str, Params]) -> None:
 
 
 def load_config(directory: str | Path, *, step: int | None) -> dict[str, Any]:
-    """The resolved config that a checkpoint was trained with. Raises FileNotFoundError if there is none."""
-    return _load_json(_step_path(Path(directory), step) / "config")
+    """The resolved config that a checkpoint was trained with.
+
+    Raises:
+      FileNotFoundError: there is no such checkpoint.
+      ValueError: the file is damaged.
+    """
+    path = _step_path(Path(directory), step)
+    _check_files(path, ("config",))
+    return _load_json(path / "config")
 
 
 def complete_steps(directory: str | Path) -> list[int]:
@@ -182,7 +210,7 @@ def _is_useful(record: logging.LogRecord) -> bool:
 def _remove_incomplete(directory: Path) -> None:
     """Deletes incomplete checkpoints of killed runs. Orbax does so too, but in the background of the next save."""
     if jax.process_index() == 0:
-        for path in directory.glob("*.orbax-checkpoint-tmp*"):
+        for path in directory.glob(_INCOMPLETE):
             shutil.rmtree(path, ignore_errors=True)  # the killed process may still be writing
     devices.barrier("incomplete checkpoints removed")
 
@@ -196,6 +224,22 @@ def _step_path(directory: Path, step: int | None) -> Path:
             "train first, or use another workdir"
         )
     return (directory / str(wanted)).absolute()
+
+
+def _check_files(path: Path, items: Collection[str]) -> None:
+    """Compares the checksums of one checkpoint. Raises ValueError naming a damaged file and the newest other step."""
+    damage = files.find_damage(path, parts=items)
+    if damage is None:
+        return
+    others = [step for step in reversed(complete_steps(path.parent)) if step != int(path.name)]
+    whole = next((step for step in others if files.find_damage(path.parent / str(step)) is None), None)
+    if whole is None:
+        raise ValueError(
+            f"{damage}, and no other checkpoint is undamaged: use another workdir, or delete {path.parent}"
+        )
+    raise ValueError(
+        f"{damage}; the newest undamaged checkpoint is that of step {whole}: delete {path} to use that one"
+    )
 
 
 def _items(state: PyTree) -> dict[str, Leaves]:

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +193,65 @@ def sha256_of_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+CHECKSUMS = "checksums.json"
+
+
+def write_checksums(directory: Path, *, parts: Collection[str] = ()) -> None:
+    """Writes `directory`/checksums.json, the SHA-256 of every file below `directory`; hidden files are left out.
+
+    Args:
+      parts: files and folders at the top of `directory` to list; all of them if empty.
+
+    Raises:
+      OSError: naming the file.
+    """
+    paths = [path.relative_to(directory) for path in sorted(directory.rglob("*")) if path.is_file()]
+    listed = [p for p in paths if (not parts or p.parts[0] in parts) and not any(n.startswith(".") for n in p.parts)]
+    found = {p.as_posix(): sha256_of_file(directory / p) for p in listed if p.as_posix() != CHECKSUMS}
+    write_json(directory / CHECKSUMS, {"files": found, "sha256": sha256_of_json(found)})
+
+
+@contextlib.contextmanager
+def renew_checksums(directory: Path) -> Iterator[None]:
+    """Removes the checksums of `directory` while the block changes its files, then writes new ones.
+
+    So a process that is killed in between leaves no checksums that do not fit.
+    """
+    (directory / CHECKSUMS).unlink(missing_ok=True)
+    yield
+    write_checksums(directory)
+
+
+def find_damage(directory: Path, *, parts: Collection[str] = ()) -> str | None:
+    """What is wrong with the first damaged file of a directory that `write_checksums` wrote for.
+
+    Returns:
+      None if nothing is wrong, or there are no checksums, as in directories of version 0.1 and of other programs.
+
+    Args:
+      parts: files and folders at the top of `directory` to read; all of them if empty.
+    """
+    manifest = directory / CHECKSUMS
+    if not manifest.is_file():
+        return None
+    try:
+        content = read_json(manifest)
+        files, intact = content["files"], sha256_of_json(content["files"]) == content["sha256"]
+    except (ValueError, KeyError, TypeError):
+        intact = False
+    if not intact:
+        return f"{manifest} is damaged"
+    for name, digest in files.items():
+        path = directory / name
+        if parts and Path(name).parts[0] not in parts:
+            continue
+        if not path.is_file():
+            return f"{path} is missing, though {CHECKSUMS} lists it"
+        if sha256_of_file(path) != digest:
+            return f"{path} is damaged: its SHA-256 is not the one in {CHECKSUMS}"
+    return None
 
 
 def sha256_of_json(value: Any) -> str:

@@ -10,7 +10,7 @@ from instaflow_jax import pipeline
 from instaflow_jax.arrays import Params
 from instaflow_jax.models.lpips import LPIPS
 from instaflow_jax.stages import reflow
-from instaflow_jax.stages.common import flow_training, loading
+from instaflow_jax.stages.common import fit, flow_training, loading
 from instaflow_jax.stages.generate.stage import check_pairs, has_pairs, need_pairs
 from instaflow_jax.train import losses
 from instaflow_jax.train.step import Loss
@@ -29,7 +29,7 @@ def run(config: ConfigDict, workdir: str) -> None:
       ValueError, FileNotFoundError: a field of the config, the flow or the pairs are wrong.
       OSError, FloatingPointError: see `train.loop`.
     """
-    options = read_options(config)
+    options = read_options(config, workdir)
     folder = Path(workdir) / config.pairs_folder
     if not has_pairs(folder) or (not config.model and not is_trained(workdir)):
         check(config, workdir)
@@ -46,7 +46,7 @@ def check(config: ConfigDict, workdir: str) -> None:
     Raises:
       ValueError, FileNotFoundError: see `run`.
     """
-    options, source, flow = read_options(config), config.model or str(reflow_export(workdir)), None
+    options, source, flow = read_options(config, workdir), config.model or str(reflow_export(workdir)), None
     if not config.model and not is_trained(workdir):
         flow = reflow.check(config.reflow, workdir)
     recipe = check_pairs(pairs_config(config, source), Path(workdir) / config.pairs_folder, flow)
@@ -54,11 +54,13 @@ def check(config: ConfigDict, workdir: str) -> None:
     flow_training.check(options, pipe, recipe, *make_loss(config, options, pipe))
 
 
-def read_options(config: ConfigDict) -> flow_training.FlowOptions:
+def read_options(config: ConfigDict, workdir: str) -> flow_training.FlowOptions:
     """Checks and unpacks the config before anything is loaded. Raises ValueError."""
     if config.distance not in DISTANCES:
         raise ValueError(f"config.distance={config.distance!r} is not one of {', '.join(DISTANCES)}")
-    return flow_training.read_flow_options(config)
+    options = flow_training.read_flow_options(config)
+    fit.check_same_run(options.train, Path(workdir) / config.output)
+    return options
 
 
 def pairs_config(config: ConfigDict, source: str) -> ConfigDict:
@@ -127,6 +129,8 @@ def make_lpips_distance(
     if trunk:
         lpips, params = LPIPS.from_files(trunk, heads, net=net, dtype=loading.DTYPES[dtype])
     else:
+        loading.check_files(model)
         lpips, params = LPIPS.from_pretrained(pipeline.locate(model), "lpips", dtype=loading.DTYPES[dtype])
+    loading.check_finite(trunk or f"{model}/lpips", params)
     vae, lpips = pipe.nets["vae"].with_remat(remat["vae"]), lpips.with_remat(remat["lpips"])
     return losses.make_lpips_distance(vae, lpips, **options), {"vae": pipe.params["vae"], "lpips": params}

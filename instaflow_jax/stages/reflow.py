@@ -5,7 +5,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from instaflow_jax import pipeline
-from instaflow_jax.stages.common import flow_training, loading
+from instaflow_jax.stages.common import fit, flow_training, loading
 from instaflow_jax.stages.generate.stage import check_pairs, has_pairs, need_pairs
 from instaflow_jax.train import losses
 from instaflow_jax.train.step import Loss
@@ -22,6 +22,7 @@ def run(config: ConfigDict, workdir: str) -> None:
       OSError, FloatingPointError: see `train.loop`.
     """
     options = flow_training.read_flow_options(config)
+    fit.check_same_run(options.train, Path(workdir) / DIRECTORY)
     if not has_pairs(Path(workdir)):
         check(config, workdir)
     pairs = need_pairs(config.pairs, Path(workdir))
@@ -39,6 +40,7 @@ def check(config: ConfigDict, workdir: str) -> pipeline.Pipeline:
       ValueError, FileNotFoundError: see `run`.
     """
     options = flow_training.read_flow_options(config)
+    fit.check_same_run(options.train, Path(workdir) / DIRECTORY)
     recipe = check_pairs(config.pairs, Path(workdir))
     pipe = loading.load(config.model, options.weights)
     flow_training.check(options, pipe, recipe, make_loss(config, options, pipe), {})

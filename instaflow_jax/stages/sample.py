@@ -15,13 +15,15 @@ from instaflow_jax.infra import images
 from instaflow_jax.infra.progress import Progress
 from instaflow_jax.infra.runner import BatchedRunner
 from instaflow_jax.stages.common.loading import (
-    check_at_least,
+    check_drawn,
     latent_shape,
     load,
+    name_image,
     read_prompts,
     read_solve_options,
     read_weight_options,
 )
+from instaflow_jax.stages.common.ranges import check_ranges
 
 Job = tuple[int, int]  # row of the prompts, and seed
 
@@ -57,11 +59,9 @@ def check(config: ConfigDict, workdir: str) -> None:
 
 def prepare(config: ConfigDict) -> tuple:
     """Prompts, seeds, solver options, pipeline, latents' shape, dynamics and ODE; makes every check of `run`."""
+    check_ranges(config)
     prompts, seeds = read_prompts(config.prompts), tuple(config.seeds)
     weights, options = read_weight_options(config), read_solve_options(config)
-    check_at_least(1, batch=config.batch)
-    if not seeds or min(seeds) < 0:
-        raise ValueError(f"config.seeds={seeds} must have at least one seed, and no negative one")
     pipe = load(config.model, weights)
     shape = latent_shape(pipe, options.height, options.width)
     dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, options.dynamics)
@@ -79,8 +79,12 @@ def draw(
     shape: tuple[int, int, int],
     batch: int,
 ) -> UInt8[np.ndarray, "N H W 3"]:
-    """One image for each job, up to `batch` on each local device at a time."""
-    generate = sampling.make_generate(pipe.nets, solve)
+    """One image for each job, up to `batch` on each local device at a time.
+
+    Raises:
+      ValueError: naming prompt and seed of an image that is NaN or infinite.
+    """
+    generate = sampling.make_generate_checked(pipe.nets, solve)
     size = min(batch, -(-len(jobs) // jax.local_device_count()))
     runner = BatchedRunner(lambda fixed, ids, X0: generate(fixed[0], ids, fixed[1], X0), size)
     fixed = runner.place((pipe.params, pipe.tokenizer([negative])))
@@ -95,7 +99,9 @@ def draw(
     drawn, progress = [], Progress(len(jobs), "images")
     for part in runner.batches(len(jobs)):
         noise = np.asarray(sampling.noise(seeds[part], shape))
-        drawn.append(runner(fixed, ids[rows[part]], noise))
+        part_drawn, finite = runner(fixed, ids[rows[part]], noise)
+        check_drawn(finite, [name_image(prompts[row], seed) for row, seed in jobs[part]])
+        drawn.append(part_drawn)
         progress.advance(len(drawn[-1]))
     progress.close()
     return np.concatenate(drawn)

@@ -1,7 +1,8 @@
 """Around the training loop: the mesh, optimizer, state, metrics and checkpoints that every training stage sets up."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from ml_collections import ConfigDict
 
 from instaflow_jax.arrays import Key, Params
 from instaflow_jax.infra import devices, metrics
-from instaflow_jax.infra.checkpoint import Checkpoints
+from instaflow_jax.infra.checkpoint import Checkpoints, complete_steps, load_config
+from instaflow_jax.stages.common.ranges import check_ranges
 from instaflow_jax.train import loop, optim
 from instaflow_jax.train import state as train_state
 from instaflow_jax.train import step as train_step
@@ -18,6 +20,12 @@ from instaflow_jax.train.batches import Batches
 from instaflow_jax.train.state import TrainState
 from instaflow_jax.train.step import Loss
 
+RESUME = ("auto", "force")
+CHECKPOINTS = "checkpoints"  # folder of a training run
+_FREE = "eval checkpoints remat eval_every tensorboard fsdp attention kernels verify resume check data_dir log_every"
+_FREE += " save_every max_skipped profile_steps batch preview process processes inspect plan plan_devices"
+# Settings that change neither the weights nor the pairs they are trained on; distill sets pairs.model itself.
+_MAY_DIFFER = re.compile(rf"^loop\.steps$|(^|\.)({_FREE.replace(' ', '|')})(\.|$)")
 Evaluate = Callable[[Params, Path], dict[str, float]]  # (running mean, PNG file to write) → numbers to log
 
 
@@ -45,16 +53,59 @@ class TrainOptions:
     checkpoints: Mapping[str, Any]
     eval_every: int
     tensorboard: bool
+    verify: bool
+    resume: str
     config: Mapping[str, Any]
 
 
 def read_train_options(config: ConfigDict) -> TrainOptions:
-    """The block of `configs.common.training`. Raises ValueError if eval_every is below 1."""
+    """The block of `configs.common.training`, after a check of every number of the config. Raises ValueError."""
+    check_ranges(config)
     values = config.to_dict()
-    if values["eval_every"] < 1:
-        raise ValueError(f"config.eval_every={values['eval_every']} must be at least 1 step")
+    if values["resume"] not in RESUME:
+        raise ValueError(f"config.resume={values['resume']!r} is not one of {', '.join(RESUME)}")
+    steps = tuple(config.loop.profile_steps)
+    if len(steps) != 2 or (steps != (0, 0) and not 1 <= steps[0] <= steps[1]):
+        raise ValueError(f"config.loop.profile_steps={steps} must be (first, last) with 1 <= first <= last, or (0, 0)")
     names = [field.name for field in dataclasses.fields(TrainOptions) if field.name != "config"]
     return TrainOptions(**{name: values[name] for name in names}, config=values)
+
+
+def check_same_run(options: TrainOptions, directory: Path) -> None:
+    """Refuses to continue the run in `directory` with other settings, before anything is loaded or made.
+
+    Fields that do not change the trained weights may differ, and a run may be made longer. So may fields that the
+    version which started the run did not have.
+
+    Raises:
+      ValueError: listing the fields that differ, unless config.resume is "force".
+    """
+    folder = directory / CHECKPOINTS
+    steps = complete_steps(folder)
+    if not steps or options.resume == "force":
+        return
+    there, here = (dict(_leaves(config)) for config in (load_config(folder, step=None), options.config))
+    if here["stage"] == "distill":
+        del here["pairs.model"]
+    differ = [name for name in here if name in there and here[name] != there[name] and not _MAY_DIFFER.search(name)]
+    if options.loop["steps"] < steps[-1]:
+        differ.append("loop.steps")
+    if differ:
+        shown = [f"{name}={here[name]!r}, there {there.get(name)!r}" for name in differ[:10]]
+        more = f" and {len(differ) - 10} more" if len(differ) > 10 else ""
+        raise ValueError(
+            f"{directory} holds a run with other settings, at step {steps[-1]} ({'; '.join(shown)}{more}): use its "
+            "settings, another --workdir, or --config.resume=force to go on with the new ones"
+        )
+
+
+def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of every field, tuples as the lists that JSON makes of them."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, list(value) if isinstance(value, tuple) else value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +165,7 @@ def train(
         devices.gathering(loss, mesh), optimizer, ema_decay=options.ema_decay, accumulate=options.accumulate
     )
     writer = metrics.make_writer(directory, tensorboard=options.tensorboard)
-    checkpoints = Checkpoints(directory / "checkpoints", **options.checkpoints)
+    checkpoints = Checkpoints(directory / CHECKPOINTS, **options.checkpoints, verify=options.verify)
     try:
         return loop.train(
             step,

@@ -14,11 +14,11 @@ from ml_collections import ConfigDict
 from instaflow_jax import flow, pipeline, sampling, solvers
 from instaflow_jax.arrays import Params
 from instaflow_jax.data.pairs.reader import PairBatches, Pairs
-from instaflow_jax.infra import images
+from instaflow_jax.infra import files, images
 from instaflow_jax.infra.epochs import ShuffledEpochs
 from instaflow_jax.models.layers import REMAT
 from instaflow_jax.stages.common import fit
-from instaflow_jax.stages.common.loading import EXPORT, WeightOptions, read_weight_options
+from instaflow_jax.stages.common.loading import EXPORT, WeightOptions, check_finite, read_weight_options
 from instaflow_jax.train import warm_start
 from instaflow_jax.train.step import Loss
 from instaflow_jax.weights.conventions import NUM_TIMESTEPS
@@ -53,8 +53,6 @@ def read_flow_options(config: ConfigDict) -> FlowOptions:
     Raises:
       ValueError: naming the field, its value and the rule.
     """
-    if not 0 <= config.prompt_dropout <= 1:
-        raise ValueError(f"config.prompt_dropout={config.prompt_dropout} must be a share of prompts in [0, 1]")
     return FlowOptions(
         weights=read_weight_options(config),
         train=fit.read_train_options(config),
@@ -181,8 +179,14 @@ def as_flow(pipe: pipeline.Pipeline, unet: Params) -> pipeline.Pipeline:
 
 
 def export(pipe: pipeline.Pipeline, unet: Params, directory: Path) -> None:
-    """Writes the pipeline with the flow `unet`, see `as_flow`."""
-    pipeline.save(as_flow(pipe, unet), directory)
+    """Writes the pipeline with the flow `unet`, see `as_flow`.
+
+    Raises:
+      ValueError: a weight is NaN or infinite.
+    """
+    check_finite(f"the flow for {directory}", unet)
+    with files.renew_checksums(directory):
+        pipeline.save(as_flow(pipe, unet), directory)
     print(f"wrote the flow to {directory}", flush=True)
 
 

@@ -4,20 +4,26 @@ Each block of fields has one constructor here, which checks it and turns it into
 """
 
 import dataclasses
+import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool
 from ml_collections import ConfigDict
 
 from instaflow_jax import pipeline
 from instaflow_jax.data import prompt_sources
+from instaflow_jax.infra import files
 from instaflow_jax.infra.progress import quote
 from instaflow_jax.kernels.attention import check_cudnn
 from instaflow_jax.weights.delta import Delta
+from instaflow_jax.weights.port import torch_key
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 EXPORT = "export"  # folder of a training run that holds the trained model, in diffusers layout
@@ -38,6 +44,7 @@ class WeightOptions:
     dtype: str = "float32"
     attention: str = "xla"
     kernels: str = "auto"
+    verify: bool = True
 
 
 def read_weight_options(config: ConfigDict) -> WeightOptions:
@@ -50,7 +57,7 @@ def read_weight_options(config: ConfigDict) -> WeightOptions:
         base=config.base,
         delta=Delta(**config.delta) if config.delta.custom else None,
         loras=read_loras(config.loras),
-        **{name: config[name] for name in ("weights_variant", "dtype", "attention", "kernels")},
+        **{name: config[name] for name in ("weights_variant", "dtype", "attention", "kernels", "verify")},
     )
 
 
@@ -58,8 +65,18 @@ def load(source: str, options: WeightOptions) -> pipeline.Pipeline:
     """Reads the pipeline `source` as `options` say.
 
     Raises:
-      ValueError, FileNotFoundError: naming the file and what is wrong with it.
+      ValueError, FileNotFoundError: naming the file and what is wrong with it; also if a weight is not finite, or if
+        a file has changed since its checksum was written.
     """
+    if options.verify:
+        check_files(source)
+    pipe = _read(source, options)
+    if _find_bad(pipe.params):
+        _blame(source, options)
+    return pipe
+
+
+def _read(source: str, options: WeightOptions) -> pipeline.Pipeline:
     return pipeline.load(
         source,
         variant=options.weights_variant or None,
@@ -72,11 +89,82 @@ def load(source: str, options: WeightOptions) -> pipeline.Pipeline:
     )
 
 
+def check_files(source: str) -> None:
+    """Raises ValueError naming a file of the directory `source` that differs from its checksum, if it has checksums."""
+    folder = Path(pipeline.locate(source)).expanduser()
+    damage = files.find_damage(folder) if folder.is_dir() else None
+    if damage:
+        raise ValueError(
+            f"{damage}; make or copy {folder} again, or delete {folder / files.CHECKSUMS} if the change was intended"
+        )
+
+
+def check_finite(source: str, params: Mapping[str, Any]) -> None:
+    """Raises ValueError naming `source` and the first of its weights that is NaN or infinite.
+
+    Args:
+      params: weights by name, or by network and name.
+    """
+    bad = _find_bad(params)
+    if bad:
+        raise ValueError(f"{source}: {bad}; download, export or train it again")
+
+
+def _find_bad(params: Mapping[str, Any]) -> str:
+    """What is wrong with the first weight that is not finite; '' if all are."""
+    for name, value in params.items():
+        if isinstance(value, Mapping):
+            bad = _find_bad(value)
+            if bad:
+                return f"{name}, {bad}"
+        elif not np.isfinite(value).all():
+            count = np.size(value) - np.count_nonzero(np.isfinite(value))
+            return f"weight {torch_key(name)} is NaN or infinite in {count} of its {np.size(value)} values"
+    return ""
+
+
+def _blame(source: str, options: WeightOptions) -> None:
+    """Raises ValueError naming the first file that brings in a weight which is not finite: the model, delta or LoRA."""
+    steps = [(source, dataclasses.replace(options, delta=None, loras=()))]
+    if options.delta:
+        steps.append((f"config.delta.custom={options.delta.custom}", dataclasses.replace(options, loras=())))
+    for i, (file, _) in enumerate(options.loras):
+        steps.append((file, dataclasses.replace(options, loras=options.loras[: i + 1])))
+    for name, changed in steps:
+        check_finite(name, {_weight_file(source, net): p for net, p in _read(source, changed).params.items()})
+
+
+def _weight_file(source: str, net: str) -> str:
+    """Where the weights of a network are: its one safetensors file within `source`, or else the network's name."""
+    found = list((Path(pipeline.locate(source)).expanduser() / net).glob("*.safetensors"))
+    return f"{net}/{found[0].name}" if len(found) == 1 else net
+
+
+def check_drawn(finite: Bool[np.ndarray, " B"], names: Sequence[str]) -> None:
+    """Raises ValueError naming the first image that the networks made of values that are NaN or infinite.
+
+    Args:
+      finite: from `sampling.make_generate_checked`.
+      names: what identifies each image, from `name_image`.
+    """
+    bad = np.flatnonzero(~np.asarray(finite))
+    if len(bad):
+        raise ValueError(
+            f"the image of {names[bad[0]]} is NaN or infinite, as are {len(bad) - 1} others of {len(names)}: use "
+            "--config.dtype=float32, a lower --config.alpha, or another model"
+        )
+
+
+def name_image(prompt: str, seed: Any) -> str:
+    """An image in an error message."""
+    return f"prompt {prompt if len(prompt) <= 80 else prompt[:80] + '…'!r}, seed {seed}"
+
+
 def read_loras(loras: str) -> tuple[tuple[str, float], ...]:
     """Files and scales from 'FILE=0.8|FILE2'; the scale of a file without one is 1.
 
     Raises:
-      ValueError: a scale is not a number.
+      ValueError: a scale is not a number, or too large for float32.
     """
     entries = [entry.partition("=") for entry in loras.split("|")]
     pairs = [(file.strip(), scale.strip() if equals else "1") for file, equals, scale in entries if file.strip()]
@@ -85,6 +173,8 @@ def read_loras(loras: str) -> tuple[tuple[str, float], ...]:
             raise ValueError(
                 f"config.loras={loras!r}: the scale {scale!r} of {file} is not a number; write FILE=0.8|FILE2=0.5"
             )
+    if any(not math.isfinite(np.float32(scale)) for _, scale in pairs):
+        raise ValueError(f"config.loras={loras!r}: a scale does not fit into float32; use one near 1")
     return tuple((file, float(scale)) for file, scale in pairs)
 
 
@@ -141,7 +231,7 @@ def read_prompts(prompts: str) -> list[str]:
 
     Raises:
       FileNotFoundError: the value ends in .txt and there is no such file.
-      ValueError: the file has no prompts, or is not UTF-8.
+      ValueError: there is no prompt, or the file is not UTF-8.
     """
     path = Path(prompts).expanduser()
     if "|" not in prompts and path.suffix.lower() == ".txt":
@@ -157,6 +247,8 @@ def read_prompts(prompts: str) -> list[str]:
         if not lines:
             raise ValueError(f"config.prompts={prompts!r}: the file holds no prompt")
         return lines
+    if not prompts.strip(" |"):
+        raise ValueError(f"config.prompts={prompts!r} holds no prompt; write 'one|two', or name a .txt file")
     return [prompt.strip() for prompt in prompts.split("|")]
 
 
@@ -166,10 +258,3 @@ def compile_and_log(function: Callable, inputs: tuple) -> Callable:
     compiled = jax.jit(function).lower(*inputs).compile()
     print(f"compiled in {time.perf_counter() - start:.1f} s", flush=True)
     return compiled
-
-
-def check_at_least(least: float, **fields: float) -> None:
-    """Raises ValueError naming the first config field whose value is below `least`."""
-    for name, value in fields.items():
-        if value < least:
-            raise ValueError(f"config.{name}={value} must be at least {least}")

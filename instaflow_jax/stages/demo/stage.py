@@ -17,6 +17,7 @@ from instaflow_jax.infra.files import read_json, write_json
 from instaflow_jax.infra.progress import clock_time
 from instaflow_jax.stages import distill, reflow
 from instaflow_jax.stages.common.machine import machine
+from instaflow_jax.stages.common.ranges import check_ranges
 from instaflow_jax.stages.demo import report
 from instaflow_jax.stages.demo.report import LEDGER
 from instaflow_jax.stages.evaluate import stage as evaluate
@@ -69,6 +70,7 @@ def check(config: ConfigDict, workdir: str) -> None:
     """The checks of every stage that is left to run. Raises as `run` does; nothing is written."""
     if jax.process_count() > 1:
         raise ValueError("the demo runs in one process, on all its devices; run without --processes")
+    check_ranges(config)
     settings = {step.name: json.loads(config[step.name].to_json_best_effort()) for step in STEPS}
     for step in unfinished(Path(workdir), open_ledger(Path(workdir), settings), settings):
         if step.name in CHECKS:

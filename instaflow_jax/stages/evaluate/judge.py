@@ -13,6 +13,7 @@ from instaflow_jax.evals.retrieval import unit
 from instaflow_jax.infra.images import to_pixels
 from instaflow_jax.infra.runner import BatchedRunner
 from instaflow_jax.models.clip import CLIPModel
+from instaflow_jax.stages.common.loading import check_files, check_finite
 from instaflow_jax.weights.tokenizer import Tokenizer
 
 _PER_DEVICE = 64
@@ -31,7 +32,9 @@ class Judge:
     def __init__(self, source: str, data: openmoji.Arrays):
         """`source` is a directory or hub id with a clip/ that uses the embedded tokenizer."""
         self.data, self.lookalikes = data, lookalikes(data)
+        check_files(source)
         net, self._params = CLIPModel.from_pretrained(source, "clip")
+        check_finite(f"{source}/clip", self._params)
         self._image, self._text = (
             BatchedRunner(functools.partial(net.apply, method=method), _PER_DEVICE)
             for method in ("get_image_features", "get_text_features")

@@ -9,6 +9,7 @@ from instaflow_jax import pipeline, sampling
 from instaflow_jax.data.pairs import manifest as pairs_manifest
 from instaflow_jax.infra import files
 from instaflow_jax.solvers import Multistep
+from instaflow_jax.stages.common import loading
 from instaflow_jax.stages.common.loading import EXPORT, PAIRS
 
 TITLES = {
@@ -66,7 +67,7 @@ def load(entries: Sequence[Entry]) -> list[Model]:
     """
     models = []
     for name, source, alpha, N in entries:
-        pipe = pipeline.load(source, variant=None, attention="xla")
+        pipe = loading.load(source, loading.WeightOptions())
         dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, "auto")
         digests = {part: files.sha256_of_params(params) for part, params in pipe.params.items()}
         models.append(Model(name, pipe, dynamics, alpha, N, files.sha256_of_json(digests)))

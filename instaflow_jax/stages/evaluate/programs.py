@@ -15,9 +15,9 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from instaflow_jax import flow, sampling, solvers, teacher
 from instaflow_jax.arrays import AnyArray, Latent, PerSample, TokenIds
-from instaflow_jax.infra import images
 from instaflow_jax.infra.runner import BatchedRunner
 from instaflow_jax.solvers import Multistep
+from instaflow_jax.stages.common.loading import check_drawn, name_image
 from instaflow_jax.stages.evaluate.models import Model
 
 Solver = tuple[Multistep, Int[AnyArray, ""], Float[AnyArray, ""]]  # a padded table, its number of rows, alpha
@@ -41,24 +41,24 @@ def make_solve(apply: Callable, solver: Solver, guided: bool) -> sampling.Solve:
     return solve
 
 
-def make_draw_one(nets: Mapping[str, Any], guided: bool) -> Callable[..., Array]:
-    """`program(params, null_ids, solver, ids, X0) → images`, as a user would run it."""
+def make_draw_one(nets: Mapping[str, Any], guided: bool) -> Callable[..., tuple[Array, Array]]:
+    """`program(params, null_ids, solver, ids, X0) → (images, finite)`, as a user would run it."""
 
     def program(params, null_ids, solver, ids, X0):
         solve = make_solve(nets["unet"].apply, solver, guided)
-        return sampling.make_generate(nets, solve)(params, ids, null_ids, X0)
+        return sampling.make_generate_checked(nets, solve)(params, ids, null_ids, X0)
 
     return program
 
 
-def make_draw(nets: Mapping[str, Any], guided: bool) -> Callable[..., tuple[Array, Array]]:
-    """`program((params, null_ids, solver), ids, X0) → (latents, images)`."""
+def make_draw(nets: Mapping[str, Any], guided: bool) -> Callable[..., tuple[Array, Array, Array]]:
+    """`program((params, null_ids, solver), ids, X0) → (latents, images, finite)`."""
 
     def program(fixed, ids, X0):
         params, null_ids, solver = fixed
         text, null = sampling.encode_text(nets, params, ids, null_ids)
         X1 = make_solve(nets["unet"].apply, solver, guided)(params["unet"], X0, text, null)
-        return X1, images.to_uint8(nets["vae"].apply(params["vae"], X1, method="decode"))
+        return X1, *sampling.to_uint8_checked(nets["vae"].apply(params["vae"], X1, method="decode"))
 
     return program
 
@@ -97,9 +97,12 @@ class Programs:
         self._straightness: dict[tuple, BatchedRunner] = {}
 
     def draw(self, model: Model, table: Multistep, alpha: float, ids: TokenIds, X0: Latent) -> tuple[Latent, Images]:
-        """Latents and images."""
+        """Latents and images. Raises ValueError naming the prompt of an image that is NaN or infinite."""
         runner = self._draw[alpha > 1]
-        return runner(runner.place((model.pipe.params, self._null, make_solver(table, alpha, self._longest))), ids, X0)
+        fixed = runner.place((model.pipe.params, self._null, make_solver(table, alpha, self._longest)))
+        latents, drawn, finite = runner(fixed, ids, X0)
+        check_drawn(finite, name_rows(model, ids))
+        return latents, drawn
 
     def straightness(self, model: Model, alpha: float, N: int, ids: TokenIds, X0: Latent) -> PerSample:
         """S of each sample, per latent dimension, along N Euler steps."""
@@ -111,7 +114,9 @@ class Programs:
 
     def draw_one(self, model: Model, table: Multistep, alpha: float, ids: TokenIds, X0: Latent) -> Images:
         """One image, by the program that `seconds` times."""
-        return np.asarray(self._draw_one[alpha > 1](*self._inputs(model, table, alpha, ids, X0)))
+        drawn, finite = self._draw_one[alpha > 1](*self._inputs(model, table, alpha, ids, X0))
+        check_drawn(np.asarray(finite), name_rows(model, ids))
+        return np.asarray(drawn)
 
     def seconds(self, model: Model, table: Multistep, alpha: float, ids: TokenIds, X0: Latent, repeats: int) -> float:
         """Seconds from token ids and noise to one image in bytes: the median of `repeats` runs."""
@@ -122,7 +127,15 @@ class Programs:
         return jax.device_put((model.pipe.params, self._null, make_solver(table, alpha, self._longest), ids, X0))
 
 
+def name_rows(model: Model, ids: TokenIds) -> list[str]:
+    """The model and the prompt of each row, from its token ids."""
+    word = {number: token for token, number in model.pipe.tokenizer.vocab.items()}
+    marks = (model.pipe.tokenizer.bos_id, model.pipe.tokenizer.eos_id, model.pipe.tokenizer.pad_id)
+    prompts = ("".join(word.get(int(i), "?") for i in row if i not in marks).replace("</w>", " ") for row in ids)
+    return [name_image(prompt.strip(), f"of row {i} of {model.name}") for i, prompt in enumerate(prompts)]
+
+
 def _timed(program: Callable, inputs: tuple) -> float:
     began = time.perf_counter()
-    np.asarray(program(*inputs))
+    np.asarray(program(*inputs)[0])
     return time.perf_counter() - began

@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 from instaflow_jax import __version__
 from instaflow_jax.data.openmoji import dataset as openmoji
 from instaflow_jax.infra.files import write_json, write_text
-from instaflow_jax.stages.common.loading import EXPORT, check_at_least
+from instaflow_jax.stages.common.loading import EXPORT
 from instaflow_jax.stages.common.machine import machine
+from instaflow_jax.stages.common.ranges import check_ranges
 from instaflow_jax.stages.evaluate import figures, models, table
 from instaflow_jax.stages.evaluate.cache import Record
 from instaflow_jax.stages.evaluate.measures import Measurements, Options
@@ -64,12 +65,7 @@ def check_fields(config: ConfigDict) -> None:
         raise ValueError("evaluate runs in one process, on all its devices; run without --processes")
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("evaluate draws its curves with matplotlib, which is not installed: pip install -e .[demo]")
-    check_at_least(1, batch=config.batch, repeats=config.repeats)
-    check_at_least(0, seed=config.seed)
-    check_at_least(2, **{"show.points": config.show.points, "straightness.count": config.straightness.count})
-    for name in ("teacher", *models.FLOWS):
-        if not config[name].N or min(config[name].N) < 1:
-            raise ValueError(f"config.{name}.N={tuple(config[name].N)} must be one or more solver steps of at least 1")
+    check_ranges(config)
     folders(config)
 
 

@@ -26,6 +26,7 @@ from instaflow_jax.infra.files import read_json, sha256_of_json, sha256_of_param
 from instaflow_jax.infra.progress import Progress
 from instaflow_jax.infra.runner import BatchedRunner
 from instaflow_jax.models.clip import CLIPModel
+from instaflow_jax.stages.common.loading import check_finite
 from instaflow_jax.weights.tokenizer import Tokenizer
 
 Read = Callable[[Any], UInt8[np.ndarray, "H W 3"]]
@@ -66,8 +67,10 @@ def load(*, inception: str, clip: str, reference: str, batch: int) -> Judges:
             f"config.reference={reference!r} is of features of {len(given.mean)} numbers, but {inception} gives "
             f"{width}; use statistics of the same network"
         )
+    check_finite(inception, {"Inception": params})
     tokenizer = Tokenizer.from_pretrained(clip, "")
     net, clip_params = CLIPModel.from_pretrained(clip)
+    check_finite(clip, clip_params)
     preprocessor = clip_score.read_preprocessor(clip, "", net)
     runners = BatchedRunner(function, batch), BatchedRunner(clip_score.make_clip_score(net), batch)
     digest = sha256_of_params(params)

@@ -27,15 +27,15 @@ from instaflow_jax.infra.runner import BatchedRunner
 from instaflow_jax.stages.common.loading import (
     SolveOptions,
     WeightOptions,
-    check_at_least,
+    check_drawn,
     latent_shape,
     load,
+    name_image,
     read_solve_options,
     read_weight_options,
 )
+from instaflow_jax.stages.common.ranges import check_ranges
 from instaflow_jax.stages.evaluate_coco import measures
-
-_MIN_COUNT = 4  # images; precision and recall need a third neighbour
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +108,7 @@ def check(config: ConfigDict, workdir: str) -> tuple[Job, measures.Judges, list[
 
 def read_options(config: ConfigDict) -> Options:
     """The config as values, checked before anything is loaded. Raises ValueError."""
-    check_at_least(1, batch=config.batch, size=config.size, N=config.N)
-    check_at_least(0, seed=config.seed)
-    check_at_least(_MIN_COUNT, **{"data.count": config.data.count})
+    check_ranges(config)
     fields = {name: config[name] for name in ("model", "size", "seed", "batch")}
     return Options(weights=read_weight_options(config), solving=read_solve_options(config), **fields)
 
@@ -171,7 +169,7 @@ def draw(job: Job) -> None:
     if jax.process_index() == 0:
         job.directory.mkdir(parents=True, exist_ok=True)
         write_json(job.directory / "recipe.json", job.recipe)
-    generate = sampling.make_generate(job.pipe.nets, job.solve)
+    generate = sampling.make_generate_checked(job.pipe.nets, job.solve)
     runner = BatchedRunner(lambda fixed, ids, X0: generate(fixed[0], ids, fixed[1], X0), job.options.batch)
     calls = [job.photos[rows] for rows in runner.batches(len(job.photos))]
     calls = calls[jax.process_index() :: jax.process_count()]
@@ -184,7 +182,9 @@ def draw(job: Job) -> None:
     progress = Progress(len(calls), "batches", title="drawing", done=done)
     for call in left:
         ids = measures.token_ids(job.pipe.tokenizer, [photo.caption for photo in call])
-        write(job, call, runner(fixed, ids, draw_noise(job, call)))
+        drawn, finite = runner(fixed, ids, draw_noise(job, call))
+        check_drawn(finite, [name_image(photo.caption, f"{job.options.seed}, image {photo.id}") for photo in call])
+        write(job, call, drawn)
         progress.advance()
     progress.close()
 

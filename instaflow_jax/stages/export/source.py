@@ -74,8 +74,9 @@ def load_run(run: Path, weights: str, options: WeightOptions) -> Source:
         )
     pipe = load_base_pipeline(run, saved, options)
     mesh, like = devices.make_mesh(fsdp=1), pipe.nets["unet"].shapes
-    unet = checkpoint.load_weights(run / CHECKPOINTS, weights, mesh, step=step, like=like)
+    unet = checkpoint.load_weights(run / CHECKPOINTS, weights, mesh, step=step, like=like, verify=options.verify)
     pipe = replace_unet(pipe, jax.device_get(unet))
+    loading.check_finite(f"{run / CHECKPOINTS / str(step) / weights}", pipe.params["unet"])
     return Source(str(run), pipe, sampling.Flow(1, NUM_TIMESTEPS), saved, step, weights)
 
 
@@ -110,4 +111,9 @@ def run_config(name: str) -> dict[str, Any]:
         if checkpoint.complete_steps(run / CHECKPOINTS):
             return checkpoint.load_config(run / CHECKPOINTS, step=None)
     manifest = Path(name).parent / MANIFEST
-    return files.read_json(manifest)["run"] if manifest.is_file() else {}
+    if not manifest.is_file():
+        return {}
+    damage = files.find_damage(manifest.parent, parts=(MANIFEST,))
+    if damage:
+        raise ValueError(f"{damage}; make the export again")
+    return files.read_json(manifest)["run"]

@@ -7,9 +7,10 @@ from ml_collections import ConfigDict
 
 from instaflow_jax import sampling
 from instaflow_jax.infra import devices
-from instaflow_jax.infra.files import atomic_directory, write_json, write_text
+from instaflow_jax.infra.files import atomic_directory, write_checksums, write_json, write_text
 from instaflow_jax.stages import distill
 from instaflow_jax.stages.common.loading import EXPORT, WeightOptions, read_prompts, read_weight_options
+from instaflow_jax.stages.common.ranges import check_ranges
 from instaflow_jax.stages.export import card as export_card
 from instaflow_jax.stages.export import source as export_source
 from instaflow_jax.stages.export.formats import CONVENTIONS, WRITERS, Options
@@ -43,11 +44,14 @@ def write(source: Source, directory: Path, options: Options, workdir: Path) -> N
     for name in options.formats:
         print(f"writing {name}", flush=True)
         WRITERS[name](source, directory / name, options)
+        if name != "orbax":  # the checksums of the complete export cover it; Orbax reads its folder alone
+            write_checksums(directory / name)
     licence = export_card.licence(source)
     facts = {"model": source.name, "step": source.step, "weights": source.weights, "formats": list(options.formats)}
     facts |= {"convention": options.convention, "licence": licence.name, "run": source.run}
     write_json(directory / MANIFEST, facts, indent=2)
     write_text(directory / "README.md", export_card.card(source, licence, options, workdir))
+    write_checksums(directory)
 
 
 def is_distilled(run: Path) -> bool:
@@ -78,6 +82,7 @@ def check(config: ConfigDict, workdir: str) -> None:
 
 def check_fields(config: ConfigDict, workdir: str) -> tuple[Options, WeightOptions]:
     """The config as values, after every check that needs no model. Raises as `run` does."""
+    check_ranges(config)
     options, weight_options = read_options(config), read_weight_options(config)
     check_target(Path(workdir) / config.output, config.replace)
     return options, weight_options

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float16
 
-from instaflow_jax import pipeline
+from instaflow_jax import pipeline, sampling
 from instaflow_jax.arrays import Params
 from instaflow_jax.data.pairs import store as pairs_store
 from instaflow_jax.data.pairs.reader import Pairs
 from instaflow_jax.infra import images
 from instaflow_jax.infra.files import sha256_of_params
 from instaflow_jax.models.net import Net
+from instaflow_jax.stages.common.loading import check_drawn, name_image
 
 PREVIEW = "preview.png"
 _SIZE = 96  # approximate size of an image in the grid, pixels
@@ -62,7 +63,9 @@ def draw(
 ) -> None:
     """One row per pair: noise and image, both decoded, with the prompt at the left."""
     latents = jnp.asarray(np.stack([X0, X1], axis=1).reshape(-1, *X0.shape[1:]), jnp.float32)
-    decoded = jax.jit(lambda params, Z: images.to_uint8(net.apply(params, Z, method="decode")))(params, latents)
+    decode = jax.jit(lambda params, Z: sampling.to_uint8_checked(net.apply(params, Z, method="decode")))
+    decoded, finite = decode(params, latents)
+    check_drawn(np.asarray(finite), [name_image(text, kind) for text in prompts for kind in ("of X0", "of X1")])
     grid = images.grid(
         np.asarray(decoded),
         columns=2,

@@ -19,7 +19,8 @@ from instaflow_jax.data.pairs.manifest import Recipe
 from instaflow_jax.data.pairs.reader import Pairs
 from instaflow_jax.infra import devices, files
 from instaflow_jax.infra.progress import Progress
-from instaflow_jax.stages.common.loading import PAIRS, check_at_least, read_solve_options, read_weight_options
+from instaflow_jax.stages.common.loading import PAIRS, read_solve_options, read_weight_options
+from instaflow_jax.stages.common.ranges import check_ranges
 from instaflow_jax.stages.generate import inspect as generate_inspect
 from instaflow_jax.stages.generate import job as generate_job
 from instaflow_jax.stages.generate import plan as generate_plan
@@ -115,10 +116,9 @@ def check_fields(config: ConfigDict) -> None:
     Raises:
       ValueError: naming field, value and rule.
     """
+    check_ranges(config)
     read_weight_options(config)
     read_solve_options(config)
-    check_at_least(1, **{name: config[name] for name in ("batch", "shard_size", "plan_devices", "preview")})
-    check_at_least(0, count=config.count, seed=config.seed)
     process, count = read_processes(config)
     if not 0 <= process < count:
         raise ValueError(f"config.process={process} must be one of 0 to {count - 1}, because config.processes={count}")

@@ -20,6 +20,7 @@ from instaflow_jax.models.net import Net
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.models.vae import AutoencoderKL
 from instaflow_jax.stages.common.fit import EvalOptions, Evaluate
+from instaflow_jax.stages.common.loading import check_files, check_finite
 from instaflow_jax.stages.pretrain.losses import Augment, join, make_diffusion_loss, part
 from instaflow_jax.stages.pretrain.recipe import LoadSplit, Recipe, embedded_tokenizer
 
@@ -63,7 +64,9 @@ def make(
       loss: keywords of `make_diffusion_loss`.
       seed: seed of the augmentation.
     """
+    check_files(autoencoder)
     vae, vae_params = AutoencoderKL.from_pretrained(pipeline.locate(autoencoder), "vae")
+    check_finite(f"{autoencoder}/vae", vae_params)
     trained = {"unet": UNet2DConditionModel.from_config(unet), "text_encoder": CLIPTextModel.from_config(text_encoder)}
     nets, tokenizer, schedule = {**trained, "vae": vae}, embedded_tokenizer(), teacher.read_schedule(scheduler)
     data = load("all")

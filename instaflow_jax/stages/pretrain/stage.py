@@ -12,6 +12,7 @@ from instaflow_jax import pipeline
 from instaflow_jax.arrays import Params
 from instaflow_jax.data.openmoji import dataset as openmoji
 from instaflow_jax.data.openmoji.augment import augment
+from instaflow_jax.infra import files
 from instaflow_jax.models.vae import AutoencoderKL
 from instaflow_jax.stages.common import fit
 from instaflow_jax.stages.pretrain import autoencoder, classifier, clip, diffusion
@@ -38,8 +39,12 @@ def run(config: ConfigDict, workdir: str) -> None:
     options = check(config, workdir)
     recipe, export = read_recipe(config, workdir), Path(workdir) / "export"
 
+    def write(ema: Params) -> None:
+        with files.renew_checksums(export):
+            recipe.export(ema, export)
+
     def evaluate(ema: Params, path: Path) -> dict[str, float]:
-        recipe.export(ema, export)  # so that an interrupted run leaves a usable network
+        write(ema)  # so that an interrupted run leaves a usable network
         return recipe.evaluate(ema, path)
 
     state = fit.train(
@@ -51,7 +56,7 @@ def run(config: ConfigDict, workdir: str) -> None:
         batches=ArrayBatches(recipe.arrays, batch_size=options.batch_size, seed=options.seed),
         evaluate=evaluate,
     )
-    fit.export_ema(state, lambda ema: recipe.export(ema, export))
+    fit.export_ema(state, write)
     print(f"exported the running mean of step {int(state.step)} to {export}", flush=True)
 
 
@@ -60,6 +65,7 @@ def check(config: ConfigDict, workdir: str) -> fit.TrainOptions:
     if config.recipe not in RECIPES:
         raise ValueError(f"config.recipe={config.recipe!r} is not one of {', '.join(RECIPES)}")
     options = fit.read_train_options(config)
+    fit.check_same_run(options, Path(workdir) / config.recipe)
     fit.check(options)
     if "autoencoder" in config:
         AutoencoderKL.from_pretrained(pipeline.locate(config.autoencoder), "vae")

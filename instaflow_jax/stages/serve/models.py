@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from instaflow_jax import pipeline, sampling
-from instaflow_jax.stages.common.loading import compile_and_log
+from instaflow_jax.stages.common.loading import check_drawn, compile_and_log, name_image
 
 SEEDS = 2**32  # seeds are below this
 ImageBytes = UInt8[np.ndarray, "H W 3"]
@@ -25,7 +25,7 @@ class Model:
       choices: the numbers of solver steps N that it is compiled for.
       max_tokens: tokens that a prompt may have.
       count_tokens: prompt → its number of tokens.
-      draw: (prompt, seed, N) → uint8 image [H, W, 3].
+      draw: (prompt, seed, N) → uint8 image [H, W, 3]; raises ValueError if the image is NaN or infinite.
     """
 
     title: str
@@ -76,11 +76,13 @@ def make_model(pipe: pipeline.Pipeline, title: str, *, dynamics: str, alpha: flo
     for N in choices:
         print(f"{heading(title, N)}: ", end="", flush=True)
         solve = sampling.make_solve(pipe.nets["unet"].apply, read, "auto", N, alpha)
-        programs[N] = compile_and_log(sampling.make_generate(pipe.nets, solve), inputs("", 0))
-        programs[N](*inputs("", 0)).block_until_ready()
+        programs[N] = compile_and_log(sampling.make_generate_checked(pipe.nets, solve), inputs("", 0))
+        jax.block_until_ready(programs[N](*inputs("", 0)))
 
     def draw(prompt: str, seed: int, N: int) -> ImageBytes:
-        return np.asarray(programs[N](*inputs(prompt, seed)))[0]
+        drawn, finite = programs[N](*inputs(prompt, seed))
+        check_drawn(np.asarray(finite), [name_image(prompt, seed)])
+        return np.asarray(drawn)[0]
 
     max_tokens = pipe.tokenizer.model_max_length - 2  # without the tokens that mark the start and the end
     return Model(title, choices, max_tokens, pipe.tokenizer.count, draw)

@@ -8,7 +8,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from instaflow_jax import pipeline, sampling
-from instaflow_jax.stages.common.loading import WeightOptions, check_at_least, load, read_weight_options
+from instaflow_jax.stages.common.loading import WeightOptions, load, read_weight_options
+from instaflow_jax.stages.common.ranges import check_ranges
 from instaflow_jax.stages.serve.models import make_model, make_respond
 
 
@@ -57,13 +58,8 @@ def load_models(config: ConfigDict, workdir: str) -> tuple[list[tuple[pipeline.P
 
     Settings are checked before anything is loaded. Raises as `run` does.
     """
+    check_ranges(config)
     weights = read_weight_options(config)
-    fields = ("max_chars", "max_images", "queue", "teacher_N")
-    check_at_least(1, **{name: config[name] for name in fields})
-    if not config.N or min(config.N) < 1:
-        raise ValueError(f"config.N={config.N} must have at least one number of solver steps, each at least 1")
-    if not config.examples:
-        raise ValueError("config.examples=() must have at least one prompt, which fills the prompt field")
     check_address(config.host, config.port)
     source, notice = find_model(config.model, config.teacher, Path(workdir))
     loaded = []
