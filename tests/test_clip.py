@@ -200,6 +200,7 @@ def test_a_network_made_here_opens_in_transformers(torch, tmp_path):
     assert relative(jax.jit(net.apply)(params, IDS).last_hidden_state, want) < 1e-5
 
 
+@pytest.mark.slow
 def test_flax_files_go_both_ways(tmp_path):
     from transformers import FlaxCLIPTextModel
 

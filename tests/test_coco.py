@@ -121,7 +121,7 @@ def test_everybody_gets_the_same_captions(coco_folder):
     "content,words",
     [
         ({"images": []}, "no 'annotations' where it should be"),
-        ([1, 2], "is not a file of COCO's captions"),
+        ([1, 2], "contains a JSON list"),
         ({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "bbox": []}]}, "no 'caption'"),
         ({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": []}, "no caption of a.jpg, nor of 0 more of 1"),
         ({"images": [], "annotations": []}, "holds no photographs"),

@@ -142,13 +142,14 @@ def test_a_deleted_model_is_not_trained_again_beside_models_that_came_from_it(ru
         main.run(configured(tiny), str(copy))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields, words",
     [
         ({"reflow.loss.time": "late"}, "time='late' is unknown"),
-        ({"distill.match": 1.0}, "match=1.0 must be a share"),
+        ({"distill.match": 1.0}, "match=1.0 must be from 0 to"),
         ({"direct.batch_size": 9}, "batch_size=9 must be from 1 to 8"),
-        ({"evaluate.batch": 0}, "config.batch=0 must be at least 1"),
+        ({"evaluate.batch": 0}, "config.evaluate.batch=0 must be at least 1"),
         ({"export.formats": ("gguf",)}, "config.formats=('gguf',) must name some of"),
         ({"generate.solver": "euler"}, "does not fit a teacher"),
         ({"check": True}, None),

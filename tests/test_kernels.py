@@ -66,6 +66,7 @@ def assert_equal(function, reference, *inputs):
         assert relative(got, want) < 3e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "function,shape",
     [
@@ -137,6 +138,7 @@ def test_a_doubled_image_costs_a_quarter():
     assert ours < 0.3 * want
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(8, 10), (7, 10)], ids=["doubled", "odd"])
 @pytest.mark.parametrize("kernels", ["auto", "xla"])
 def test_every_way_to_convolve_an_enlarged_image_is_the_same(size, kernels, monkeypatch):

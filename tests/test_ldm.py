@@ -225,6 +225,7 @@ def test_diffusers_names_in_the_attention_of_the_autoencoder_are_read(sd1, torch
     assert_is(load(file, base=sd1.base).params, sd1.pipe)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2"])
 def test_single_files_and_loras_in_float8_are_read_exactly(kind, sd1, torch, tmp_path):
     state = {k: t.to(getattr(torch, kind)) if t.is_floating_point() else t for k, t in sd1.state.items()}
@@ -257,6 +258,7 @@ def test_a_part_that_a_single_file_lacks_comes_from_the_base(part, name, sd1, tm
         assert_is(load(file, base=sd1.base).params, sd1.pipe)
 
 
+@pytest.mark.slow
 def test_ema_weights_are_read_when_asked_for(sd1, tmp_path):
     unet = {key: tensor for key, tensor in sd1.state.items() if key.startswith("model.diffusion_model.")}
     ema = {"model_ema." + key.removeprefix("model.").replace(".", ""): tensor + 1 for key, tensor in unet.items()}
@@ -285,6 +287,7 @@ def test_a_variant_that_only_some_folders_have_is_used_there(sd1, tmp_path):
         np.testing.assert_array_equal(params["vae"][name], value, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_file_of_another_model_is_refused_in_one_short_line(sd1, torch, tmp_path):
     """An SDXL file has two text encoders and another UNet: thousands of keys that do not fit."""
     state = sd1.state | {f"conditioner.embedders.{i}.weight": torch.ones(1) for i in range(3000)}

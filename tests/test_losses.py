@@ -189,6 +189,7 @@ def test_lpips_distance_decodes_both_and_adds_l2(networks):
     )
 
 
+@pytest.mark.slow
 def test_a_cached_target_equals_one_decoded_in_the_step(networks):
     vae, lpips, frozen = networks
     batch, X1_hat = pair(4, 8)

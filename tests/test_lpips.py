@@ -47,6 +47,7 @@ def torch_distance(torch, reference, a, b, dtype):
     return distance, ta.grad.permute(0, 2, 3, 1)
 
 
+@pytest.mark.slow
 def test_distance_and_gradient_equal_the_package(pair):
     """A rounding that pushes one ReLU over its kink moves the gradient by more than 1e-4, PyTorch's as well as ours:
     hence float64 as the judge, and PyTorch's own float32 error as the measure where that is larger."""

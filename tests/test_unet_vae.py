@@ -55,6 +55,7 @@ def torch_vae(config=VAE, seed=0):
     return randomize(Reference(**config), seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [SD1, SD2], ids=["sd1", "sd2"])
 @pytest.mark.parametrize("height,width", [(16, 16), (17, 10)], ids=["square", "odd"])
 def test_unet_equals_pytorch(config, height, width, tmp_path):
