@@ -64,10 +64,10 @@ def read_options(config: ConfigDict, workdir: str) -> flow_training.FlowOptions:
 
 
 def pairs_config(config: ConfigDict, source: str) -> ConfigDict:
-    """`config.pairs`, made by the flow `source`."""
-    with config.pairs.unlocked():
-        config.pairs.model = source
-    return config.pairs
+    """A copy of `config.pairs`, made by the flow `source`."""
+    pairs = config.pairs.copy_and_resolve_references().unlock()
+    pairs.model = source
+    return pairs.lock()
 
 
 def make_loss(
