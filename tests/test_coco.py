@@ -354,7 +354,7 @@ def test_images_of_another_recipe_are_refused_and_missing_ones_made_again(
     path = workdir / "evaluate" / "coco" / "pictures" / f"{COCO_IDS[0]:012d}.png"
     for harm, words in (
         (lambda: Image.new("RGB", (9, 7)).save(path), "has 9×7 pixels, not 16×16; delete it"),
-        (lambda: path.write_bytes(b"\x89PNG\r\n\x1a\n"), "cannot be read .*delete it"),
+        (lambda: path.write_bytes(b"\x89PNG\r\n\x1a\n"), "is not readable .*delete it"),
     ):
         harm()
         with pytest.raises(ValueError, match=words):

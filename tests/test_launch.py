@@ -455,7 +455,9 @@ def test_a_slurm_job_of_two_processes_saves_at_its_time_limit_and_resumes(place,
     )
 
     saved = steps(metrics)
-    with slurm(place, *tiny_reflow(teacher, workdir, steps=saved[-1] + 2), job=free_job(), **env) as second:
+    with slurm(
+        place, *tiny_reflow(teacher, workdir, steps=saved[-1] + 2), "--config.resume=force", job=free_job(), **env
+    ) as second:
         code, said = end(second)
     assert code == 0, said
     assert steps(metrics) == list(range(1, saved[-1] + 3))

@@ -182,8 +182,8 @@ def read_image(path: Path, size: int) -> UInt8[np.ndarray, "size size 3"]:
     remedy = "delete it and run again: only this image is made again"
     try:
         image, _ = images.load_png(path)
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG
-        raise ValueError(f"{path} cannot be read ({error}); {remedy}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{error}; {remedy}") from error
     if image.shape[:2] != (size, size):
         raise ValueError(f"{path} has {image.shape[1]}×{image.shape[0]} pixels, not {size}×{size}; {remedy}")
     return image
