@@ -49,6 +49,7 @@ RENAMED = {  # config field of version 0.1 → its name now; the longer names co
     "max_pictures": "max_images",
     "steps": "N",
 }
+NO_CONFIG = "no config is given; use --config=configs/STAGE.py"
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/STAGE.py, or configs/STAGE.py:variant")
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0; '' asks the cluster")
@@ -117,10 +118,12 @@ def parse_flags(argv: list[str]) -> list[str]:
         if source:
             defaults = dict(_fields(load_config(source)))
             check_fields(expanded, defaults)
+        elif any(argument.startswith("--config.") for argument in expanded):
+            raise ValueError(NO_CONFIG)  # because absl would only call the field an unknown flag
         rest = flags.FLAGS(argv)
         check_tuples(dict(_fields(_CONFIG.value)) if source else {}, defaults)
         if not source:
-            raise ValueError("no config is given; use --config=configs/STAGE.py")
+            raise ValueError(NO_CONFIG)
         if len(rest) > 1:
             raise ValueError(f"unexpected arguments {rest[1:]}; options are written --config.field=value")
         return rest
@@ -146,13 +149,18 @@ def load_config(source: str) -> ConfigDict:
 
     Raises:
       FileNotFoundError: there is no such file; names the nearest one.
-      ValueError: it has no such variant.
+      ValueError: it is not a config, or has no such variant.
     """
     path, *variant = source.split(":", 1)
     if not Path(path).is_file():
         nearby = [str(file) for file in Path(path).parent.glob("*.py")]
         raise FileNotFoundError(f"--config={path}: no such file{_suggest(path, nearby)}")
-    get_config = runpy.run_path(path)["get_config"]
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config={path} is not a Python file ({error}); use configs/STAGE.py") from error
+    if get_config is None:
+        raise ValueError(f"--config={path} defines no get_config, so it is not a config; use configs/STAGE.py")
     if variant and not get_config.__code__.co_argcount:
         raise ValueError(f"--config={source}: {path} has no variants; use --config={path}")
     return get_config(*variant)

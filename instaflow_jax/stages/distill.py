@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from instaflow_jax import pipeline
 from instaflow_jax.arrays import Params
-from instaflow_jax.models.lpips import LPIPS
+from instaflow_jax.models.lpips import LPIPS, PUBLISHED
 from instaflow_jax.stages import reflow
 from instaflow_jax.stages.common import fit, flow_training, loading
 from instaflow_jax.stages.generate.stage import check_pairs, has_pairs, need_pairs
@@ -58,6 +58,8 @@ def read_options(config: ConfigDict, workdir: str) -> flow_training.FlowOptions:
     """Checks and unpacks the config before anything is loaded. Raises ValueError."""
     if config.distance not in DISTANCES:
         raise ValueError(f"config.distance={config.distance!r} is not one of {', '.join(DISTANCES)}")
+    if config.lpips.net not in PUBLISHED:
+        raise ValueError(f"config.lpips.net={config.lpips.net!r} is not one of {', '.join(PUBLISHED)}")
     options = flow_training.read_flow_options(config)
     fit.check_same_run(options.train, Path(workdir) / config.output)
     return options

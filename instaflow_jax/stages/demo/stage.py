@@ -49,7 +49,7 @@ STEPS = (
 CHECKS: dict[str, Callable[[ConfigDict, str], Any]] = {  # before the first step, when no model may exist yet
     "distill": distill.check,  # and of the steps before it
     "direct": distill.check,
-    "evaluate": lambda config, _: evaluate.check_fields(config),
+    "evaluate": evaluate.check_fields,
     "export": export.check_fields,
 }
 

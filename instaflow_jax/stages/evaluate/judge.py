@@ -13,6 +13,7 @@ from instaflow_jax.evals.retrieval import unit
 from instaflow_jax.infra.images import to_pixels
 from instaflow_jax.infra.runner import BatchedRunner
 from instaflow_jax.models.clip import CLIPModel
+from instaflow_jax.models.net import Net, Params
 from instaflow_jax.stages.common.loading import check_files, check_finite
 from instaflow_jax.weights.tokenizer import Tokenizer
 
@@ -32,9 +33,7 @@ class Judge:
     def __init__(self, source: str, data: openmoji.Arrays):
         """`source` is a directory or hub id with a clip/ that uses the embedded tokenizer."""
         self.data, self.lookalikes = data, lookalikes(data)
-        check_files(source)
-        net, self._params = CLIPModel.from_pretrained(source, "clip")
-        check_finite(f"{source}/clip", self._params)
+        net, self._params = load_clip(source)
         self._image, self._text = (
             BatchedRunner(functools.partial(net.apply, method=method), _PER_DEVICE)
             for method in ("get_image_features", "get_text_features")
@@ -75,6 +74,18 @@ class Judge:
     def is_right(self, found: Int[np.ndarray, " N"], wanted: Int[np.ndarray, " N"]) -> Bool[np.ndarray, " N"]:
         """Whether emoji `found` count as `wanted`: skin tones and lookalikes are ignored."""
         return self.lookalikes[found] == self.lookalikes[wanted]
+
+
+def load_clip(source: str) -> tuple[Net, Params]:
+    """The network in `source`/clip and its weights.
+
+    Raises:
+      ValueError, FileNotFoundError: there is none, or one of its files is wrong.
+    """
+    check_files(source)
+    net, params = CLIPModel.from_pretrained(source, "clip")
+    check_finite(f"{source}/clip", params)
+    return net, params
 
 
 def lookalikes(data: openmoji.Arrays) -> Int[np.ndarray, " M"]:

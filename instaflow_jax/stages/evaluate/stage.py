@@ -9,13 +9,13 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from instaflow_jax import __version__
+from instaflow_jax import __version__, pipeline
 from instaflow_jax.data.openmoji import dataset as openmoji
 from instaflow_jax.infra.files import write_json, write_text
 from instaflow_jax.stages.common.loading import EXPORT
 from instaflow_jax.stages.common.machine import machine
 from instaflow_jax.stages.common.ranges import check_ranges
-from instaflow_jax.stages.evaluate import figures, models, table
+from instaflow_jax.stages.evaluate import figures, judge, models, table
 from instaflow_jax.stages.evaluate.cache import Record
 from instaflow_jax.stages.evaluate.measures import Measurements, Options
 from instaflow_jax.stages.evaluate.models import Entry, Model
@@ -49,24 +49,27 @@ def run(config: ConfigDict, workdir: str) -> None:
 
 def check(config: ConfigDict, workdir: str) -> list[Model]:
     """Every check of `run`, without measuring; returns the models. Raises as `run` does."""
-    check_fields(config)
+    check_fields(config, workdir)
     root = Path(workdir)
     models.check_seeds(config.seed, (root, *(root / name for name in folders(config))))
     return models.load(read_entries(config, root))
 
 
-def check_fields(config: ConfigDict) -> None:
-    """Cross-field checks, before anything is loaded.
+def check_fields(config: ConfigDict, workdir: str) -> None:
+    """Every check that needs none of the models that training leaves in `workdir`.
 
     Raises:
       ValueError: naming field, value and rule.
+      FileNotFoundError: a folder of `config.extra`, or the judge, holds no model.
     """
     if jax.process_count() > 1:
         raise ValueError("evaluate runs in one process, on all its devices; run without --processes")
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("evaluate draws its curves with matplotlib, which is not installed: pip install -e .[demo]")
     check_ranges(config)
-    folders(config)
+    for name in models.split_extra(config.extra):
+        models.is_there(Path(workdir), name)
+    judge.load_clip(pipeline.locate(config.judge))
 
 
 def folders(config: ConfigDict) -> tuple[str, ...]:
