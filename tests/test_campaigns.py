@@ -2,12 +2,23 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from helpers import ROOT
+import test_checkpoint
+import test_pairs
+from helpers import ROOT, read_config
+
+from instaflow_jax import main
+from instaflow_jax.data.pairs import store as pairs_store
+from instaflow_jax.data.pairs.reader import Pairs
+from instaflow_jax.infra import checkpoint, devices
+from instaflow_jax.stages.common import loading
+from instaflow_jax.stages.export import source as export_source
 
 pytestmark = pytest.mark.slow
 
@@ -213,3 +224,94 @@ def test_wrong_command_lines_end_in_one_line_and_write_nothing(tmp_path):
             wrong[command] = f"exit code {code}{', something written' if written else ''}: {error}"
     assert not wrong, "\n\n".join(f"{command}\n{what}" for command, what in wrong.items())
     assert len(lines) >= 60 and snapshot(inputs) == before
+
+
+# ---------------------------------------------------------------- flipped bits
+
+
+@pytest.fixture(scope="module")
+def written(teacher, tmp_path_factory):
+    """One of everything that we write, without what marks a checkpoint as complete."""
+    root = tmp_path_factory.mktemp("written")
+    test_pairs.write(root / "pairs")
+    test_checkpoint.save(root / "checkpoints", [7])
+    config = read_config("export")
+    config.update({"model": str(teacher), "dynamics": "flow", "formats": ("diffusers", "msgpack")})
+    main.run(config, str(root))
+    return root
+
+
+def read_pairs(root: Path) -> None:
+    pairs_store.verify(root / "pairs")
+
+
+def read_checkpoint(root: Path) -> None:
+    mesh = devices.make_mesh(fsdp=1)
+    test_checkpoint.restore(root / "checkpoints", devices.abstract(test_checkpoint.some_state(), mesh))
+    checkpoint.load_config(root / "checkpoints", step=7)
+
+
+def read_export(root: Path) -> None:
+    for name in ("diffusers", "msgpack"):
+        loading.load(str(root / "export" / name), loading.WeightOptions())
+    export_source.run_config(str(root / "export" / "diffusers"))
+
+
+def find_files(root: Path, kind: str) -> list[Path]:
+    """The files of a kind that our readers read. TFDS's descriptions of pairs and an export's README are not read."""
+    if kind == "checkpoint":
+        found = test_checkpoint.files_of(root / "checkpoints")
+    elif kind == "export":
+        found = [path for folder in ("diffusers", "msgpack") for path in (root / "export" / folder).rglob("*")]
+        found.append(root / "export" / "export.json")
+    else:
+        shards = [path for path in (root / "pairs").glob("*.array_record*") if path.suffix != ".json"]
+        manifests = [root / "pairs" / "manifest.json", *(pairs_store.metadata_path(path) for path in shards)]
+        found = shards if kind == "shards" else manifests
+    return sorted(path for path in found if path.is_file() and path.stat().st_size)
+
+
+FLIPS = 8  # of each kind: 32
+READERS = {"shards": read_pairs, "manifests": read_pairs, "checkpoint": read_checkpoint, "export": read_export}
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_a_bit_flipped_anywhere_is_detected_and_its_file_named(kind, written, tmp_path):
+    root = Path(shutil.copytree(written, tmp_path / "copy"))
+    READERS[kind](root)
+    random, paths, missed = np.random.default_rng(20), find_files(root, kind), []
+    for path in random.choice(np.array(paths), FLIPS):
+        before = path.read_bytes()
+        position, bit = int(random.integers(len(before))), int(random.integers(8))
+        damaged = bytearray(before)
+        damaged[position] ^= 1 << bit
+        path.write_bytes(damaged)
+        try:
+            READERS[kind](root)
+            missed.append(f"{path}: bit {bit} of byte {position} was not noticed")
+        except (ValueError, FileNotFoundError) as error:
+            if str(path) not in str(error) or "\n" in str(error):
+                missed.append(f"{path}: bit {bit} of byte {position}: {error}")
+        path.write_bytes(before)
+    assert not missed, "\n".join(missed)
+    READERS[kind](root)
+
+
+def test_a_bit_flipped_in_a_shard_never_changes_what_training_reads(written, tmp_path):
+    """Training reads without the checksums of whole shards; ArrayRecord has one for each record."""
+    root = Path(shutil.copytree(written, tmp_path / "copy"))
+    numbers = range(test_pairs.RECIPE["count"])
+    right, random = Pairs(root / "pairs").batch(numbers), np.random.default_rng(21)
+    for path in random.choice(np.array(find_files(root, "shards")), 20):
+        before = path.read_bytes()
+        damaged = bytearray(before)
+        damaged[random.integers(len(before))] ^= 1 << int(random.integers(8))
+        path.write_bytes(damaged)
+        message = ""
+        try:
+            found = Pairs(root / "pairs").batch(numbers)
+        except ValueError as error:
+            found, message = right, str(error)
+        assert not message or (str(path) in message and "\n" not in message)
+        assert all(np.array_equal(found[name], right[name]) for name in right)
+        path.write_bytes(before)

@@ -273,7 +273,7 @@ def test_edited_truncated_newer_and_missing_manifests_are_refused(directory):
     for edited, words in (
         (text.replace('"seed": 5', '"seed": 6'), "edited after"),
         (text[:-9], "is not valid JSON"),
-        (text.replace('"format": 1', '"format": 2'), "format 2 is not 1"),
+        (json.dumps({"format": 2, "recipe": {}}), "format 2 is not 1"),
     ):
         path.write_text(edited)
         with pytest.raises(ValueError, match=words):

@@ -189,6 +189,37 @@ def read_json(path: str | Path, *, remedy: str = "the file may be truncated") ->
     return content
 
 
+_OWN = "checksum"  # the field of a JSON object that holds the checksum of the others
+
+
+def write_checked_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON object with a checksum of its own. Raises OSError naming the file."""
+    write_json(path, {**content, _OWN: _checksum(content)})
+
+
+def read_checked_json(path: Path, fields: Collection[str], *, remedy: str) -> dict[str, Any]:
+    """An object that `write_checked_json` wrote, or version 0.1 without a checksum.
+
+    Args:
+      fields: those it may have, so that a damaged name is noticed too.
+      remedy: what the error message advises.
+
+    Raises:
+      FileNotFoundError, ValueError: see `read_json`; also if the object does not match its checksum.
+    """
+    content = read_json(path, remedy=remedy)
+    checksum = content.pop(_OWN, None)
+    if not content.keys() <= set(fields) or checksum not in (None, _checksum(content)):
+        raise ValueError(
+            f"{path} does not match its checksum, so it is damaged or was edited after it was made; {remedy}"
+        )
+    return content
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return sha256_of_json(json.loads(json.dumps(content)))  # as it is read back: keys are strings
+
+
 def sha256_of_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from instaflow_jax.infra.files import read_json, sha256_of_json, write_json
+from instaflow_jax.infra.files import read_checked_json, sha256_of_json, write_checked_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+_FIELDS = ("format", "recipe", "recipe_sha256", "about", "shards")
 Recipe = Mapping[str, Any]
 
 
@@ -35,7 +36,8 @@ def begin(directory: Path, recipe: Recipe, about: Mapping[str, Any]) -> None:
     path, recipe = directory / MANIFEST, json.loads(json.dumps(recipe))
     check_same(directory, recipe)
     if not path.is_file():
-        write_json(path, {"format": FORMAT, "recipe": recipe, "recipe_sha256": sha256_of_json(recipe), "about": about})
+        content = {"format": FORMAT, "recipe": recipe, "recipe_sha256": sha256_of_json(recipe), "about": about}
+        write_checked_json(path, content)
 
 
 def check_same(directory: Path, recipe: Recipe) -> None:
@@ -52,7 +54,7 @@ def check_same(directory: Path, recipe: Recipe) -> None:
 
 
 def read(directory: Path) -> dict[str, Any]:
-    """The manifest, checked for its format version and its checksum.
+    """The manifest, checked for its format version and its checksums.
 
     Raises:
       FileNotFoundError: there is no manifest.
@@ -61,7 +63,7 @@ def read(directory: Path) -> dict[str, Any]:
     path = Path(directory) / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {directory} holds no pairs; make them with configs/generate.py")
-    manifest = read_json(path)
+    manifest = read_checked_json(path, _FIELDS, remedy="restore the original file")
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{path}: format {manifest.get('format')!r} is not {FORMAT}, the one this version reads")
     if sha256_of_json(manifest["recipe"]) != manifest["recipe_sha256"]:

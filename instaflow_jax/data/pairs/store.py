@@ -22,6 +22,7 @@ from instaflow_jax.infra import files
 from instaflow_jax.infra.files import sha256_of_json
 
 NAME, SPLIT = "pairs", "train"
+_METADATA = ("file", "first", "pairs", "bytes", "sha256", "recipe_sha256")  # fields of a shard's metadata
 
 
 def shard_path(directory: Path, recipe: Recipe, shard: int) -> Path:
@@ -82,7 +83,7 @@ def write_shard(directory: Path, recipe: Recipe, shard: int, pairs: Iterable[byt
         }
         metadata_path(path).unlink(missing_ok=True)  # an earlier file's metadata must not describe this one
         os.replace(temporary, path)
-        files.write_json(metadata_path(path), metadata)
+        files.write_checked_json(metadata_path(path), metadata)
     except OSError as error:
         raise OSError(
             f"{error}. {path.name} is not finished, which takes about {files.format_bytes(largest * len(numbers))}; "
@@ -102,7 +103,8 @@ def shard_metadata(directory: Path, recipe: Recipe, shard: int) -> dict[str, Any
     path = shard_path(directory, recipe, shard)
     if not metadata_path(path).is_file() or not path.is_file():
         return None
-    metadata = files.read_json(metadata_path(path))
+    remedy = "restore the original file, or delete it and start generate again, which makes only this shard"
+    metadata = files.read_checked_json(metadata_path(path), _METADATA, remedy=remedy)
     if metadata["recipe_sha256"] != sha256_of_json(recipe):
         raise ValueError(
             f"{metadata_path(path)}: this shard was made by another recipe (teacher, solver, prompts or seed) "
@@ -131,7 +133,7 @@ def finish(directory: Path, recipe: Recipe) -> bool:
             license="",
             homepage="",
         )
-        files.write_json(directory / MANIFEST, manifest | {"shards": shards})
+        files.write_checked_json(directory / MANIFEST, manifest | {"shards": shards})
     return True
 
 
