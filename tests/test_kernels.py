@@ -25,9 +25,9 @@ from instaflow_jax.models.vae import AutoencoderKL
 SAME = ((1, 1), (1, 1))
 NHWC = ("NHWC", "HWIO", "NHWC")
 UNET = {
-    "block_out_channels": (32, 64),
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "block_out_channels": (32,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
     "layers_per_block": 1,
     "cross_attention_dim": 8,
     "attention_head_dim": 2,

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 import safetensors.torch
@@ -140,12 +141,15 @@ def smaller_training(config, tiny):
 
 @pytest.fixture
 def quick(monkeypatch, no_drawing):
-    """A small network for Inception, and a web page that closes at once."""
+    """A small network for Inception, a web page that closes at once, and programs that compile fast."""
     from gradio import Blocks
 
     monkeypatch.setattr(features, "load_inception", small_inception)
     monkeypatch.setattr(evaluate_coco_measure, "sha256_of_params", lambda weights: "of the six numbers")
     monkeypatch.setattr(Blocks, "block_thread", lambda page: page.close())
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.slow
