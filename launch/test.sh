@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs everything and runs the tests on the CPU. Arguments go to pytest, e.g.
-#   launch/test.sh -m "not slow"          # about a minute
+#   launch/test.sh -m "not slow"          # three minutes
 #   launch/test.sh tests/test_flow.py
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"

@@ -411,6 +411,7 @@ def test_the_command_on_two_devices_with_the_real_inception(done, coco_folder, c
     assert np.load(tmp_path / "evaluate" / "coco" / "reference.npz")["mu"].shape == (2048,)
 
 
+@pytest.mark.slow
 def test_an_image_that_is_not_finite_is_neither_written_nor_measured(coco_folder, coco_models, small, tmp_path):
     """Finite weights whose product is too large for float32."""
     model = shutil.copytree(coco_models / "sd", tmp_path / "sd")

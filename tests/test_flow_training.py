@@ -124,6 +124,7 @@ def test_bad_fields_are_refused_before_anything_is_loaded(fields, words):
         flow_training.read_flow_options(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stage, fields, words",
     [

@@ -81,6 +81,7 @@ def test_convolutions_equal_xlas(function, shape):
     assert_equal(function, plain, normal(0, *shape), normal(1, 3, 3, shape[-1], 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(4, 6), (5, 7)], ids=["even", "odd"])
 def test_halving_by_columns_equals_xlas(size):
     halve, reference = (functools.partial(function, stride=2) for function in (cpu.by_columns, plain))
@@ -239,6 +240,7 @@ def test_other_platforms_keep_their_convolution_and_attention(monkeypatch):
     assert "while" in on_cpu and "while" not in on_gpu
 
 
+@pytest.mark.slow
 def test_group_norm_equals_its_definition():
     norm = layers.LayerFactory().group_norm(12, 3, 1e-3)
     norm.scale[...], norm.bias[...] = normal(1, 12), normal(2, 12)

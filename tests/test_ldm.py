@@ -251,6 +251,7 @@ def test_single_files_and_loras_in_float8_are_read_exactly(kind, sd1, torch, tmp
             np.testing.assert_array_equal(small.params[net][name], value, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part,name", [("first_stage_model.", "vae"), ("cond_stage_model.", "text_encoder")])
 def test_a_part_that_a_single_file_lacks_comes_from_the_base(part, name, sd1, tmp_path):
     file = save({k: v for k, v in sd1.state.items() if not k.startswith(part)}, tmp_path / "model.safetensors")
@@ -271,6 +272,7 @@ def test_ema_weights_are_read_when_asked_for(sd1, tmp_path):
         pipeline.load(sd1.file, variant="ema", attention="xla", base=sd1.base)
 
 
+@pytest.mark.slow
 def test_a_variant_that_only_some_folders_have_is_used_there(sd1, tmp_path):
     folder = tmp_path / "some"
     shutil.copytree(sd1.base, folder)

@@ -415,6 +415,7 @@ def test_a_weight_that_is_not_finite_is_named(path, key, value, copy, tmp_path):
     assert "\n" not in str(refused.value) and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_lora_that_brings_in_nan_is_named(copy, tmp_path):
     for name in ("good", "bad"):
         key = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_"

@@ -53,6 +53,7 @@ def test_ema_moves_towards_the_new_parameters(mesh):
         np.testing.assert_allclose(after.ema[name], expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_update_is_optax_adamw_with_clipping_and_decay_of_kernels_only(mesh):
     fields = {"b1": 0.9, "b2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
     ours = optim.make_optimizer(optim.make_schedule("constant", peak=1e-2, warmup_steps=0), **fields, clip=0.5)
@@ -185,6 +186,7 @@ def test_training_compiles_once_and_learns(tmp_path):
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
 
 
+@pytest.mark.slow
 def test_two_and_two_steps_equal_four(tmp_path):
     full = toy.run(tmp_path / "full", 4)
     toy.run(tmp_path / "parts", 2)

@@ -80,6 +80,7 @@ def test_unet_differs_when_an_epsilon_does(tmp_path):
     assert relative(jax.jit(other.apply)(params, *inputs), jax.jit(net.apply)(params, *inputs)) > 1e-5
 
 
+@pytest.mark.slow
 def test_vae_equals_pytorch(tmp_path):
     reference = torch_vae()
     reference.save_pretrained(tmp_path)
