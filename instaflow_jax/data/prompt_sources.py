@@ -92,9 +92,7 @@ def _text(path: Path, column: str) -> Rows:
 def _lines(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         for number, line in enumerate(file):
-            if number == 0 and line.startswith(
-                (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-            ):  # else read as UTF-8 with NULs
+            if number == 0 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # else texts with NULs
                 raise ValueError(f"{path} is UTF-16, not UTF-8; save it as UTF-8")
             yield line.rstrip(b"\r\n")
 

@@ -84,9 +84,7 @@ class Preprocessor:
             if not isinstance(raw.get(key, 224), int | Mapping):
                 raise ValueError(f"{key}={raw[key]!r} is not supported; use a number or an object")
         size = raw.get("size", 224)
-        shortest = size if isinstance(size, int) else 0
-        if isinstance(size, Mapping):
-            shortest = size.get("shortest_edge") or 0
+        shortest = size if isinstance(size, int) else size.get("shortest_edge") or 0
         both = () if shortest else _both(size)
         crop = _both(raw.get("crop_size", 224)) if stated["do_center_crop"] else ()
         mean, std = tuple(raw.get("image_mean", _MEAN)), tuple(raw.get("image_std", _STD))

@@ -157,7 +157,7 @@ def check_drawn(finite: Bool[np.ndarray, " B"], names: Sequence[str]) -> None:
 
 def name_image(prompt: str, seed: Any) -> str:
     """An image in an error message."""
-    return f"prompt {prompt if len(prompt) <= 80 else prompt[:80] + '…'!r}, seed {seed}"
+    return f"prompt {quote(prompt)}, seed {seed}"
 
 
 def read_loras(loras: str) -> tuple[tuple[str, float], ...]:
