@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, StableDiffusionPipeline
-from helpers import unchecked
+from helpers import references, unchecked
 
 from instaflow_jax import flow, solvers, teacher
+
+torch = references()  # before diffusers, which imports torchvision
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, StableDiffusionPipeline
 
 B, H, W, C, L, D = 2, 4, 4, 4, 3, 6
 ALPHA = 5.0  # guidance
