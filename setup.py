@@ -22,9 +22,7 @@ TEST = [
     *DEMO,
     *SERVE,
     "beartype==0.23.*",
-    "diffusers==0.39.0",
     "grain",
-    "huggingface-hub<1",  # transformers 4.57 needs it
     "ipykernel",
     "lpips==0.1.4",
     "nbclient",
@@ -39,8 +37,9 @@ TEST = [
     "scipy",
     "torch==2.13.0",
     "torchvision==0.28.0",
-    "transformers==4.57.*",
 ]
+REFERENCES = ["diffusers==0.39.0", "huggingface-hub<1", "transformers==4.57.*"]  # what the ports are compared with
+NEWEST_REFERENCES = ["diffusers>=0.42", "transformers>=5"]
 
 setup(
     name="instaflow_jax",
@@ -75,6 +74,7 @@ setup(
         "train": TRAIN,
         "demo": DEMO,
         "serve": SERVE,
-        "test": TEST,
+        "test": [*TEST, *REFERENCES],
+        "test-newest": [*TEST, *NEWEST_REFERENCES],
     },
 )

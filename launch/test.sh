@@ -2,8 +2,14 @@
 # Installs everything and runs the tests on the CPU. Arguments go to pytest, e.g.
 #   launch/test.sh -m "not slow"          # three minutes
 #   launch/test.sh tests/test_flow.py
+# REFERENCES=newest tests with the newest diffusers and transformers, in an environment of its own.
 set -euo pipefail
+EXTRA=test
+if [ "${REFERENCES:-pinned}" = newest ]; then
+  EXTRA=test-newest
+  VENV=${VENV:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv-newest}
+fi
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-install test
+install "$EXTRA"
 # Two processes: compiling keeps one core busy in each.
 exec env JAX_PLATFORMS=cpu python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "$@"

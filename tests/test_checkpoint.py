@@ -117,7 +117,7 @@ def test_all_arrays_that_do_not_match_are_named(tmp_path, mesh):
         "up.bias: saved (256,) float32, expected (256,) bfloat16",
     ):
         assert offender in str(refused.value)
-    assert len(str(refused.value).splitlines()) == 5
+    assert "\n" not in str(refused.value)
 
 
 def test_another_optimizer_is_refused(tmp_path, mesh):

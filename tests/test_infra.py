@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from instaflow_jax.evals import frechet
-from instaflow_jax.infra import checkpoint, cost, epochs, files, images, metrics, progress
+from instaflow_jax.infra import checkpoint, cost, epochs, files, images, messages, metrics
 from instaflow_jax.infra.progress import Progress, clock_time
 from instaflow_jax.infra.runner import BatchedRunner
 from instaflow_jax.weights import hub, port
@@ -90,8 +90,13 @@ def test_a_full_disk_names_the_file_and_the_bytes_it_takes(write, size, tmp_path
 
 
 def test_a_long_text_is_quoted_in_part():
-    assert progress.quote("a face") == "'a face'"
-    assert len(progress.quote("x" * 10_000)) == 82
+    assert messages.quote("a face") == "'a face'"
+    assert len(messages.quote("x" * 10_000)) == 82
+
+
+def test_a_long_list_is_given_in_part():
+    assert messages.first_ten(["a", "b"]) == "a, b"
+    assert messages.first_ten([*"abcdefghijkl"], "; ") == "a; b; c; d; e; f; g; h; i; j and 2 more"
 
 
 def test_stale_files_of_ended_processes_are_deleted(tmp_path):

@@ -21,6 +21,7 @@ from jaxtyping import PyTree
 from instaflow_jax.arrays import AnyArray, Params
 from instaflow_jax.infra import devices, files
 from instaflow_jax.infra.files import as_os_error, format_bytes, naming
+from instaflow_jax.infra.messages import first_ten
 
 _INCOMPLETE = "*.orbax-checkpoint-tmp*"
 ITEMS = ("params", "ema", "optimizer", "data", "config")
@@ -191,10 +192,9 @@ def check_match(source: str, found: Mapping[str, Any], wanted: Mapping[str, Any]
         if saved != expected:
             wrong.append(f"{name}: saved {saved}, expected {expected}")
     if wrong:
-        more = [f"and {len(wrong) - 10} more"] if len(wrong) > 10 else []
         raise ValueError(
             f"the arrays of {source} are not the expected ones; use the config they were trained with, or another "
-            "workdir:\n  " + "\n  ".join(sorted(wrong)[:10] + more)
+            f"workdir: {first_ten(sorted(wrong), '; ')}"
         )
 
 

@@ -63,8 +63,3 @@ class Progress:
 def clock_time(seconds: float) -> str:
     """1:02:03, or 02:03 below the hour."""
     return tqdm.format_interval(round(seconds))
-
-
-def quote(text: str) -> str:
-    """A prompt in quotation marks, at most 80 characters of it, for messages."""
-    return repr(text if len(text) <= 80 else text[:77] + "...")

@@ -2,11 +2,12 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from instaflow_jax.infra.files import read_json
+from instaflow_jax.infra.messages import first_ten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,11 +116,6 @@ def _shards(index: Path) -> list[Path]:
 
 def _listing(directory: Path) -> str:
     return first_ten(sorted(p.name for p in directory.iterdir())) or "nothing"
-
-
-def first_ten(names: Sequence[str]) -> str:
-    """The first ten names, and the number of the rest, for an error message."""
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def read_config(directory: Path, class_name: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from instaflow_jax.arrays import Params
+from instaflow_jax.infra.messages import first_ten
 from instaflow_jax.weights import hub, port
 
 _UNET, _VAE = "model.diffusion_model.", "first_stage_model."
@@ -138,7 +139,7 @@ def read(
     if not any(key.startswith(_UNET) for key in stored):
         raise ValueError(
             f"{path} has no weights named {_UNET}…, so it is not a checkpoint of the original Latent Diffusion code; "
-            f"it contains {hub.first_ten(list(stored)) or 'nothing'}"
+            f"it contains {first_ten(list(stored)) or 'nothing'}"
         )
     if variant == _EMA:
         stored |= _ema(stored, path)

@@ -19,8 +19,9 @@ from flax import serialization
 
 from instaflow_jax.arrays import Params
 from instaflow_jax.infra.files import as_os_error, atomic_write, write_bytes, write_text, wrong_kind
+from instaflow_jax.infra.messages import first_ten
 from instaflow_jax.weights import torch_file
-from instaflow_jax.weights.hub import Layout, first_ten, weight_files
+from instaflow_jax.weights.hub import Layout, weight_files
 
 Stored = Mapping[str, Callable[[], np.ndarray]]  # key in the file → function that reads that tensor
 Shapes = Mapping[str, jax.ShapeDtypeStruct]  # our name → shape and dtype of a parameter

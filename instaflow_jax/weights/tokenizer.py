@@ -18,7 +18,7 @@ from jaxtyping import Int
 from tokenizers import models, normalizers, pre_tokenizers
 
 from instaflow_jax.infra import files
-from instaflow_jax.infra.progress import quote
+from instaflow_jax.infra.messages import quote
 from instaflow_jax.weights import hub
 
 _FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")

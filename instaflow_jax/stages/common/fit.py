@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from instaflow_jax.arrays import Key, Params
 from instaflow_jax.infra import devices, metrics
 from instaflow_jax.infra.checkpoint import Checkpoints, complete_steps, load_config
+from instaflow_jax.infra.messages import first_ten
 from instaflow_jax.stages.common.ranges import check_ranges
 from instaflow_jax.train import loop, optim
 from instaflow_jax.train import state as train_state
@@ -91,10 +92,9 @@ def check_same_run(options: TrainOptions, directory: Path) -> None:
     if options.loop["steps"] < steps[-1]:
         differ.append("loop.steps")
     if differ:
-        shown = [f"{name}={here[name]!r}, there {there.get(name)!r}" for name in differ[:10]]
-        more = f" and {len(differ) - 10} more" if len(differ) > 10 else ""
+        shown = [f"{name}={here[name]!r}, there {there.get(name)!r}" for name in differ]
         raise ValueError(
-            f"{directory} holds a run with other settings, at step {steps[-1]} ({'; '.join(shown)}{more}): use its "
+            f"{directory} holds a run with other settings, at step {steps[-1]} ({first_ten(shown, '; ')}): use its "
             "settings, another --workdir, or --config.resume=force to go on with the new ones"
         )
 

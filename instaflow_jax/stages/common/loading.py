@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from instaflow_jax import pipeline
 from instaflow_jax.data import prompt_sources
 from instaflow_jax.infra import files
-from instaflow_jax.infra.progress import quote
+from instaflow_jax.infra.messages import quote
 from instaflow_jax.kernels.attention import check_cudnn
 from instaflow_jax.weights.delta import Delta
 from instaflow_jax.weights.port import torch_key

@@ -14,7 +14,7 @@ from instaflow_jax import __version__, pipeline, sampling
 from instaflow_jax.arrays import AnyArray, Latent, Params, TokenIds
 from instaflow_jax.data import noise, prompts
 from instaflow_jax.infra.files import sha256_of_json, sha256_of_params
-from instaflow_jax.infra.progress import quote
+from instaflow_jax.infra.messages import quote
 from instaflow_jax.infra.runner import BatchedRunner
 from instaflow_jax.stages.common.loading import SolveOptions, WeightOptions, latent_shape
 from instaflow_jax.stages.common.loading import load as load_pipeline
