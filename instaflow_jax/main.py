@@ -51,7 +51,10 @@ RENAMED = {  # config field of version 0.1 → its name now; the longer names co
 }
 NO_CONFIG = "no config is given; use --config=configs/STAGE.py"
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "configs/STAGE.py, or configs/STAGE.py:variant")
+try:
+    _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/STAGE.py, or configs/STAGE.py:variant")
+except flags.Error as error:  # it reads the command line: a --flagfile that is missing
+    sys.exit(str(error).replace("ERROR:: ", "error: "))
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0; '' asks the cluster")
 _PROCESSES = flags.DEFINE_integer("processes", 1, "processes of this run; 0 asks the cluster", lower_bound=0)
 _PROCESS = flags.DEFINE_integer("process", -1, "number of this process, from 0; -1 asks the cluster", lower_bound=-1)

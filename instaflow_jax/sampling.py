@@ -107,17 +107,12 @@ def make_solve(apply: Callable, dynamics: Dynamics, solver: str, N: int, alpha: 
 
 def make_generate(
     nets: Mapping[str, Any], solve: Solve
-) -> Callable[[Mapping[str, Params], TokenIds, TokenIds, Latent], jax.Array]:
-    """Text encoder, ODE and decoder as one function to compile, `generate(params, ids, null_ids, X0) → uint8`.
+) -> Callable[[Mapping[str, Params], TokenIds, TokenIds, Latent], tuple[jax.Array, jax.Array]]:
+    """Text encoder, ODE and decoder as one function to compile, `generate(params, ids, null_ids, X0)`.
 
-    Takes ids [B, L], null_ids [1, L] (the empty or negative prompt) and X0 [B, h, w, c]; returns images [B, H, W, 3].
+    Takes ids [B, L], null_ids [1, L] (the empty or negative prompt) and X0 [B, h, w, c]. Returns uint8 images
+    [B, H, W, 3], and [B] whether each was finite; see `to_uint8_checked`.
     """
-    checked = make_generate_checked(nets, solve)
-    return lambda params, ids, null_ids, X0: checked(params, ids, null_ids, X0)[0]
-
-
-def make_generate_checked(nets: Mapping[str, Any], solve: Solve) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Like `make_generate`, but returns (images, finite [B]); see `to_uint8_checked`."""
 
     def generate(params, ids, null_ids, X0):
         X1 = solve(params["unet"], X0, *encode_text(nets, params, ids, null_ids))

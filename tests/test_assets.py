@@ -50,7 +50,7 @@ def test_prompts_make_a_difference(pipe):
     generate = jax.jit(sampling.make_generate(pipe.nets, solve))
     X0 = sampling.noise(np.zeros(2, np.uint32), pipe.latent_shape)
     apple, tree = np.asarray(
-        generate(pipe.params, pipe.tokenizer(["red apple", "evergreen tree"]), pipe.tokenizer([""]), X0), np.float32
+        generate(pipe.params, pipe.tokenizer(["red apple", "evergreen tree"]), pipe.tokenizer([""]), X0)[0], np.float32
     )
     assert np.abs(apple - tree).mean() > 15
 

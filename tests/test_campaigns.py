@@ -60,6 +60,7 @@ sample --processes=-2                                       => processes
 sample --workdir=IN/latin.txt                               => IN/latin.txt
 prompts=x                                                   => --config=configs/STAGE.py
 --config=                                                   => --config
+--flagfile=IN/missing                                       => IN/missing
 --confg=configs/sample.py                                   => confg
 --config=configs/smaple.py                                  => configs/sample.py
 --config=configs                                            => configs

@@ -337,7 +337,7 @@ def test_the_released_layout_is_read_and_gives_the_released_image(released, torc
         text = pipe.text_encoder(torch.tensor(ids, dtype=torch.long)).last_hidden_state
         X1 = z + pipe.unet(z, torch.full((2,), 1000.0), text).sample
         pixels = pipe.vae.decode(X1 / 0.18215).sample.clamp(-1, 1).permute(0, 2, 3, 1).numpy()
-    got = np.asarray(generate(ours.params, ids, ours.tokenizer([""]), X0), float)
+    got = np.asarray(generate(ours.params, ids, ours.tokenizer([""]), X0)[0], float)
     assert relative(got, np.round(255 * (pixels / 2 + 0.5))) < 1e-3  # a few bytes round differently
 
 

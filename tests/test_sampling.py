@@ -18,7 +18,7 @@ from PIL import Image
 from instaflow_jax import main, pipeline, sampling, teacher
 from instaflow_jax.infra import files
 from instaflow_jax.models.unet import UNet2DConditionModel
-from instaflow_jax.stages.common import loading
+from instaflow_jax.stages.common import fit, flow_training, loading
 from instaflow_jax.stages.serve import models as serve_models
 
 ROOT = Path(__file__).parent.parent
@@ -160,7 +160,7 @@ def test_teacher_equals_the_diffusers_pipeline(solver, scheduler, tiny, torch):
     assert isinstance(dynamics, teacher.Schedule)
     solve = sampling.make_solve(ours.nets["unet"].apply, dynamics, solver, 25, 3.0)
     generate = jax.jit(sampling.make_generate(ours.nets, solve))
-    got = generate(ours.params, ours.tokenizer(["red apple", "house"]), ours.tokenizer(["a face"]), X0)
+    got, _ = generate(ours.params, ours.tokenizer(["red apple", "house"]), ours.tokenizer(["a face"]), X0)
     assert np.abs(np.asarray(got, int) - np.round(want * 255)).max() <= 1
 
 
@@ -437,6 +437,10 @@ def test_an_image_that_is_not_finite_is_named_by_prompt_and_seed(copy, tmp_path)
     served = serve_models.make_model(pipe, "tiny", dynamics="teacher", alpha=1.0, choices=(1,))
     with pytest.raises(ValueError, match="prompt 'house', seed 3 is NaN or infinite"):
         served.draw("house", 3, 1)
+    options = fit.EvalOptions(prompts=("red apple", "house"), seeds=2, N=(1,), alpha=1.0)
+    evaluate = flow_training.make_evaluate(options, pipe, pipe.latent_shape)
+    with pytest.raises(ValueError, match="prompt 'red apple', seed 0 is NaN or infinite, as are 3 others of 4"):
+        evaluate(pipe.params["unet"], tmp_path / "grid.png")
 
 
 def test_a_file_that_has_changed_since_its_checksum_is_named(copy, tmp_path):

@@ -84,7 +84,7 @@ def draw(
     Raises:
       ValueError: naming prompt and seed of an image that is NaN or infinite.
     """
-    generate = sampling.make_generate_checked(pipe.nets, solve)
+    generate = sampling.make_generate(pipe.nets, solve)
     size = min(batch, -(-len(jobs) // jax.local_device_count()))
     runner = BatchedRunner(lambda fixed, ids, X0: generate(fixed[0], ids, fixed[1], X0), size)
     fixed = runner.place((pipe.params, pipe.tokenizer([negative])))

@@ -79,7 +79,7 @@ class Tokenizer:
         vocab, merges = _vocabulary(folder)
         config = files.read_json(folder / "tokenizer_config.json")
         special = folder / "special_tokens_map.json"
-        if special.is_file() and "added_tokens_decoder" not in config:  # newer configs include the special tokens
+        if special.exists() and "added_tokens_decoder" not in config:  # newer configs include the special tokens
             config = config | files.read_json(special)
         try:
             return cls(vocab, merges, _with_learned_words(folder, vocab, config))
@@ -175,11 +175,11 @@ def _with_learned_words(folder: Path, vocab: dict[str, int], config: dict[str, A
     """The config with the words of `added_tokens.json` and `tokenizer.json` in its `added_tokens_decoder`."""
     listed, found = dict(config.get("added_tokens_decoder", {})), []
     words, whole = folder / "added_tokens.json", folder / "tokenizer.json"
-    if words.is_file():  # it lists ids alone; transformers too adds the flags like this
+    if words.exists():  # it lists ids alone; transformers too adds the flags like this
         special = {token.content for token in _special_tokens(config).values()} | set(_further_special(config))
         for word, i in files.read_json(words).items():
             found.append((i, {"content": word, "normalized": word not in special, "special": word in special}))
-    if whole.is_file():
+    if whole.exists():
         tokens = files.read_json(whole).get("added_tokens") or []
         found += [(token.get("id"), {key: token[key] for key in token if key != "id"}) for token in tokens]
     ids = vocab | {token["content"]: int(i) for i, token in listed.items()}

@@ -18,7 +18,14 @@ from instaflow_jax.infra import files, images
 from instaflow_jax.infra.epochs import ShuffledEpochs
 from instaflow_jax.models.layers import REMAT
 from instaflow_jax.stages.common import fit
-from instaflow_jax.stages.common.loading import EXPORT, WeightOptions, check_finite, read_weight_options
+from instaflow_jax.stages.common.loading import (
+    EXPORT,
+    WeightOptions,
+    check_drawn,
+    check_finite,
+    name_image,
+    read_weight_options,
+)
 from instaflow_jax.train import warm_start
 from instaflow_jax.train.step import Loss
 from instaflow_jax.weights.conventions import NUM_TIMESTEPS
@@ -194,7 +201,10 @@ def export(pipe: pipeline.Pipeline, unet: Params, directory: Path) -> None:
 
 
 def make_evaluate(options: fit.EvalOptions, pipe: pipeline.Pipeline, shape: tuple[int, int, int]) -> fit.Evaluate:
-    """A grid from fixed prompts and noise, one column for each N and seed, and the flow's straightness S."""
+    """A grid from fixed prompts and noise, one column for each N and seed, and the flow's straightness S.
+
+    What it returns raises ValueError naming prompt and seed of an image that is NaN or infinite.
+    """
     prompts, counts, seeds = list(options.prompts), tuple(options.N), options.seeds
     ids, null_ids = jnp.asarray(np.repeat(pipe.tokenizer(prompts), seeds, 0)), jnp.asarray(pipe.tokenizer([""]))
     X0 = sampling.noise(np.tile(np.arange(seeds), len(prompts)), shape)
@@ -202,10 +212,16 @@ def make_evaluate(options: fit.EvalOptions, pipe: pipeline.Pipeline, shape: tupl
     draw = jax.jit(make_draw(pipe, options.alpha))
     straightness = jax.jit(make_straightness(pipe, max(counts)))
     labels = [f"N={N}" if seed == 0 else "" for N in counts for seed in range(seeds)]
+    names = [name_image(prompt, seed) for prompt in prompts for seed in range(seeds)]
 
     def evaluate(ema: Params, path: Path) -> dict[str, float]:
         params = pipe.params | {"unet": ema}
-        drawn = np.stack([draw(params, ids, null_ids, X0, *table) for table in tables])  # [counts, prompts · seeds, …]
+        columns = []
+        for table in tables:
+            drawn, finite = draw(params, ids, null_ids, X0, *table)
+            check_drawn(np.asarray(finite), names)
+            columns.append(drawn)
+        drawn = np.stack(columns)  # [counts, prompts · seeds, …]
         size = drawn.shape[2:]
         rows = drawn.reshape(len(counts), len(prompts), seeds, *size).swapaxes(0, 1).reshape(-1, *size)
         scale = max(1, 64 // size[1])
@@ -217,7 +233,7 @@ def make_evaluate(options: fit.EvalOptions, pipe: pipeline.Pipeline, shape: tupl
 
 
 def make_draw(pipe: pipeline.Pipeline, alpha: float) -> Callable:
-    """`draw(params, ids, null_ids, X0, table, N) → uint8` images; padded tables let one program serve every N."""
+    """`draw(params, ids, null_ids, X0, table, N)`; padded tables let one program serve every N. See `make_generate`."""
 
     def draw(params, ids, null_ids, X0, table, N):
         def solve(unet, X0, text, null):

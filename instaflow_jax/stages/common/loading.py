@@ -144,7 +144,7 @@ def check_drawn(finite: Bool[np.ndarray, " B"], names: Sequence[str]) -> None:
     """Raises ValueError naming the first image that the networks made of values that are NaN or infinite.
 
     Args:
-      finite: from `sampling.make_generate_checked`.
+      finite: from `sampling.make_generate`.
       names: what identifies each image, from `name_image`.
     """
     bad = np.flatnonzero(~np.asarray(finite))

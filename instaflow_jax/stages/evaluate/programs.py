@@ -46,7 +46,7 @@ def make_draw_one(nets: Mapping[str, Any], guided: bool) -> Callable[..., tuple[
 
     def program(params, null_ids, solver, ids, X0):
         solve = make_solve(nets["unet"].apply, solver, guided)
-        return sampling.make_generate_checked(nets, solve)(params, ids, null_ids, X0)
+        return sampling.make_generate(nets, solve)(params, ids, null_ids, X0)
 
     return program
 

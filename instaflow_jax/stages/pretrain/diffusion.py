@@ -20,7 +20,7 @@ from instaflow_jax.models.net import Net
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.models.vae import AutoencoderKL
 from instaflow_jax.stages.common.fit import EvalOptions, Evaluate
-from instaflow_jax.stages.common.loading import check_files, check_finite
+from instaflow_jax.stages.common.loading import check_drawn, check_files, check_finite, name_image
 from instaflow_jax.stages.pretrain.losses import Augment, join, make_diffusion_loss, part
 from instaflow_jax.stages.pretrain.recipe import LoadSplit, Recipe, embedded_tokenizer
 
@@ -146,7 +146,8 @@ def make_evaluate(
 
     def evaluate(params: Params, path: Path) -> dict[str, float]:
         X0 = sampling.noise(np.tile(np.arange(seeds), len(prompts)), shape)
-        drawn = np.asarray(generate(all_params(params), ids, null_ids, X0))
+        drawn, finite = map(np.asarray, generate(all_params(params), ids, null_ids, X0))
+        check_drawn(finite, [name_image(prompt, seed) for prompt in prompts for seed in range(seeds)])
         grid = images.grid(drawn, columns=seeds, row_labels=prompts, column_labels=(), scale=2)
         images.save_png(path, grid, {"prompts": "|".join(prompts), "alpha": str(options.alpha)})
         return {"spread": float(drawn.reshape(len(prompts), seeds, -1).std(1).mean() / 255)}
