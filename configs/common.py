@@ -24,7 +24,7 @@ def weights() -> ConfigDict:
     config.loras = ""  # FILE=0.8|FILE2=0.5, merged in this order
     config.weights_variant = ""  # "fp16" reads model.fp16.safetensors and so on; "ema" a single file's model_ema
     config.dtype = "float32"  # compute type; or bfloat16
-    config.attention = "xla"  # or cudnn (NVIDIA, bfloat16; heads that it cannot compute use xla)
+    config.attention = "auto"  # or xla: without cuDNN's, the TPU's and the CPU's own kernels
     config.kernels = "auto"  # or xla, which turns all hand-written kernels off
     config.check = False  # true only makes every check that needs no long computation
     config.verify = True  # compare files with their checksums, where there are any; false saves a reading of large ones

@@ -31,6 +31,7 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
     config.weights = "ema"  # or params; which weights of a run directory
     config.dynamics = "auto"  # flow or teacher, if a directory in diffusers layout does not state it correctly
     config.formats = FORMATS
+    config.attention = "xla"  # the exported program runs anywhere, so it has none of a platform's own kernels
     config.convention = "stock"  # of diffusers/; or released: the authors' sign and scheduler, for their own code
     config.prompts = "woman astronaut|red apple|cat face"  # whose token ids are written beside the program
     config.output = "export"  # folder of the workdir to write to

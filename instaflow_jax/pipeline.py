@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from instaflow_jax import teacher
 from instaflow_jax.arrays import Params
@@ -52,19 +53,39 @@ class Pipeline:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """[h, w, c] of the latents the UNet was trained on.
+        """See `latent_shape`."""
+        return latent_shape(self.nets)
 
-        Raises:
-          ValueError: the UNet's config does not say.
-        """
-        unet = self.nets["unet"].config
-        if unet.sample_size is None:
-            raise ValueError(
-                "the UNet's config.json has no sample_size; set config.height and config.width, or write into "
-                "config.json the side of its latents (64 for Stable Diffusion 1.x)"
-            )
-        size = unet.sample_size if isinstance(unet.sample_size, tuple) else (unet.sample_size,) * 2
-        return (*size, unet.in_channels)
+
+def inference_params(nets: Mapping[str, Net], params: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The weights that text-to-image reads, in the types it computes with; arrays or shapes.
+
+    Kernels and embeddings are cast once (`Net.cast`). In place of the autoencoder's encoder stand empty arrays, so that
+    it is not uploaded.
+    """
+
+    def only_read(name: str, key: str, value: Any) -> Any:
+        unread = name == "vae" and key.startswith(("encoder.", "quant_conv."))
+        return np.zeros(0, value.dtype) if unread else value
+
+    cast = {name: nets[name].cast(weights) for name, weights in params.items()}
+    return {name: {key: only_read(name, key, value) for key, value in w.items()} for name, w in cast.items()}
+
+
+def latent_shape(nets: Mapping[str, Net]) -> tuple[int, int, int]:
+    """[h, w, c] of the latents the UNet was trained on.
+
+    Raises:
+      ValueError: the UNet's config does not say.
+    """
+    unet = nets["unet"].config
+    if unet.sample_size is None:
+        raise ValueError(
+            "the UNet's config.json has no sample_size; set config.height and config.width, or write into "
+            "config.json the side of its latents (64 for Stable Diffusion 1.x)"
+        )
+    size = unet.sample_size if isinstance(unet.sample_size, tuple) else (unet.sample_size,) * 2
+    return (*size, unet.in_channels)
 
 
 def locate(source: str) -> str:
@@ -90,7 +111,7 @@ def load(
       variant: e.g. "fp16" for weight files of that name, where a folder has them; None for files without a variant.
         In a single file, "ema" means the UNet's EMA weights.
       dtype: compute type of the networks; parameters are float32.
-      attention: "xla" or "cudnn".
+      attention: "auto" or "xla", see `kernels.attention`.
       kernels: "auto" for the hand-written kernels where they are faster, "xla" for XLA's own everywhere.
       base: for a single file, a directory or hub id of the same family, which provides configs, tokenizer, scheduler.
       delta: change of another model, added to the UNet; see `Delta`.

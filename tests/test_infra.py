@@ -274,32 +274,66 @@ def test_clock_time():
 
 
 def test_rates_give_mfu_where_the_peak_is_known(monkeypatch):
-    monkeypatch.setattr(cost, "peak_flops", lambda kind: 100e12)
+    monkeypatch.setattr(cost, "peak", lambda kind: cost.Peak(100e12, 1e12, 80e9))
     found = cost.rates(10, 5.0, samples_per_step=32, flops_per_step=20e12)
     assert found == pytest.approx({"steps_per_s": 2, "samples_per_s": 64, "tflop_per_s": 40, "mfu": 0.4})
 
 
 @pytest.mark.parametrize(
-    ("kind", "peak"),
+    ("kind", "flops"),
     [
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
         ("TPU v5 lite", 197e12),
         ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
         ("cpu", None),
     ],
 )
-def test_peak_of_known_devices(kind, peak):
-    assert cost.peak_flops(kind) == peak
+def test_peaks_of_known_devices(kind, flops):
+    found = cost.peak(kind)
+    assert (found and found.flops) == flops
 
 
-def test_cost_of_a_step_counts_every_micro_batch():
-    def products(a, b):
+def test_every_kind_of_equation_is_counted():
+    a, b = jnp.ones((4, 16, 64)), jnp.ones((64, 32))
+    one = 2 * 16 * 64 * 32
+
+    def looped(a, b):
         return jax.lax.scan(lambda total, rows: (total + rows @ b, None), jnp.zeros((16, 32)), a)[0]
 
-    lowered = jax.jit(products).lower(jnp.ones((4, 16, 64)), jnp.ones((64, 32)))
-    assert cost.step_flops(lowered, repeats=4) == pytest.approx(4 * 2 * 16 * 64 * 32, rel=0.05)
+    def by_platform(a, b):
+        three_times = lambda x, y: x @ y + x @ y + x @ y  # noqa: E731
+        return jax.lax.platform_dependent(a, b, cpu=three_times, default=jnp.matmul)
+
+    def either(a, b):
+        return jax.lax.cond(a[0, 0] > 0, lambda: a @ b, lambda: jnp.zeros((16, 32)))
+
+    count = lambda f, *x: cost.count_flops(jax.make_jaxpr(f)(*x))  # noqa: E731
+    assert count(looped, a, b) == 4 * one
+    assert count(by_platform, a[0], b) == count(either, a[0], b) == count(jax.jit(jnp.matmul), a[0], b) == one
+    assert not cost.recomputes(jax.make_jaxpr(looped)(a, b))
+    again = jax.grad(lambda a, b: jnp.sum(jax.checkpoint(lambda a, b: jnp.sin(jnp.sin(a @ b)))(a, b)), (0, 1))
+    assert count(again, a[0], b) == 4 * one and cost.recomputes(jax.make_jaxpr(again)(a[0], b))
+
+
+@pytest.mark.parametrize("stride, dilation, groups", [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 4)])
+def test_flops_of_convolutions_and_their_gradients_are_xlas(stride, dilation, groups):
+    """On a large image, because XLA leaves products with padded zeros out."""
+
+    def convolve(x, kernel):
+        dims = ("NHWC", "HWIO", "NHWC")
+        options = {"rhs_dilation": (dilation,) * 2, "dimension_numbers": dims, "feature_group_count": groups}
+        return jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, "VALID", **options)
+
+    inputs = jnp.ones((2, 97, 97, 8)), jnp.ones((3, 3, 8 // groups, 12))
+    for function in (convolve, jax.value_and_grad(lambda *x: jnp.sum(convolve(*x) ** 2), (0, 1))):
+        ours = cost.count_flops(jax.make_jaxpr(function)(*inputs))
+        theirs = jax.jit(function).lower(*inputs).cost_analysis()["flops"]
+        assert ours == pytest.approx(theirs, rel=0.05)
 
 
 def test_compiled_step_is_described():

@@ -4,8 +4,10 @@ Batches are split over both axes. Large arrays of the state are split over 'fsdp
 the others are replicated. `fsdp=1` is plain data parallelism.
 """
 
+import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
+from glob import glob
 
 import jax
 import numpy as np
@@ -22,13 +24,15 @@ MIN_SHARDED_SIZE = 2**14
 
 
 def initialize(*, coordinator: str, processes: int, process: int) -> None:
-    """Joins the processes of one run; must be called before any other use of jax. Does nothing for one process.
+    """Joins the processes of one run; must be called before any other use of jax.
 
     Args:
       coordinator: 'host:port' of process 0; '' to get it from the cluster (Slurm, a TPU pod).
       processes: number of processes; 0 to get it from the cluster.
       process: index of this process; -1 to get it from the cluster.
     """
+    if not jax.config.jax_platforms and has_only_the_tpus_compiler():
+        jax.config.update("jax_platforms", "cpu")
     if processes == 1:
         return
     jax.distributed.initialize(
@@ -36,6 +40,12 @@ def initialize(*, coordinator: str, processes: int, process: int) -> None:
         num_processes=processes or None,
         process_id=None if process == -1 else process,
     )
+
+
+def has_only_the_tpus_compiler() -> bool:
+    """Whether libtpu is there for `plan` alone; without a TPU it would print warnings at every start."""
+    packages = {name: importlib.util.find_spec(name) for name in ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")}
+    return [name for name in packages if packages[name]] == ["libtpu"] and not glob("/dev/accel*") + glob("/dev/vfio/*")
 
 
 def barrier(name: str) -> None:

@@ -1,6 +1,7 @@
 """Multi-head attention. No other module computes it."""
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -9,29 +10,11 @@ from jaxtyping import Float
 
 from instaflow_jax.arrays import AnyArray
 from instaflow_jax.kernels.cpu import attention as cpu
+from instaflow_jax.kernels.tpu import attention as tpu
 
+ATTENTION = ("auto", "xla")  # choices of the option `attention`
 _CUDNN_DTYPES = (jnp.bfloat16, jnp.float16)
 _CUDNN_HEAD_SIZE = 128  # largest; also a multiple of 8
-
-
-def check_cudnn(dtype) -> None:
-    """Checks that cuDNN's fused attention runs on the first device with this compute type.
-
-    Raises:
-      ValueError: the type is float32, or the device is not an NVIDIA card of compute capability 8.0 (A100) or newer.
-    """
-    if dtype not in _CUDNN_DTYPES:
-        raise ValueError(
-            f"config.attention='cudnn' does not compute in {jnp.dtype(dtype).name}; use --config.dtype=bfloat16 or "
-            "--config.attention=xla"
-        )
-    device = jax.devices()[0]
-    capability = str(getattr(device, "compute_capability", ""))  # "9.0" of an H100; AMD's are "gfx90a"
-    if device.platform != "gpu" or not capability[:1].isdigit() or float(capability) < 8:
-        raise ValueError(
-            f"config.attention='cudnn' needs an NVIDIA card of compute capability 8.0 or newer, but the device is "
-            f"{device.platform} {device.device_kind}; use --config.attention=xla"
-        )
 
 
 def attention(
@@ -46,14 +29,41 @@ def attention(
     """softmax(q kᵀ / √D) v, with the softmax in float32.
 
     Args:
-      implementation: "xla", or "cudnn" for NVIDIA's fused kernel (bfloat16 or float16 only) where the head size D
-        allows it: SD's autoencoder (512) and the innermost heads of SD 1.x's UNet (160) use XLA.
-      kernels: "auto", or "xla" for `jax.nn.dot_product_attention` on every platform.
+      implementation: "auto" picks by platform, type, head size and number of tokens: on NVIDIA's cards cuDNN's fused
+        kernel, on TPUs a flash kernel for long self-attention, on a CPU blocks of queries for long float32 sequences,
+        and XLA's products elsewhere. "xla" is `jax.nn.dot_product_attention` everywhere.
+      kernels: "xla" is "xla" for `implementation` too; else "auto".
       causal: whether a query sees only the keys up to its own position.
     """
-    if q.shape[-1] > _CUDNN_HEAD_SIZE or q.shape[-1] % 8:
-        implementation = "xla"
-    plain = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation=implementation)
-    if kernels == "xla" or causal or not cpu.blocks_pay(q):
+    plain = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="xla")
+    if "xla" in (implementation, kernels):
         return plain(q, k, v)
-    return lax.platform_dependent(q, k, v, cpu=cpu.attention_by_blocks, default=plain)
+    by_platform = {}
+    if cudnn_runs(q, k):
+        by_platform["cuda"] = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
+    if not causal and tpu.runs(q, k):
+        by_platform["tpu"] = tpu.flash_attention
+    if not causal and cpu.blocks_pay(q):
+        by_platform["cpu"] = cpu.attention_by_blocks
+    return lax.platform_dependent(q, k, v, default=plain, **by_platform) if by_platform else plain(q, k, v)
+
+
+def cudnn_runs(q, k) -> bool:
+    """Whether cuDNN's fused kernel computes queries [B, L, heads, D] and keys [B, M, heads, D], with gradients.
+
+    Not heads of 512 (SD's autoencoder) or 160 (the innermost ones of SD 1.x's UNet), nor an odd number of keys (the 77
+    tokens of a prompt).
+    """
+    size, even = q.shape[-1], q.shape[1] % 2 == k.shape[1] % 2 == 0
+    return q.dtype in _CUDNN_DTYPES and size <= _CUDNN_HEAD_SIZE and size % 8 == 0 and even and _has_cudnn()
+
+
+def _has_cudnn() -> bool:
+    """Whether jax's CUDA plugin is installed, without which jax cannot trace cuDNN's kernel, and no card is too old.
+
+    The kernel needs compute capability 8.0 (A100). Where no card is, one that is compiled for is taken to be newer.
+    """
+    if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        return False
+    cards = [device for device in jax.local_devices() if device.platform == "gpu"]
+    return all(float(card.compute_capability) >= 8 for card in cards)

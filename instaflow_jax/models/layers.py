@@ -4,9 +4,10 @@
 the reference's. Parameters are always created in float32 and cast where they are used.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import jax
@@ -17,7 +18,7 @@ from jaxtyping import Float
 
 from instaflow_jax.arrays import AnyArray
 from instaflow_jax.kernels import KERNELS
-from instaflow_jax.kernels.attention import attention
+from instaflow_jax.kernels.attention import ATTENTION, attention
 from instaflow_jax.kernels.convolution import convolve
 from instaflow_jax.kernels.group_norm import group_norm
 
@@ -27,7 +28,6 @@ ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
-ATTENTION = ("xla", "cudnn")
 REMAT = ("none", "attention", "blocks")
 RANDOM_INIT = "random_init"  # marks the parameters that `Net.init` draws; they start as zeros
 DEFERRED_INIT = {
@@ -59,7 +59,7 @@ class LayerFactory:
 
     Attributes:
       dtype: type of matrix products and convolutions; norms and softmax stay in float32.
-      attention: "xla", or "cudnn" for NVIDIA's fused kernel (bfloat16 or float16 only).
+      attention: "auto" or "xla", see `kernels.attention`.
       kernels: "auto" picks kernels by platform and shape; "xla" uses XLA's convolution and flax's GroupNorm, and
         `jax.nn.dot_product_attention` on every platform.
 
@@ -68,7 +68,7 @@ class LayerFactory:
     """
 
     dtype: Any = jnp.float32
-    attention: str = "xla"
+    attention: str = "auto"
     kernels: str = "auto"
 
     def __post_init__(self):
@@ -123,12 +123,23 @@ class Remat(nnx.Module):
     """
 
     remat: ClassVar[tuple[str, ...]] = ("blocks",)
+    allowed: ClassVar[bool] = True  # see `without_remat`
     recompute = False
 
     def maybe_checkpoint(self, function: Callable) -> Callable:
         """`function`, wrapped in `jax.checkpoint` if this part recomputes."""
         # A new function each time: jax caches traces by function, and these close over weights of the current trace.
-        return jax.checkpoint(lambda *inputs: function(*inputs)) if self.recompute else function
+        return jax.checkpoint(lambda *inputs: function(*inputs)) if self.recompute and self.allowed else function
+
+
+@contextlib.contextmanager
+def without_remat() -> Iterator[None]:
+    """Inside, no network recomputes anything: for counting the FLOPs of the method alone."""
+    Remat.allowed = False
+    try:
+        yield
+    finally:
+        Remat.allowed = True
 
 
 class Identity(nnx.Module):

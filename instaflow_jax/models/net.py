@@ -77,6 +77,7 @@ class Net:
       raw_config: the `config.json` it came from, from which `save_pretrained` writes back every key.
       graphdef: the module without its parameters.
       abstract: name → nnx path and abstract variable of each parameter.
+      dtype: compute type.
     """
 
     module: type["Model"]
@@ -84,6 +85,7 @@ class Net:
     raw_config: dict[str, Any]
     graphdef: Any
     abstract: dict[str, tuple[tuple, nnx.Variable]]
+    dtype: Any
 
     @property
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -95,6 +97,20 @@ class Net:
         leaves = {path: variable.replace(params[name]) for name, (path, variable) in self.abstract.items()}
         module = nnx.merge(self.graphdef, nnx.from_flat_state(leaves))
         return getattr(module, method)(*inputs, **options)
+
+    def cast(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Parameters, or their shapes, with kernels and embeddings in the compute type, to which each layer casts them.
+
+        For inference, which then reads half the bytes in bfloat16; norms and biases stay as they are. Outputs are the
+        same, bit for bit.
+        """
+        drawn = {name for name, (_, v) in self.abstract.items() if v.get_metadata(RANDOM_INIT, False)}
+
+        def to_compute_type(value):
+            shape_only = isinstance(value, jax.ShapeDtypeStruct)
+            return jax.ShapeDtypeStruct(value.shape, self.dtype) if shape_only else value.astype(self.dtype)
+
+        return {name: to_compute_type(p) if name in drawn else p for name, p in params.items()}
 
     def with_remat(self, remat: str) -> "Net":
         """The same network, but some parts recompute their intermediate results in the backward pass to save memory.
@@ -154,7 +170,7 @@ class Model(nnx.Module):
 
     @classmethod
     def from_config(
-        cls, raw: dict[str, Any], *, dtype=jnp.float32, attention: str = "xla", kernels: str = "auto"
+        cls, raw: dict[str, Any], *, dtype=jnp.float32, attention: str = "auto", kernels: str = "auto"
     ) -> Net:
         """The network that a `config.json` describes, without allocating its weights.
 
@@ -169,7 +185,8 @@ class Model(nnx.Module):
         raw = {"_class_name": cls.__name__} | dataclasses.asdict(config) | raw
         module = nnx.eval_shape(lambda: cls(config, LayerFactory(jnp.dtype(dtype), attention, kernels)))
         graphdef, state = nnx.split(module)
-        return Net(cls, config, raw, graphdef, _named(state, lambda path, variable: (path, variable)))
+        abstract = _named(state, lambda path, variable: (path, variable))
+        return Net(cls, config, raw, graphdef, abstract, jnp.dtype(dtype))
 
     @classmethod
     def from_pretrained(
@@ -179,7 +196,7 @@ class Model(nnx.Module):
         *,
         variant: str | None = None,
         dtype=jnp.float32,
-        attention: str = "xla",
+        attention: str = "auto",
         kernels: str = "auto",
     ) -> tuple[Net, Params]:
         """Reads a network from a directory or hub id in diffusers or transformers layout.

@@ -63,7 +63,7 @@ def prepare(config: ConfigDict) -> tuple:
     prompts, seeds = read_prompts(config.prompts), tuple(config.seeds)
     weights, options = read_weight_options(config), read_solve_options(config)
     pipe = load(config.model, weights)
-    shape = latent_shape(pipe, options.height, options.width)
+    shape = latent_shape(pipe.nets, options.height, options.width)
     dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, options.dynamics)
     solve = sampling.make_solve(pipe.nets["unet"].apply, dynamics, options.solver, options.N, options.alpha)
     return prompts, seeds, options, pipe, shape, dynamics, solve
@@ -87,7 +87,7 @@ def draw(
     generate = sampling.make_generate(pipe.nets, solve)
     size = min(batch, -(-len(jobs) // jax.local_device_count()))
     runner = BatchedRunner(lambda fixed, ids, X0: generate(fixed[0], ids, fixed[1], X0), size)
-    fixed = runner.place((pipe.params, pipe.tokenizer([negative])))
+    fixed = runner.place((pipeline.inference_params(pipe.nets, pipe.params), pipe.tokenizer([negative])))
     rows, seeds = np.array(jobs).T
     ids = pipe.tokenizer(prompts)
     seconds = runner.compile(

@@ -17,6 +17,7 @@ from instaflow_jax.infra.checkpoint import Checkpoints
 from instaflow_jax.infra.metrics import Writer
 from instaflow_jax.infra.preemption import Preempted, Preemption
 from instaflow_jax.infra.progress import Progress
+from instaflow_jax.models import layers
 from instaflow_jax.train.batches import Batches
 from instaflow_jax.train.state import TrainState
 from instaflow_jax.train.step import Metrics, TrainStep
@@ -146,19 +147,29 @@ def compile_step(
     batch_size = next(iter(batch.values())).shape[0]
     devices.check_batch_size("batch_size", batch_size, mesh, step.accumulate)
     start = time.monotonic()
-    lowered = lower_step(step, state, frozen, batch, key, mesh)
-    compiled = lowered.compile()
-    flops = cost.step_flops(lowered, step.accumulate)
+    traced = trace_step(step, state, frozen, batch, key, mesh)
+    compiled = traced.lower().compile()
+    flops = count_flops(traced, step, state, frozen, batch, key)
     log.info(cost.describe(compiled, flops, time.monotonic() - start))
     return compiled, batch_size, flops
 
 
-def lower_step(
-    step: TrainStep, state: TrainState, frozen: PyTree, batch: PyTree, key: Key, mesh: Mesh
-) -> jax.stages.Lowered:
-    """The lowered step, which donates the state and returns the next one in the same shards; takes arrays or shapes."""
+def trace_step(
+    step: TrainStep, state: TrainState, frozen: PyTree, batch: PyTree, key: Key | jax.ShapeDtypeStruct, mesh: Mesh
+) -> jax.stages.Traced:
+    """The step, which donates the state and returns the next one in the same shards; takes arrays or shapes."""
     out = jax.tree.map(lambda leaf: leaf.sharding, state), devices.replicated(mesh)
-    return jax.jit(step.update, donate_argnums=0, out_shardings=out).lower(state, frozen, batch, key)
+    with jax.set_mesh(mesh):  # for kernels that split their rows themselves
+        return jax.jit(step.update, donate_argnums=0, out_shardings=out).trace(state, frozen, batch, key)
+
+
+def count_flops(traced: jax.stages.Traced, step: TrainStep, *inputs: PyTree) -> float:
+    """FLOPs of a step on all devices together, without what it recomputes to save memory (model FLOPs)."""
+    jaxpr = traced.jaxpr
+    if cost.recomputes(jaxpr):
+        with layers.without_remat():
+            jaxpr = jax.make_jaxpr(step.update)(*inputs)
+    return cost.count_flops(jaxpr)
 
 
 class MetricsLog:

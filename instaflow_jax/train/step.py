@@ -32,7 +32,7 @@ class TrainStep:
         """Takes one step.
 
         Args:
-          state: donated by the compiled step of `loop.lower_step`.
+          state: donated by the compiled step of `loop.trace_step`.
           frozen: arrays that the loss reads and nothing trains; an argument, so that they do not become constants.
           batch: arrays [global batch, ...].
           key: the run's key, the same at every step; the step folds `state.step` into it.

@@ -21,7 +21,8 @@ from instaflow_jax import pipeline
 from instaflow_jax.data import prompt_sources
 from instaflow_jax.infra import files
 from instaflow_jax.infra.messages import quote
-from instaflow_jax.kernels.attention import check_cudnn
+from instaflow_jax.kernels.attention import ATTENTION
+from instaflow_jax.models.net import Net
 from instaflow_jax.weights.delta import Delta
 from instaflow_jax.weights.port import torch_key
 
@@ -42,17 +43,17 @@ class WeightOptions:
     loras: tuple[tuple[str, float], ...] = ()
     weights_variant: str = ""
     dtype: str = "float32"
-    attention: str = "xla"
+    attention: str = "auto"
     kernels: str = "auto"
     verify: bool = True
 
 
 def read_weight_options(config: ConfigDict) -> WeightOptions:
-    """The block of `configs.common.weights`. Raises ValueError naming the field and its choices, or the device."""
+    """The block of `configs.common.weights`. Raises ValueError naming the field and its choices."""
     if config.dtype not in DTYPES:
         raise ValueError(f"config.dtype={config.dtype!r} is not one of {', '.join(DTYPES)}")
-    if config.attention == "cudnn":
-        check_cudnn(DTYPES[config.dtype])
+    if config.attention not in ATTENTION:
+        raise ValueError(f"config.attention={config.attention!r} is not one of {', '.join(ATTENTION)}")
     return WeightOptions(
         base=config.base,
         delta=Delta(**config.delta) if config.delta.custom else None,
@@ -205,13 +206,13 @@ def read_solve_options(config: ConfigDict) -> SolveOptions:
     return options
 
 
-def latent_shape(pipe: pipeline.Pipeline, height: int, width: int) -> tuple[int, int, int]:
+def latent_shape(nets: Mapping[str, Net], height: int, width: int) -> tuple[int, int, int]:
     """[h, w, c] of the latents of a `height` × `width` image; 0 means the size the model was made for.
 
     Raises:
       ValueError: the autoencoder cannot make an image of that size, or the model does not say what it was made for.
     """
-    factor, channels = pipe.nets["vae"].config.factor, pipe.nets["unet"].config.in_channels
+    factor, channels = nets["vae"].config.factor, nets["unet"].config.in_channels
     for name, size in (("height", height), ("width", width)):
         if size < 0 or size % factor:
             lower = max(size // factor, 1) * factor
@@ -219,7 +220,7 @@ def latent_shape(pipe: pipeline.Pipeline, height: int, width: int) -> tuple[int,
                 f"config.{name}={size} is not divisible by the autoencoder's factor {factor}; "
                 f"use {lower} or {lower + factor}"
             )
-    h, w = (height // factor, width // factor) if height and width else pipe.latent_shape[:2]
+    h, w = (height // factor, width // factor) if height and width else pipeline.latent_shape(nets)[:2]
     return (height // factor or h, width // factor or w, channels)
 
 

@@ -120,7 +120,7 @@ def prepare(options: Options, photos: list[coco.Photo], directory: Path) -> Job:
       ValueError, FileNotFoundError: one of its files is wrong, or its images are smaller than `options.size`.
     """
     solving, pipe = options.solving, load(options.model, options.weights)
-    shape = latent_shape(pipe, solving.height, solving.width)
+    shape = latent_shape(pipe.nets, solving.height, solving.width)
     height, width = (side * pipe.nets["vae"].config.factor for side in shape[:2])
     if min(height, width) < options.size:
         raise ValueError(
@@ -178,7 +178,8 @@ def draw(job: Job) -> None:
     print(f"{job.path(job.photos[0]).parent}: {done} of {len(calls)} batches of {runner.rows} images exist", flush=True)
     if not left:
         return
-    fixed = runner.place((job.pipe.params, job.pipe.tokenizer([job.options.solving.negative])))
+    weights = pipeline.inference_params(job.pipe.nets, job.pipe.params)
+    fixed = runner.place((weights, job.pipe.tokenizer([job.options.solving.negative])))
     progress = Progress(len(calls), "batches", title="drawing", done=done)
     for call in left:
         ids = measures.token_ids(job.pipe.tokenizer, [photo.caption for photo in call])

@@ -66,7 +66,7 @@ def make_model(pipe: pipeline.Pipeline, title: str, *, dynamics: str, alpha: flo
     The batch size is 1, so the seconds shown are those of one image, as in the paper's table.
     """
     read = sampling.read_dynamics(pipe.scheduler, pipe.index, dynamics)
-    params, null = jax.device_put(pipe.params), pipe.tokenizer([""])
+    params, null = jax.device_put(pipeline.inference_params(pipe.nets, pipe.params)), pipe.tokenizer([""])
     noise = jax.jit(functools.partial(sampling.noise, shape=pipe.latent_shape))
 
     def inputs(prompt: str, seed: int) -> tuple:
