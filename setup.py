@@ -24,6 +24,7 @@ TEST = [
     "beartype==0.23.*",
     "grain",
     "ipykernel",
+    "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",  # the TPU's compiler, for the stage plan
     "lpips==0.1.4",
     "nbclient",
     "nbformat",
@@ -71,6 +72,7 @@ setup(
     extras_require={
         "gpu": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
+        "plan-tpu": ["jax[tpu]", *TRAIN],  # the TPU's compiler, on a machine without one
         "train": TRAIN,
         "demo": DEMO,
         "serve": SERVE,

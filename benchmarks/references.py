@@ -6,15 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-SD15_UNET = {"sample_size": 64, "cross_attention_dim": 768}  # the other fields are diffusers' defaults
-SD15_VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "sample_size": 512,
-}
-CLIP_L_TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
+from instaflow_jax.stages.plan.shapes import SD15
+
+SD15_UNET, SD15_VAE, CLIP_L_TEXT = (SD15[name] for name in ("unet", "vae", "text_encoder"))
 
 
 @functools.cache

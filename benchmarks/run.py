@@ -85,7 +85,7 @@ def gpu(compiled: bool) -> dict[str, Group]:
     peer = {"device": "cuda", **size}
     groups = {
         "image": Group(
-            spec("sd15.ours", flops=FLOPS, attention="cudnn", **size),
+            spec("sd15.ours", flops=FLOPS, attention="auto", **size),
             {
                 name: spec("peers.pytorch", compiled=how, **peer)
                 for name, how in (("torch.compile", True), ("eager", False))
@@ -95,7 +95,7 @@ def gpu(compiled: bool) -> dict[str, Group]:
     for remat, batch in (("none", 4), ("none", 16), ("blocks", 16), ("blocks", 64)):
         slope = {"configs": CONFIGS, "latent": 64, "batch": batch, "dtype": "bfloat16"}
         groups[f"gradient, remat {remat}, batch {batch}"] = Group(
-            spec("training.gradient", attention="cudnn", remat=remat, **slope),
+            spec("training.gradient", attention="auto", remat=remat, **slope),
             {"PyTorch": spec("twins.gradient", device="cuda", **slope)},
         )
     return groups

@@ -12,18 +12,9 @@ from instaflow_jax.models.clip import CLIPTextModel
 from instaflow_jax.models.net import Net
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.models.vae import AutoencoderKL
+from instaflow_jax.stages.plan.shapes import SD15_SCHEDULER
 
 ALPHA = 7.5
-SCHEDULER = {  # SD 1.5's own
-    "_class_name": "PNDMScheduler",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-}
 CLASSES = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 
 
@@ -86,7 +77,7 @@ def image(nets: dict[str, Net], params, flops: dict[str, float], latent: int, ba
 
 def teacher(nets: dict[str, Net], params, flops: dict[str, float], latent: int, steps: int, rng) -> Call:
     """The first steps of DPM-Solver++(2M) with guidance; without text encoder and decoder."""
-    dynamics = sampling.read_dynamics(SCHEDULER, {}, "teacher")
+    dynamics = sampling.read_dynamics(SD15_SCHEDULER, {}, "teacher")
     solve = jax.jit(sampling.make_solve(nets["unet"].apply, dynamics, "dpm_solver", steps, ALPHA))
     X0 = noise(rng, 1, latent, latent, nets["unet"].config.in_channels)
     text, null = (noise(rng, 1, tokens(nets), nets["unet"].config.cross_attention_dim) for _ in range(2))

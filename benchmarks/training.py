@@ -15,10 +15,13 @@ from instaflow_jax.arrays import Batch
 from instaflow_jax.infra import cost
 from instaflow_jax.infra import devices as parallel
 from instaflow_jax.models.clip import CLIPTextModel
+from instaflow_jax.models.layers import without_remat
 from instaflow_jax.models.unet import UNet2DConditionModel
-from instaflow_jax.stages.distill import make_lpips_distance
+from instaflow_jax.stages.common.flow_training import read_flow_options
+from instaflow_jax.stages.distill import load_loss
 from instaflow_jax.stages.generate.job import compile_program
 from instaflow_jax.stages.generate.stage import read_job
+from instaflow_jax.stages.reflow import make_loss as make_reflow_loss
 from instaflow_jax.train import loop, losses, optim, state, step
 from instaflow_jax.weights.conventions import NUM_TIMESTEPS
 
@@ -40,17 +43,12 @@ def embedded(*, batch: int, devices: int) -> dict[str, Call]:
     jax.config.update("jax_num_cpu_devices", devices)
     pipe = pipeline.load("openmoji", variant=None, attention="xla")
     config = distill.get_config("lpips")
-    distance, seen = make_lpips_distance(pipe, config.dtype, config.remat.to_dict(), **config.lpips)
-    unet, text = pipe.nets["unet"], pipe.nets["text_encoder"]
+    lpips_loss, seen = load_loss(config, read_flow_options(config), pipe)
     frozen = seen | {"text_encoder": pipe.params["text_encoder"], "null_ids": pipe.tokenizer([""])}
     recipe = reflow.get_config()
     step_losses = {
-        "reflow step": losses.make_reflow_loss(
-            unet, text, prompt_dropout=recipe.prompt_dropout, num_timesteps=NUM_TIMESTEPS, **recipe.loss
-        ),
-        "LPIPS step": losses.make_distill_loss(
-            unet, text, distance, match=0.0, prompt_dropout=0.0, num_timesteps=NUM_TIMESTEPS
-        ),
+        "reflow step": make_reflow_loss(recipe, read_flow_options(recipe), pipe.nets),
+        "LPIPS step": lpips_loss,
     }
     data = pairs(batch, pipe.latent_shape, pipe.tokenizer.model_max_length)
     return {
@@ -70,16 +68,17 @@ def training(loss, config, params, frozen, data: Batch) -> Call:
         parallel.global_batch(data, mesh),
         parallel.replicate_key(jax.random.key(0), mesh),
     )
-    lowered = loop.lower_step(update, now, *inputs, mesh)
+    traced = loop.trace_step(update, now, *inputs, mesh)
+    flops = loop.count_flops(traced, update, now, *inputs)
     compiled, held = [], [now]
 
     def run():
         if not compiled:
-            compiled.append(lowered.compile())
+            compiled.append(traced.lower().compile())
         held[0], metrics = compiled[0](held[0], *inputs)
         return metrics
 
-    return call(run, cost.step_flops(lowered, 1), len(data["X0"]))
+    return call(run, flops, len(data["X0"]))
 
 
 def gradient(
@@ -96,7 +95,8 @@ def gradient(
     frozen = {"text_encoder": text.init(jax.random.key(1)), "null_ids": np.ones((1, length), np.int32)}
     data = pairs(batch, (latent, latent, unet.config.in_channels), length)
     compute = jax.jit(step.make_gradient(loss))
-    flops = cost.step_flops(compute.lower(params, frozen, data, jax.random.key(2)), 1)
+    with without_remat():
+        flops = cost.count_flops(jax.make_jaxpr(step.make_gradient(loss))(params, frozen, data, jax.random.key(2)))
     return {
         f"reflow gradient, {latent}×{latent} latents, batch {batch}": call(
             lambda: compute(params, frozen, data, jax.random.key(2)), flops, batch

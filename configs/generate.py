@@ -2,7 +2,7 @@
 
     python -m instaflow_jax.main --config=configs/generate.py --workdir=DIR --cpu_devices=2
     python -m instaflow_jax.main --config=configs/generate.py:sd15 --config.prompts.source='laion/*.parquet' \\
-        --config.prompts.column=TEXT --config.count=3200000 --config.plan=true
+        --config.prompts.column=TEXT --config.count=3200000
 
 Writes DIR/pairs, which TFDS (`tfds.builder_from_directory`) and training read. The run can be killed at any time;
 started again with the same config, it makes the missing shards. Several machines can share the work with
@@ -48,7 +48,5 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
     config.process = 0  # number of this process
     config.preview = 8  # pairs drawn in preview.png
     config.inspect = False  # only check and show existing pairs
-    config.plan = False  # only print what the run would cost,
-    config.plan_devices = 8  # ... also on this many devices
     config.update(common.pick(VARIANTS, variant))
     return config.lock()

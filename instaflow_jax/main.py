@@ -26,7 +26,7 @@ STAGES = {  # name of a stage → its module in instaflow_jax.stages
     **{name: name for name in ("sample", "reflow", "distill")},
     **{
         name: f"{name}.stage"
-        for name in ("pretrain", "generate", "evaluate", "evaluate_coco", "export", "serve", "demo")
+        for name in ("pretrain", "generate", "evaluate", "evaluate_coco", "export", "serve", "demo", "plan")
     },
 }
 EXTRAS = {  # optional package → the extra of setup.py that installs it

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.collectives import OPERATIONS, Collective, read, sent_by_operation, unexpected
+from instaflow_jax.infra.collectives import OPERATIONS, Collective, read, sent_by_operation, unexpected
 
 PROGRAM = """HloModule jit_update, is_scheduled=true
 
@@ -94,8 +94,7 @@ SCRIPT = """
 import json, sys
 import jax
 import toy_training as toy
-from benchmarks import collectives
-from instaflow_jax.infra import devices
+from instaflow_jax.infra import collectives, devices
 from instaflow_jax.train import loop, step
 
 def advance(fsdp, accumulate):
@@ -104,7 +103,7 @@ def advance(fsdp, accumulate):
                                   accumulate=accumulate)
     now, frozen = toy.new_state(mesh), devices.replicate(toy.frozen(), mesh)
     batch, key = devices.global_batch(next(toy.source()), mesh), devices.replicate_key(jax.random.key(1), mesh)
-    compiled = loop.lower_step(update, now, frozen, batch, key, mesh).compile()
+    compiled = loop.trace_step(update, now, frozen, batch, key, mesh).lower().compile()
     sharded = [p.shape for p in now.params.values() if not p.sharding.is_fully_replicated]
     sent = collectives.read(compiled.as_text())
     found = {"sent": collectives.sent_by_operation(sent), "unexpected": collectives.unexpected(sent, sharded, accumulate)}

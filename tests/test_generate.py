@@ -22,12 +22,10 @@ from instaflow_jax.data.pairs import manifest as pairs_manifest
 from instaflow_jax.data.pairs import store as pairs_store
 from instaflow_jax.data.pairs.reader import Pairs
 from instaflow_jax.infra import files
-from instaflow_jax.infra.cost import step_flops
 from instaflow_jax.models.clip import CLIPTextModel
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.models.vae import AutoencoderKL
 from instaflow_jax.stages.generate import job as generate_job
-from instaflow_jax.stages.generate import plan as generate_plan
 from instaflow_jax.stages.generate import stage as generate
 from instaflow_jax.stages.pretrain.diffusion import INDEX
 from instaflow_jax.weights.tokenizer import Tokenizer
@@ -322,33 +320,4 @@ def test_a_pair_that_is_not_finite_is_refused(teacher):
 def test_bad_settings_are_refused_before_anything_is_written(teacher, tmp_path, changed, words):
     with pytest.raises(ValueError, match=words):
         main.run(configured(teacher, **changed), str(tmp_path))
-    assert not list(tmp_path.iterdir())
-
-
-# ---------------------------------------------------------------- the plan
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("alpha, evaluations", [(4.0, 6), (1.0, 3)])
-def test_planned_flops_match_the_network_calls(teacher, alpha, evaluations):
-    job = generate.read_job(configured(teacher, alpha=alpha))
-    unet, text = job.pipe.nets["unet"], job.pipe.nets["text_encoder"]
-    params = job.pipe.params
-    one = (
-        step_flops(jax.jit(unet.apply).lower(params["unet"], jnp.zeros((4, 4, 4, 4)), 0, jnp.zeros((4, 16, 8))), 1) / 4
-    )
-    text_flops = step_flops(jax.jit(text.apply).lower(params["text_encoder"], jnp.zeros((4, 16), jnp.int32)), 1) / 4
-    assert generate_plan.flops_per_pair(job, 4) == pytest.approx(text_flops + evaluations * one, rel=0.05)
-
-
-def test_planned_bytes_match_the_disk(made, teacher):
-    job = generate.read_job(configured(teacher))
-    planned = generate_plan.bytes_on_disk(job, generate_plan.bytes_per_pair(job))
-    assert planned == sum(shard["bytes"] for shard in Pairs(made).manifest["shards"])
-
-
-def test_plan_prints_the_cost_and_writes_nothing(teacher, tmp_path, capsys):
-    main.run(configured(teacher, plan=True, plan_devices=3), str(tmp_path))
-    logged = capsys.readouterr().out
-    assert "TFLOP and" in logged and "pairs/s" in logged and "40 pairs on 3 such devices" in logged
     assert not list(tmp_path.iterdir())

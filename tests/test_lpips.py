@@ -11,7 +11,8 @@ from helpers import normal, randomize, references, relative
 import configs.distill
 from instaflow_jax import pipeline
 from instaflow_jax.models.lpips import LPIPS, PUBLISHED, VGGClassifier
-from instaflow_jax.stages.distill import make_lpips_distance
+from instaflow_jax.stages import distill
+from instaflow_jax.train import losses
 from instaflow_jax.weights import port
 
 HEADS = Path(importlib.util.find_spec("lpips").origin).parent / "weights" / "v0.1"
@@ -68,7 +69,7 @@ def test_distance_and_gradient_equal_the_package(pair):
 
 @pytest.mark.slow
 def test_bfloat16_products_come_close_and_pairs_that_agree_stay_at_zero():
-    """What distillation in bfloat16 looks through (`stages.distill.make_lpips_distance` takes the recipe's type)."""
+    """What distillation in bfloat16 looks through (`stages.distill.load_lpips` takes the recipe's type)."""
     config = configs.distill.get_config("lpips")
     config.dtype = "bfloat16"
     single, half = (
@@ -85,7 +86,9 @@ def test_bfloat16_products_come_close_and_pairs_that_agree_stay_at_zero():
     assert relative(values[1], values[0]) < 0.01 and relative(gradients[1], gradients[0]) < 0.1
     assert gradients[1].dtype == np.float32 and float(abs(half[0].apply(half[1], a, a)).max()) == 0
     pipe = pipeline.load("openmoji", variant=None, attention="xla", dtype=jax.numpy.bfloat16)
-    distance, frozen = make_lpips_distance(pipe, config.dtype, config.remat.to_dict(), **config.lpips)
+    net, params = distill.load_lpips(config.dtype, **{name: config.lpips[name] for name in distill.LPIPS_FILES})
+    distance = losses.make_lpips_distance(pipe.nets["vae"], net, l2=0.0, crop=0, margin=0)
+    frozen = {"vae": pipe.params["vae"], "lpips": params}
     x, y = (normal(i, 1, *pipe.latent_shape) for i in (2, 3))
     text = str(jax.make_jaxpr(distance)(frozen, x, {"X1": y}, jax.random.key(0)))
     convolutions = [line.split(" = ")[0] for line in text.splitlines() if "conv_general_dilated[" in line]

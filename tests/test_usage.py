@@ -48,6 +48,7 @@ PRODUCTS = {
     "serve": (),
     "demo": ("report.html",),
     "pretrain": ("export/unet/*.safetensors",),
+    "plan": ("plan/*.json", "plan/*.md"),
 }
 
 
@@ -126,6 +127,8 @@ def smaller(config, world):
     if config.stage == "evaluate_coco":
         config.update({"model": str(world.sd), "clip": str(world.clip), "size": 16, "batch": 4})
         config.data.count = COCO_COUNT
+    if config.stage == "plan":
+        config.shapes = tiny
     if config.stage == "serve":
         config.update({"teacher": tiny, "teacher_N": 2, "port": free_port(), "N": (1,)})
     if config.stage == "pretrain":

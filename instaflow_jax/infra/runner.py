@@ -1,7 +1,7 @@
 """Runs one function over many rows: on all devices of this process, in equal batches, the last one padded and cut."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,13 +20,14 @@ class BatchedRunner:
       rows: rows of one call, `per_device` × devices.
     """
 
-    def __init__(self, function: Callable[..., PyTree], per_device: int):
+    def __init__(self, function: Callable[..., PyTree], per_device: int, devices: Sequence[jax.Device] | None = None):
         """
         Args:
           function: pure; maps arrays [b, ...] to an array or a pytree of arrays [b, ...].
           per_device: rows per device and call.
+          devices: default to those of this process.
         """
-        devices = jax.local_devices()
+        devices = devices or jax.local_devices()
         mesh = jax.make_mesh((len(devices),), ("data",), devices=devices, axis_types=(AxisType.Auto,))
         self._replicated, self._split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
         self.rows = per_device * len(devices)
@@ -44,9 +45,16 @@ class BatchedRunner:
     def compile(self, fixed: PyTree, *rows: jax.ShapeDtypeStruct) -> float:
         """Compiles ahead of time for rows of these shapes [self.rows, ...] and dtypes; returns the seconds it took."""
         start = time.perf_counter()
-        shapes = tuple(jax.ShapeDtypeStruct(row.shape, row.dtype, sharding=self._split) for row in rows)
-        self._program = self._program.lower(self.place(fixed), shapes).compile()
+        self._program = self.trace(fixed, *rows).lower().compile()
         return time.perf_counter() - start
+
+    def trace(self, fixed: PyTree, *rows: jax.ShapeDtypeStruct) -> jax.stages.Traced:
+        """The program of one call, from arrays or shapes of `fixed` and the shapes of its rows."""
+
+        def shapes(tree: PyTree, sharding: NamedSharding) -> PyTree:
+            return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
+
+        return self._program.trace(shapes(fixed, self._replicated), shapes(rows, self._split))
 
     def start(self, fixed: PyTree, *arrays: np.ndarray) -> PyTree:
         """Starts one call for up to `self.rows` rows and does not wait; the result has `self.rows` rows.

@@ -1,14 +1,14 @@
 """Stage `distill`: a straightened flow → a one-step generator (paper, Eq. 6), by L2, LPIPS, or one after the other."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
 from instaflow_jax import pipeline
 from instaflow_jax.arrays import Params
 from instaflow_jax.models.lpips import LPIPS, PUBLISHED
+from instaflow_jax.models.net import Net
 from instaflow_jax.stages import reflow
 from instaflow_jax.stages.common import fit, flow_training, loading
 from instaflow_jax.stages.generate.stage import check_pairs, has_pairs, need_pairs
@@ -17,6 +17,7 @@ from instaflow_jax.train.step import Loss
 from instaflow_jax.weights.conventions import NUM_TIMESTEPS
 
 DISTANCES = ("l2", "lpips")
+LPIPS_FILES = ("model", "trunk", "heads", "net")  # fields of config.lpips that say where its weights are
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -36,7 +37,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     source = config.model or need_reflow(config.reflow, workdir)
     pairs = need_pairs(pairs_config(config, source), folder)
     pipe = loading.load(config.init_from or source, options.weights)
-    loss, frozen = make_loss(config, options, pipe)
+    loss, frozen = load_loss(config, options, pipe)
     flow_training.train_flow(options, Path(workdir) / config.output, pipe, pairs, loss, frozen)
 
 
@@ -51,7 +52,7 @@ def check(config: ConfigDict, workdir: str) -> None:
         flow = reflow.check(config.reflow, workdir)
     recipe = check_pairs(pairs_config(config, source), Path(workdir) / config.pairs_folder, flow)
     pipe = flow if flow and not config.init_from else loading.load(config.init_from or source, options.weights)
-    flow_training.check(options, pipe, recipe, *make_loss(config, options, pipe))
+    flow_training.check(options, pipe, recipe, *load_loss(config, options, pipe))
 
 
 def read_options(config: ConfigDict, workdir: str) -> flow_training.FlowOptions:
@@ -72,22 +73,32 @@ def pairs_config(config: ConfigDict, source: str) -> ConfigDict:
     return pairs.lock()
 
 
-def make_loss(
+def load_loss(
     config: ConfigDict, options: flow_training.FlowOptions, pipe: pipeline.Pipeline
 ) -> tuple[Loss, dict[str, Params]]:
     """The loss, and the weights it reads besides those of every flow's training. Raises as `run` does."""
-    distance, frozen = losses.latent_distance, {}
+    if config.distance == "l2":
+        return make_loss(config, options, pipe.nets), {}
+    lpips, params = load_lpips(options.weights.dtype, **{name: config.lpips[name] for name in LPIPS_FILES})
+    loss = make_loss(config, options, pipe.nets | {"lpips": lpips})
+    return loss, {"vae": pipe.params["vae"], "lpips": params}
+
+
+def make_loss(config: ConfigDict, options: flow_training.FlowOptions, nets: Mapping[str, Net]) -> Loss:
+    """The loss of `config.distance`; `nets` holds "lpips" too where that needs it. Raises ValueError."""
+    distance, remat = losses.latent_distance, options.remat
     if config.distance == "lpips":
-        distance, frozen = make_lpips_distance(pipe, options.weights.dtype, options.remat, **config.lpips)
-    loss = losses.make_distill_loss(
-        pipe.nets["unet"].with_remat(options.remat["unet"]),
-        pipe.nets["text_encoder"],
+        fields = {name: config.lpips[name] for name in config.lpips if name not in LPIPS_FILES}
+        vae, lpips = (nets[name].with_remat(remat[name]) for name in ("vae", "lpips"))
+        distance = losses.make_lpips_distance(vae, lpips, **fields)
+    return losses.make_distill_loss(
+        nets["unet"].with_remat(remat["unet"]),
+        nets["text_encoder"],
         distance,
         match=config.match,
         prompt_dropout=options.prompt_dropout,
         num_timesteps=NUM_TIMESTEPS,
     )
-    return loss, frozen
 
 
 def reflow_export(workdir: str) -> Path:
@@ -109,22 +120,11 @@ def need_reflow(config: ConfigDict, workdir: str) -> str:
     return str(source)
 
 
-def make_lpips_distance(
-    pipe: pipeline.Pipeline,
-    dtype: str,
-    remat: Mapping[str, str],
-    *,
-    model: str,
-    trunk: str,
-    heads: str,
-    net: str,
-    **options: Any,
-) -> tuple[Callable, dict[str, Params]]:
-    """The distance `losses.make_lpips_distance(..., **options)` and its frozen weights.
+def load_lpips(dtype: str, *, model: str, trunk: str, heads: str, net: str) -> tuple[Net, Params]:
+    """The perceptual network and its weights.
 
     Args:
       dtype: compute type of the trunk; its features are compared in float32.
-      remat: choices for the decoder ("vae") and for "lpips".
       model: embedded name or directory with lpips/, used if `trunk` is "".
       trunk, heads, net: torchvision's and the lpips package's weight files, and the network they belong to.
     """
@@ -134,5 +134,4 @@ def make_lpips_distance(
         loading.check_files(model)
         lpips, params = LPIPS.from_pretrained(pipeline.locate(model), "lpips", dtype=loading.DTYPES[dtype])
     loading.check_finite(trunk or f"{model}/lpips", params)
-    vae, lpips = pipe.nets["vae"].with_remat(remat["vae"]), lpips.with_remat(remat["lpips"])
-    return losses.make_lpips_distance(vae, lpips, **options), {"vae": pipe.params["vae"], "lpips": params}
+    return lpips, params

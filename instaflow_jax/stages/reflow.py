@@ -1,10 +1,12 @@
 """Stage `reflow`: pairs → a flow with straight paths (paper, Eq. 5)."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from instaflow_jax import pipeline
+from instaflow_jax.models.net import Net
 from instaflow_jax.stages.common import fit, flow_training, loading
 from instaflow_jax.stages.generate.stage import check_pairs, has_pairs, need_pairs
 from instaflow_jax.train import losses
@@ -27,7 +29,7 @@ def run(config: ConfigDict, workdir: str) -> None:
         check(config, workdir)
     pairs = need_pairs(config.pairs, Path(workdir))
     pipe = loading.load(config.model, options.weights)
-    flow_training.train_flow(options, Path(workdir) / DIRECTORY, pipe, pairs, make_loss(config, options, pipe), {})
+    flow_training.train_flow(options, Path(workdir) / DIRECTORY, pipe, pairs, make_loss(config, options, pipe.nets), {})
 
 
 def check(config: ConfigDict, workdir: str) -> pipeline.Pipeline:
@@ -43,15 +45,15 @@ def check(config: ConfigDict, workdir: str) -> pipeline.Pipeline:
     fit.check_same_run(options.train, Path(workdir) / DIRECTORY)
     recipe = check_pairs(config.pairs, Path(workdir))
     pipe = loading.load(config.model, options.weights)
-    flow_training.check(options, pipe, recipe, make_loss(config, options, pipe), {})
+    flow_training.check(options, pipe, recipe, make_loss(config, options, pipe.nets), {})
     return flow_training.as_flow(pipe, pipe.params["unet"])
 
 
-def make_loss(config: ConfigDict, options: flow_training.FlowOptions, pipe: pipeline.Pipeline) -> Loss:
+def make_loss(config: ConfigDict, options: flow_training.FlowOptions, nets: Mapping[str, Net]) -> Loss:
     """The loss of `config.loss`. Raises ValueError for an unknown choice."""
     return losses.make_reflow_loss(
-        pipe.nets["unet"].with_remat(options.remat["unet"]),
-        pipe.nets["text_encoder"],
+        nets["unet"].with_remat(options.remat["unet"]),
+        nets["text_encoder"],
         prompt_dropout=options.prompt_dropout,
         num_timesteps=NUM_TIMESTEPS,
         **config.loss,

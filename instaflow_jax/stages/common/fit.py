@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from instaflow_jax.arrays import Key, Params
@@ -19,12 +21,12 @@ from instaflow_jax.train import state as train_state
 from instaflow_jax.train import step as train_step
 from instaflow_jax.train.batches import Batches
 from instaflow_jax.train.state import TrainState
-from instaflow_jax.train.step import Loss
+from instaflow_jax.train.step import Loss, TrainStep
 
 RESUME = ("auto", "force")
 CHECKPOINTS = "checkpoints"  # folder of a training run
 _FREE = "eval checkpoints remat eval_every tensorboard fsdp attention kernels verify resume check data_dir log_every"
-_FREE += " save_every max_skipped profile_steps batch preview process processes inspect plan plan_devices"
+_FREE += " save_every max_skipped profile_steps batch preview process processes inspect"
 # Settings that change neither the weights nor the pairs they are trained on; distill sets pairs.model itself.
 _MAY_DIFFER = re.compile(rf"^loop\.steps$|(^|\.)({_FREE.replace(' ', '|')})(\.|$)")
 Evaluate = Callable[[Params, Path], dict[str, float]]  # (running mean, PNG file to write) → numbers to log
@@ -155,15 +157,12 @@ def train(
     """
     mesh = devices.make_mesh(fsdp=options.fsdp)
     devices.check_batch_size("config.batch_size", options.batch_size, mesh, options.accumulate)
-    optimizer = optim.make_optimizer(optim.make_schedule(**options.schedule), **options.optim)
+    optimizer, step = make_step(options, loss, mesh)
     init_key, key = jax.random.split(jax.random.key(options.seed))
     if callable(init):
         state = devices.create_sharded(lambda k: train_state.create(init(k), optimizer), mesh, init_key)
     else:
         state = devices.create_sharded(lambda p: train_state.create(p, optimizer), mesh, devices.shard(init, mesh))
-    step = train_step.make_train_step(
-        devices.gathering(loss, mesh), optimizer, ema_decay=options.ema_decay, accumulate=options.accumulate
-    )
     writer = metrics.make_writer(directory, tensorboard=options.tensorboard)
     checkpoints = Checkpoints(directory / CHECKPOINTS, **options.checkpoints, verify=options.verify)
     try:
@@ -184,6 +183,14 @@ def train(
     finally:
         writer.close()
         checkpoints.close()
+
+
+def make_step(options: TrainOptions, loss: Loss, mesh: Mesh) -> tuple[optax.GradientTransformation, TrainStep]:
+    """The optimizer and the step that `train` runs."""
+    optimizer = optim.make_optimizer(optim.make_schedule(**options.schedule), **options.optim)
+    return optimizer, train_step.make_train_step(
+        devices.gathering(loss, mesh), optimizer, ema_decay=options.ema_decay, accumulate=options.accumulate
+    )
 
 
 def make_eval_callback(

@@ -90,7 +90,7 @@ def load(
       ValueError, FileNotFoundError: an option, or a file of the teacher, is wrong.
     """
     pipe = pipe or load_pipeline(model, weights)
-    shape = latent_shape(pipe, options.height, options.width)
+    shape = latent_shape(pipe.nets, options.height, options.width)
     dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, options.dynamics)
     flow = isinstance(dynamics, sampling.Flow)
     solver = ("euler" if flow else "dpm_solver") if options.solver == "auto" else options.solver
@@ -153,7 +153,8 @@ def compile_program(job: Job, batch: int) -> tuple[BatchedRunner, Fixed, float]:
     The third value is the seconds that compiling took.
     """
     runner, recipe = BatchedRunner(job.make_latents, batch), job.recipe
-    weights = {name: job.pipe.params[name] for name in ("unet", "text_encoder")}
+    read = {name: job.pipe.params[name] for name in ("unet", "text_encoder")}
+    weights = pipeline.inference_params(job.pipe.nets, read)
     fixed = runner.place((weights, job.pipe.tokenizer([recipe["negative"]])))
     ids = jax.ShapeDtypeStruct((runner.rows, recipe["tokens"]), np.int32)
     X0 = jax.ShapeDtypeStruct((runner.rows, *recipe["latent_shape"]), np.float16)

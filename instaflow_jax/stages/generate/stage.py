@@ -23,12 +23,11 @@ from instaflow_jax.stages.common.loading import PAIRS, read_solve_options, read_
 from instaflow_jax.stages.common.ranges import check_ranges
 from instaflow_jax.stages.generate import inspect as generate_inspect
 from instaflow_jax.stages.generate import job as generate_job
-from instaflow_jax.stages.generate import plan as generate_plan
 from instaflow_jax.stages.generate.job import Generated, Job
 
 
 def run(config: ConfigDict, workdir: str) -> None:
-    """Fills `workdir`/pairs; with `config.plan` only prints the cost, with `config.inspect` only checks the pairs.
+    """Fills `workdir`/pairs; with `config.inspect` only checks the pairs.
 
     Raises:
       ValueError, FileNotFoundError: a field of the config, a file of the teacher or of the pairs is wrong.
@@ -40,8 +39,6 @@ def run(config: ConfigDict, workdir: str) -> None:
         return generate_inspect.run(directory, config.preview)
     job = read_job(config)
     print(f"{config.prompts.source}: {prompts.describe(job.prompts.report)}", flush=True)
-    if config.plan:
-        return generate_plan.run(job, batch=config.batch, devices=config.plan_devices)
     pairs_manifest.begin(directory, job.recipe, job.about() | {"config": config.to_dict()})
     files.remove_stale(directory)
     process, count = read_processes(config)
@@ -105,7 +102,7 @@ def check(config: ConfigDict, workdir: str, pipe: pipeline.Pipeline | None = Non
     if config.inspect:
         return pairs_manifest.read(directory)["recipe"]
     recipe = read_job(config, pipe).recipe
-    if pipe is None and not config.plan:
+    if pipe is None:
         pairs_manifest.check_same(directory, recipe)
     return recipe
 

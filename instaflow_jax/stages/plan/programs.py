@@ -1,0 +1,159 @@
+"""The very programs that the stages run, traced from shapes for devices that need not be there."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from instaflow_jax import pipeline, sampling
+from instaflow_jax.infra import cost, devices
+from instaflow_jax.infra.runner import BatchedRunner
+from instaflow_jax.models.net import Net
+from instaflow_jax.stages import distill, reflow
+from instaflow_jax.stages.common import fit, flow_training
+from instaflow_jax.stages.common.loading import DTYPES, latent_shape, read_solve_options, read_weight_options
+from instaflow_jax.stages.generate.job import make_latents_function
+from instaflow_jax.stages.plan import shapes
+from instaflow_jax.train import loop
+from instaflow_jax.train import state as train_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A program before it is compiled.
+
+    Attributes:
+      rows: images, pairs or samples of one call, on all devices together.
+      calls: how often the stage runs it.
+      unit: what a row is.
+      flops: of one call on all devices together, without what is computed twice to save memory.
+      sharded: full shapes of the arrays that FSDP splits.
+      rounds: how often a call runs the loop that nearly all of it is: solver steps, or micro-batches.
+    """
+
+    traced: jax.stages.Traced
+    rows: int
+    calls: int
+    unit: str
+    flops: float
+    sharded: tuple[tuple[int, ...], ...] = ()
+    rounds: int = 1
+
+
+def check(config: ConfigDict, model: str) -> None:
+    """Every check that needs no compiler. Raises ValueError, FileNotFoundError."""
+    if config.stage in ("sample", "generate"):
+        latent_shape(_nets(config, model), config.height, config.width)
+        read_solve_options(config)
+    else:
+        _nets(config, model)
+        flow_training.read_flow_options(config)
+
+
+def _nets(config: ConfigDict, model: str) -> dict[str, Net]:
+    options = read_weight_options(config)
+    fields = {"dtype": DTYPES[options.dtype], "attention": options.attention, "kernels": options.kernels}
+    return shapes.make_nets(shapes.read_configs(model), **fields)
+
+
+def trace(config: ConfigDict, model: str, targets: Sequence[jax.Device]) -> Program:
+    """The program of the stage that `config` configures, with the shapes of `model`, for these devices.
+
+    Raises:
+      ValueError, FileNotFoundError: a field of the config or a file is wrong, or the devices cannot share the batch.
+    """
+    nets = _nets(config, model)
+    if config.stage in ("sample", "generate"):
+        return _inference(config, model, nets, targets)
+    return _training(config, nets, devices.make_mesh(fsdp=config.fsdp, devices=targets))
+
+
+def _inference(config: ConfigDict, model: str, nets: Mapping[str, Net], targets: Sequence[jax.Device]) -> Program:
+    options, unet = read_solve_options(config), nets["unet"]
+    dynamics = sampling.read_dynamics(shapes.read_scheduler(model), {}, options.dynamics)
+    solve = sampling.make_solve(unet.apply, dynamics, options.solver, options.N, options.alpha)
+    names = ["text_encoder", "unet"]
+    if config.stage == "generate":
+        function, noise, count, unit = make_latents_function(nets, solve), jnp.float16, config.count, "pair"
+    else:
+        generate = sampling.make_generate(nets, solve)
+        function, noise, count, unit = (
+            lambda fixed, ids, X0: generate(fixed[0], ids, fixed[1], X0),
+            jnp.float32,
+            1,
+            "image",
+        )
+        names.append("vae")
+    runner = BatchedRunner(function, config.batch, targets)
+    latent, length = latent_shape(nets, options.height, options.width), _tokens(nets)
+    weights = pipeline.inference_params(nets, {name: nets[name].shapes for name in names})
+    fixed = weights, jax.ShapeDtypeStruct((1, length), jnp.int32)
+    rows = (
+        jax.ShapeDtypeStruct((runner.rows, length), jnp.int32),
+        jax.ShapeDtypeStruct((runner.rows, *latent), noise),
+    )
+    traced = runner.trace(fixed, *rows)
+    calls = max(1, math.ceil(count / runner.rows))
+    return Program(traced, runner.rows, calls, unit, cost.count_flops(traced.jaxpr), rounds=options.N)
+
+
+def _training(config: ConfigDict, nets: Mapping[str, Net], mesh: Mesh) -> Program:
+    options = flow_training.read_flow_options(config)
+    train = options.train
+    devices.check_batch_size("config.program.batch_size", train.batch_size, mesh, train.accumulate)
+    loss = {"reflow": reflow, "distill": distill}[config.stage].make_loss(config, options, nets)
+    frozen = {
+        "text_encoder": nets["text_encoder"].shapes,
+        "null_ids": jax.ShapeDtypeStruct((1, _tokens(nets)), jnp.int32),
+    }
+    if config.stage == "distill" and config.distance == "lpips":
+        frozen |= {name: nets[name].shapes for name in ("vae", "lpips")}
+    optimizer, step = fit.make_step(train, loss, mesh)
+    state = jax.eval_shape(functools.partial(train_state.create, optimizer=optimizer), nets["unet"].shapes)
+    state = devices.abstract(state, mesh)
+    latent = jax.ShapeDtypeStruct((train.batch_size, *latent_shape(nets, 0, 0)), jnp.float16)
+    ids = jax.ShapeDtypeStruct((train.batch_size, _tokens(nets)), jnp.int32)
+    inputs = (
+        _replicated(frozen, mesh),
+        devices.abstract_batch({"X0": latent, "X1": latent, "ids": ids}, mesh),
+        _replicated(jax.eval_shape(lambda: jax.random.key(0)), mesh),
+    )
+    traced = loop.trace_step(step, state, *inputs, mesh)
+    flops = loop.count_flops(traced, step, state, *inputs)
+    sharded = tuple(p.shape for p in state.params.values() if not p.sharding.is_fully_replicated)
+    return Program(traced, train.batch_size, train.loop["steps"], "sample", flops, sharded, train.accumulate)
+
+
+def _replicated(tree: PyTree, mesh: Mesh) -> PyTree:
+    sharding = devices.replicated(mesh)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+
+def _tokens(nets: Mapping[str, Net]) -> int:
+    return nets["text_encoder"].config.max_position_embeddings
+
+
+def pair_shapes(config: ConfigDict, model: str) -> tuple[tuple[int, int, int], int]:
+    """The latents [h, w, c] of the pairs that a config makes, and the number of their prompts' tokens."""
+    nets = _nets(config, model)
+    return latent_shape(nets, config.height, config.width), _tokens(nets)
+
+
+def fields(config: ConfigDict) -> dict[str, Any]:
+    """The fields that decide memory and speed."""
+    if config.stage in ("sample", "generate"):
+        return {name: config[name] for name in ("dtype", "attention", "batch", "N", "alpha")}
+    found = {name: config[name] for name in ("dtype", "attention", "batch_size", "accumulate", "fsdp")}
+    return found | {f"remat.{name}": choice for name, choice in config.remat.items()}
+
+
+def describe(config: ConfigDict) -> str:
+    """The stage and these fields on one line."""
+    return f"{config.stage} ({', '.join(f'{name}={value}' for name, value in fields(config).items())})"

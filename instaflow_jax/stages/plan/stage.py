@@ -1,0 +1,266 @@
+"""Stage `plan`: compiles a stage's program for a TPU or GPU that is not there, and says what it would take."""
+
+import dataclasses
+import itertools
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from instaflow_jax.data.pairs import manifest as pairs_manifest
+from instaflow_jax.data.pairs import store as pairs_store
+from instaflow_jax.infra import collectives, cost, files
+from instaflow_jax.infra.messages import first_ten
+from instaflow_jax.stages.common.ranges import check_ranges
+from instaflow_jax.stages.plan import programs, targets
+from instaflow_jax.stages.plan.programs import Program
+from instaflow_jax.stages.plan.targets import Target
+
+DIRECTORY = "plan"
+_RECORD_OVERHEAD = 66  # bytes that ArrayRecord adds to a record
+_BLOCK = 2**16  # ArrayRecord files consist of blocks of this size; the last one holds the index
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one program takes. Bytes are those of one device; seconds are lower bounds, not measurements.
+
+    Attributes:
+      fields: the fields of the config that decide it.
+      fits: whether it compiled and `memory.total` is below `available`.
+      memory: None if the compiler refused the program for lack of memory.
+      needed: bytes, by the compiler's refusal or `memory.total`.
+      flops: of one call on all devices together, without recomputation.
+      accessed: bytes that a call reads and writes; an upper bound if it has a loop; None if the compiler does not say.
+      sent: bytes that a device sends in a call, by collective operation.
+      seconds: of one call: "compute" at the peak FLOP/s, "memory" at the peak bandwidth, and the larger of the two.
+    """
+
+    program: str
+    target: str
+    devices: int
+    fields: dict[str, Any]
+    fits: bool
+    memory: cost.Memory | None
+    needed: int
+    available: int
+    flops: float
+    accessed: float | None
+    sent: dict[str, float]
+    unexpected: list[str]
+    seconds: dict[str, float]
+    rows: int
+    unit: str
+    calls: int
+    compile_seconds: float
+
+    @property
+    def hours(self) -> float:
+        """Of all calls, at least."""
+        return self.calls * self.seconds["bound"] / 3600
+
+    @property
+    def mfu(self) -> float:
+        """The largest possible share of the peak FLOP/s."""
+        return self.seconds["compute"] / self.seconds["bound"]
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+    """Compiles, prints the plan, and writes `workdir`/plan/PROGRAM_TARGET.json and .md.
+
+    Raises:
+      ValueError, FileNotFoundError: a field of the config is wrong, or the compiler is not installed.
+    """
+    check(config, workdir)
+    jax.config.update("jax_platforms", "cpu")  # where constants are made; libtpu would look for a TPU
+    target = targets.find(config.target, config.effort)
+    variants = list(search_space(config.program, len(target.devices))) if config.search else [{}]
+    plans = []
+    for number, fields in enumerate(variants, 1):
+        program = config.program.copy_and_resolve_references().unlock()
+        program.update_from_flattened_dict(fields)
+        print(f"[{number}/{len(variants)}] compiling {programs.describe(program)} for {target.name}", flush=True)
+        plans.append(measure(program, config.shapes, target))
+        print(summary(plans[-1]), flush=True)
+    best = fastest(plans)
+    if config.search:
+        print(f"\nfastest plan that fits: {best.fields if best else 'none'}", flush=True)
+    price, size = config.dollars_per_device_hour, pair_bytes(config.program, config.shapes)
+    if best and best.calls > 1:
+        print(amount(best, price, size), flush=True)
+    write(Path(workdir) / DIRECTORY, plans, price, size)
+
+
+def check(config: ConfigDict, workdir: str) -> None:
+    """Every check before the first program is compiled. Raises as `run` does."""
+    check_ranges(config)
+    targets.check(config.target)
+    programs.check(config.program, config.shapes)
+
+
+# ---------------------------------------------------------------- one program
+
+
+def measure(config: ConfigDict, model: str, target: Target) -> Plan:
+    """Traces, lowers and compiles the program of the stage that `config` configures."""
+    program = programs.trace(config, model, target.devices)
+    start, needed, compiled = time.monotonic(), 0, None
+    try:
+        compiled = program.traced.lower().compile(compiler_options=target.options)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        needed = refused_bytes(str(error))
+    seconds = time.monotonic() - start
+    memory = cost.memory(compiled) if compiled else None
+    text = compiled.as_text() if compiled else ""
+    found = collectives.read(text) if compiled else []
+    accessed = ((compiled.cost_analysis() or {}).get("bytes accessed") or None) if compiled else None
+    accessed = accessed and accessed * program.rounds
+    needed = memory.total if memory else needed
+    return Plan(
+        program=config.stage,
+        target=target.name,
+        devices=len(target.devices),
+        fields=programs.fields(config),
+        fits=memory is not None and memory.total <= target.peak.memory,
+        memory=memory,
+        needed=needed,
+        available=int(target.peak.memory),
+        flops=program.flops,
+        accessed=accessed,
+        sent=collectives.sent_by_operation(found),
+        unexpected=collectives.unexpected(found, program.sharded, program.rounds),
+        seconds=roofline(program, target, accessed),
+        rows=program.rows,
+        unit=program.unit,
+        calls=program.calls,
+        compile_seconds=seconds,
+    )
+
+
+def roofline(program: Program, target: Target, accessed: float | None) -> dict[str, float]:
+    """Seconds of a call at the peaks: nothing is faster, and real runs are slower."""
+    compute = program.flops / (target.peak.flops * len(target.devices))
+    memory = (accessed or 0.0) / target.peak.bandwidth
+    return {"compute": compute, "memory": memory, "bound": max(compute, memory)}
+
+
+def refused_bytes(message: str) -> int:
+    """The memory that a compiler's refusal says the program needs; 0 if it does not say."""
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of", message)
+    return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")) if found else 0
+
+
+# ---------------------------------------------------------------- the search
+
+
+def search_space(config: ConfigDict, devices: int) -> Iterator[dict[str, Any]]:
+    """Fields to try: for training remat, FSDP and micro-batches of 1 to 16 samples a device, for inference batches."""
+    if config.stage in ("sample", "generate"):
+        yield from ({"batch": batch} for batch in (1, 4, 16))
+        return
+    rounds = [
+        config.batch_size // (devices * size) for size in (16, 8, 4, 1) if not config.batch_size % (devices * size)
+    ]
+    for remat, fsdp, accumulate in itertools.product(("none", "attention", "blocks"), {1, devices}, rounds):
+        yield {f"remat.{name}": remat for name in config.remat} | {"fsdp": fsdp, "accumulate": accumulate}
+
+
+def fastest(plans: list[Plan]) -> Plan | None:
+    """The plan that fits with the lowest bound a row; of equals, the one with most free memory."""
+    fitting = [plan for plan in plans if plan.fits]
+    return min(fitting, key=lambda p: (p.seconds["bound"] / p.rows, p.needed), default=None)
+
+
+# ---------------------------------------------------------------- what is printed and written
+
+
+def summary(plan: Plan) -> str:
+    """A few lines for people."""
+    gib = 1 / 2**30
+    if plan.memory is None:
+        needed = f"{plan.needed * gib:.2f} GiB" if plan.needed else "more memory than there is"
+        return f"  does not fit: it needs {needed} of {plan.available * gib:.0f} GiB a device"
+    parts = ", ".join(f"{name} {size * gib:.2f}" for name, size in dataclasses.asdict(plan.memory).items())
+    moved = "not counted by this compiler" if plan.accessed is None else f"{plan.accessed / 1e9:.1f} GB a device"
+    sent = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in plan.sent.items() if size) or "nothing"
+    fits, ms = "fits" if plan.fits else "does not fit", {name: 1000 * s for name, s in plan.seconds.items()}
+    return (
+        f"  {fits}: {plan.memory.total * gib:.2f} of {plan.available * gib:.0f} GiB a device ({parts}); compiled in "
+        f"{plan.compile_seconds:.0f} s\n"
+        f"  a call of {plan.rows} {plan.unit}s: {plan.flops / 1e12:.4g} TFLOP, reads and writes {moved}, sends {sent}\n"
+        f"  at least {ms['bound']:.3g} ms (a bound, not a measurement: arithmetic {ms['compute']:.3g}, memory "
+        f"{ms['memory']:.3g}), so MFU at most {100 * plan.mfu:.0f} %"
+    ) + (f"\n  unexpected: {first_ten(plan.unexpected, '; ')}" if plan.unexpected else "")
+
+
+def amount(plan: Plan, price: float, pair_size: int) -> str:
+    """Hours, device-days, gigabytes and dollars of the configured number of pairs or steps, at least."""
+    days = plan.hours * plan.devices / 24
+    parts = [f"{plan.calls:,} calls on {plan.target}: {plan.hours:.4g} hours, {days:.4g} device-days"]
+    if price:
+        parts.append(f"{days * 24 * price:,.0f} dollars")
+    if pair_size:
+        parts.append(f"{pair_size / 1e9:.4g} GB of pairs")
+    return ", ".join(parts) + " at the bound; a real run takes longer"
+
+
+def write(directory: Path, plans: list[Plan], price: float, pair_size: int) -> None:
+    """The plans as JSON and as a Markdown table."""
+    directory.mkdir(parents=True, exist_ok=True)
+    name = f"{plans[0].program}_{plans[0].target}"
+    rows = [
+        dataclasses.asdict(plan)
+        | {"hours": plan.hours, "device_days": plan.hours * plan.devices / 24, "mfu_bound": plan.mfu}
+        | {"dollars": plan.hours * plan.devices * price, "pair_bytes": pair_size}
+        for plan in plans
+    ]
+    about = {"jax": jax.__version__, "date": time.strftime("%Y-%m-%d")}
+    files.write_json(directory / f"{name}.json", about | {"plans": rows})
+    files.write_text(directory / f"{name}.md", table(plans))
+    print(f"wrote {directory / name}.json and .md", flush=True)
+
+
+def table(plans: list[Plan]) -> str:
+    """A Markdown table, one row a plan."""
+    columns = ("target", "fields", "fits", "arguments GiB", "temporaries GiB", "total GiB", "TFLOP a call")
+    columns += ("GB accessed", "bound ms", "MFU at most", "sent MiB", "compiled in s")
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for plan in plans:
+        memory = plan.memory or cost.Memory(0, 0, 0)
+        gib = [f"{size / 2**30:.2f}" if plan.memory else "–" for size in (memory.arguments, memory.temporaries)]
+        cells = [
+            plan.target,
+            ", ".join(f"{name} {value}" for name, value in plan.fields.items()),
+            "yes" if plan.fits else "no",
+            *gib,
+            f"{plan.needed / 2**30:.2f}",
+            f"{plan.flops / 1e12:.4g}",
+            "–" if plan.accessed is None else f"{plan.accessed / 1e9:.1f}",
+            f"{1000 * plan.seconds['bound']:.3g}",
+            f"{100 * plan.mfu:.0f} %",
+            f"{sum(plan.sent.values()) / 2**20:,.0f}",
+            f"{plan.compile_seconds:.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def pair_bytes(config: ConfigDict, model: str) -> int:
+    """Bytes on disk of all pairs that the stage makes; 0 for a stage that makes none."""
+    if config.stage != "generate":
+        return 0
+    latent, tokens = programs.pair_shapes(config, model)
+    recipe = {"latent_shape": latent, "tokens": tokens, "store_noise": config.store_noise}
+    recipe |= {"count": config.count, "shard_size": config.shard_size}
+    X0 = np.zeros(latent, np.float16)
+    row = {"prompt": "x" * 60, "ids": np.full(tokens, 49407, np.int32), "seed": config.count, "X0": X0, "X1": X0}
+    size = len(pairs_store.serialize(pairs_store.make_features(recipe), recipe, **row)) + _RECORD_OVERHEAD
+    shards = (pairs_manifest.shard_range(recipe, shard) for shard in range(pairs_manifest.shard_count(recipe)))
+    return sum((-(-len(shard) * size // _BLOCK) + 1) * _BLOCK for shard in shards)

@@ -1,0 +1,180 @@
+"""Stage `plan`: the programs of the stages, their FLOPs and pairs, the refusals, and plans for a real TPU compiler."""
+
+import importlib.util
+import json
+import runpy
+
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers import ROOT, read_config
+
+from instaflow_jax import main
+from instaflow_jax.infra import cost
+from instaflow_jax.models import layers
+from instaflow_jax.models.unet import UNet2DConditionModel
+from instaflow_jax.stages.plan import programs, shapes, stage, targets
+
+PROGRAMS = ("sample_openmoji", "generate_openmoji", "reflow_openmoji", "distill_openmoji", "distill_lpips")
+
+
+def configured(variant, **fields):
+    config = read_config("plan", variant).unlock()
+    config.update_from_flattened_dict(fields)
+    return config.lock()
+
+
+@pytest.fixture
+def compilers(monkeypatch):
+    """Both compilers count as installed."""
+    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: True)
+
+
+# ---------------------------------------------------------------- FLOPs
+
+
+@pytest.mark.parametrize("name, tflop", [("unet", 0.803), ("text_encoder", 0.0133)])
+def test_flops_of_sd15s_networks(name, tflop):
+    """2 × the multiply-adds of one forward pass at 512 pixels."""
+    net = shapes.CLASSES[name].from_config(shapes.SD15[name], kernels="xla")
+    latent, text = jax.ShapeDtypeStruct((1, 64, 64, 4), jnp.float32), jax.ShapeDtypeStruct((1, 77, 768), jnp.float32)
+    inputs = {"unet": (latent, 0, text), "text_encoder": (jax.ShapeDtypeStruct((1, 77), jnp.int32),)}[name]
+    assert cost.count_flops(jax.make_jaxpr(net.apply)(net.shapes, *inputs)) / 1e12 == pytest.approx(tflop, rel=0.005)
+
+
+def test_recomputation_is_not_counted():
+    config = read_config("reflow").unlock()
+    config.batch_size = jax.device_count()
+    plain = programs.trace(config, "openmoji", jax.devices())
+    config.remat.unet = "blocks"
+    again = programs.trace(config, "openmoji", jax.devices())
+    assert again.flops == plain.flops
+    assert cost.count_flops(again.traced.jaxpr) > 1.1 * plain.flops
+    assert layers.Remat.allowed
+
+
+def test_flops_of_a_step_are_those_that_xla_counts():
+    """On shapes for which the CPU has no kernels of its own; XLA also counts additions, activations and norms."""
+    net = UNet2DConditionModel.from_config(
+        {
+            "sample_size": 8,
+            "block_out_channels": (64, 64),
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "layers_per_block": 1,
+            "cross_attention_dim": 64,
+            "attention_head_dim": 2,
+            "norm_num_groups": 8,
+        },
+        kernels="xla",
+    )
+    inputs = net.shapes, jnp.zeros((2, 8, 8, 4)), jnp.zeros(2), jnp.zeros((2, 7, 64))
+    gradient = jax.grad(lambda *x: jnp.mean(net.apply(*x) ** 2))
+    ours = cost.count_flops(jax.make_jaxpr(gradient)(*inputs))
+    assert ours == pytest.approx(jax.jit(gradient).lower(*inputs).cost_analysis()["flops"], rel=0.1)
+
+
+# ---------------------------------------------------------------- programs
+
+
+@pytest.mark.parametrize("variant", PROGRAMS)
+def test_the_programs_of_the_stages_are_traced_from_shapes(variant):
+    config = configured(variant).program.copy_and_resolve_references().unlock()
+    if "batch_size" in config:
+        config.batch_size = jax.device_count()
+    program = programs.trace(config, "openmoji", jax.devices())
+    assert isinstance(program.traced, jax.stages.Traced) and program.flops > 1e8
+    expected = {"sample": 1, "generate": -(-4096 // program.rows), "reflow": 1500, "distill": 900}[config.stage]
+    assert program.calls == (400 if variant == "distill_lpips" else expected)
+
+
+def test_planned_pairs_match_the_disk():
+    """4,096 pairs of the demo take 12,582,912 bytes."""
+    config = configured("generate_openmoji").program
+    assert stage.pair_bytes(config, "openmoji") == pytest.approx(12_582_912, rel=0.01)
+
+
+# ---------------------------------------------------------------- targets and refusals
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"target": "v5e-3"}, "config.target='v5e-3' is not one of v4-1"),
+        ({"target": "h300-8"}, "is not one of"),
+        ({"program.dtype": "int8"}, "config.dtype='int8' is not one of"),
+        ({"program.remat.unet": "all"}, "config.remat.unet='all'"),
+        ({"shapes": "nowhere"}, "config.shapes='nowhere' is neither 'sd15', an embedded model nor a directory"),
+        ({"effort": -2.0}, "config.effort=-2.0 must be from -1"),
+    ],
+)
+def test_wrong_settings_end_in_one_line_and_write_nothing(fields, words, compilers, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError)) as raised:
+        main.run(configured("reflow_openmoji", **fields), str(tmp_path))
+    assert words in str(raised.value) and "\n" not in str(raised.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("target, extra", [("v5e-4", "plan-tpu"), ("h100-8", "gpu")])
+def test_a_missing_compiler_is_one_line_that_names_the_extra(target, extra, monkeypatch):
+    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=rf"pip install -e '.\[{extra}\]'"):
+        targets.check(target)
+
+
+def test_variants_name_a_stage_and_its_variant():
+    get_config = runpy.run_path(str(ROOT / "configs" / "plan.py"))["get_config"]
+    assert get_config("distill_sd15_lpips").program.distance == "lpips"
+    assert get_config("distill_sd15_lpips").shapes == "sd15" and get_config("sample_instaflow").shapes == "sd15"
+    for wrong in ("reflow", "evaluate_openmoji", "reflow_sd14"):
+        with pytest.raises(ValueError, match="no variant"):
+            get_config(wrong)
+
+
+def test_what_a_refusal_needs_is_read():
+    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 22.36G of 15.75G hbm."
+    assert stage.refused_bytes(message) == int(22.36 * 2**30) and stage.refused_bytes("no figure") == 0
+
+
+def test_the_fastest_plan_that_fits_wins():
+    def plan(seconds, rows, fits):
+        nothing = {"program": "reflow", "target": "v5e-4", "devices": 4, "fields": {}, "memory": None, "needed": 0}
+        nothing |= {"available": 1, "flops": 1.0, "accessed": None, "sent": {}, "unexpected": [], "unit": "sample"}
+        bound = {"compute": seconds, "memory": 0.0, "bound": seconds}
+        return stage.Plan(**nothing, fits=fits, seconds=bound, rows=rows, calls=3600, compile_seconds=1.0)
+
+    slow, fast, large = plan(1.0, 8, True), plan(2.0, 32, True), plan(1.0, 64, False)
+    assert stage.fastest([slow, fast, large]) is fast and stage.fastest([large]) is None
+    assert fast.hours == 2.0 and fast.mfu == 1.0
+    assert "2 hours, 0.3333 device-days, 20 dollars" in stage.amount(fast, 2.5, 0)
+
+
+def test_the_search_tries_batches_that_the_devices_can_share():
+    config = read_config("reflow", "sd15")
+    found = list(stage.search_space(config, 8))
+    assert {fields["accumulate"] for fields in found} == {1, 2, 8} and {fields["fsdp"] for fields in found} == {1, 8}
+    assert list(stage.search_space(read_config("sample"), 8)) == [{"batch": 1}, {"batch": 4}, {"batch": 16}]
+
+
+# ---------------------------------------------------------------- the compilers
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU's compiler")
+@pytest.mark.parametrize(
+    "variant, sends",
+    [
+        ("sample_openmoji", ()),
+        ("generate_openmoji", ()),
+        ("reflow_openmoji", ("all-reduce",)),
+        ("distill_lpips", ("all-reduce",)),
+    ],
+)
+def test_the_embedded_programs_are_planned_for_a_v5e_4(variant, sends, tmp_path, capsys):
+    main.run(configured(variant, target="v5e-4"), str(tmp_path))
+    name = f"{variant.split('_')[0]}_v5e-4"
+    (plan,) = json.loads((tmp_path / "plan" / f"{name}.json").read_text())["plans"]
+    assert plan["fits"] and 2**20 < plan["memory"]["arguments"] < plan["needed"] < 2**30
+    assert {operation for operation, size in plan["sent"].items() if size} == set(sends) and not plan["unexpected"]
+    assert plan["accessed"] > 1e8 and plan["seconds"]["memory"] > plan["seconds"]["compute"] > 0
+    assert "| v5e-4 | " in (tmp_path / "plan" / f"{name}.md").read_text()
+    assert "  fits: 0." in capsys.readouterr().out
