@@ -7,10 +7,12 @@ import re
 import runpy
 import shlex
 import socket
+from importlib import metadata
 from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 from PIL import Image
@@ -47,6 +49,62 @@ KINDS = {  # the UNet and the text encoder's activation
     "sd2": (FLAT | {"attention_head_dim": [2, 4], "use_linear_projection": True}, "gelu"),
     "flat": (FLAT | {"attention_head_dim": 2}, "quick_gelu"),
 }
+
+
+# ---------------------------------------------------------------- the reference libraries, of any version
+
+
+def version(package: str) -> tuple[int, ...]:
+    """The first two numbers of a package's version; (0, 0) where it is not installed."""
+    try:
+        return tuple(int(number) for number in re.findall(r"\d+", metadata.version(package))[:2])
+    except metadata.PackageNotFoundError:
+        return 0, 0
+
+
+TRANSFORMERS_5 = version("transformers") >= (5, 0)
+with_flax_classes = pytest.mark.skipif(
+    TRANSFORMERS_5 or version("diffusers") >= (0, 40), reason="diffusers 0.40 and transformers 5 have no Flax classes"
+)
+
+
+def state_of(model) -> dict:
+    """A torch model's state dict, its keys as in published files: `CLIPTextModel` lacks `text_model.` since
+    transformers 5.6."""
+    state = model.state_dict()
+    bare = type(model).__name__ == "CLIPTextModel" and not hasattr(model, "text_model")
+    return {f"text_model.{key}": tensor for key, tensor in state.items()} if bare else state
+
+
+def projected(features):
+    """What `get_text_features` and `get_image_features` compute; transformers 5 wraps it."""
+    return getattr(features, "pooler_output", features)
+
+
+def make_image_processor(**options):
+    """transformers' CLIPImageProcessor on PIL; since transformers 5 the class of that name uses torchvision, which
+    rounds differently."""
+    import transformers
+
+    return getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)(**options)
+
+
+def save_tokenizer(theirs, folder: Path) -> None:
+    """Writes transformers' fast tokenizer in all its files; transformers 5 itself writes `tokenizer.json` and a config
+    without `added_tokens_decoder`."""
+    theirs.save_pretrained(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    if "added_tokens_decoder" in config:
+        return
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    vocab, merges, added = whole["model"]["vocab"], whole["model"]["merges"], whole["added_tokens"]
+    config["added_tokens_decoder"] = {str(t["id"]): {k: t[k] for k in t if k != "id"} for t in added}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "added_tokens.json").write_text(
+        json.dumps({t["content"]: t["id"] for t in added if t["id"] >= len(vocab)})
+    )
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]))
 
 
 def make_directory(folder: Path, kind: str, seed: int = 1, **options):
@@ -143,7 +201,7 @@ def torch_names(params) -> dict[str, np.ndarray]:
 def assert_is(params, torch_pipe):
     """Every weight equals PyTorch's, to the bit."""
     for name in ("unet", "vae", "text_encoder"):
-        want = {k: v.numpy() for k, v in getattr(torch_pipe, name).state_dict().items() if "position_ids" not in k}
+        want = {k: v.numpy() for k, v in state_of(getattr(torch_pipe, name)).items() if "position_ids" not in k}
         got = torch_names(params[name])
         assert got.keys() == want.keys()
         for key, value in want.items():
@@ -510,7 +568,7 @@ def to_ldm(pipe, kind):
     state = rename(pipe.unet.state_dict(), unet_modules(pipe.unet.config), UNET_PARTS, "model.diffusion_model")
     vae = rename(pipe.vae.state_dict(), vae_modules(pipe.vae.config), VAE_PARTS, "first_stage_model")
     state |= {k: v[..., None, None] if "attn_1" in k and v.ndim == 2 else v for k, v in vae.items()}
-    text = pipe.text_encoder.state_dict()
+    text = state_of(pipe.text_encoder)
     state |= {f"cond_stage_model.transformer.{k}": v for k, v in text.items()} if kind == "sd1" else to_openclip(text)
     if kind == "sd1":
         state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(16)[None]

@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from helpers import projected
 
 from instaflow_jax import pipeline, sampling
 from instaflow_jax.models.clip import CLIPModel
@@ -71,7 +72,7 @@ def test_diffusers_gives_the_same_images_from_the_same_noise(pipe, torch):
 
     N, alpha = 10, 3.0
     X0 = sampling.noise(np.arange(len(PROMPTS), dtype=np.uint32), pipe.latent_shape)
-    reference = StableDiffusionPipeline.from_pretrained(DIRECTORY, torch_dtype=torch.float32)
+    reference = StableDiffusionPipeline.from_pretrained(DIRECTORY).to(torch.float32)
     reference.scheduler = DPMSolverMultistepScheduler.from_config(reference.scheduler.config)
     reference.set_progress_bar_config(disable=True)
     theirs = reference(
@@ -100,8 +101,8 @@ def test_transformers_gives_the_same_embeddings(pipe, torch):
     ids = CLIPTokenizer.from_pretrained(DIRECTORY / "tokenizer")(list(PROMPTS), padding="max_length").input_ids
     np.testing.assert_array_equal(pipe.tokenizer(list(PROMPTS)), ids)
     net, params = CLIPModel.from_pretrained(DIRECTORY, "clip")
-    reference = Reference.from_pretrained(DIRECTORY / "clip", torch_dtype=torch.float32).eval()
+    reference = Reference.from_pretrained(DIRECTORY / "clip").float().eval()
     with torch.no_grad():
-        theirs = reference.get_text_features(torch.tensor(ids)).numpy()
+        theirs = projected(reference.get_text_features(torch.tensor(ids))).numpy()
     ours = net.apply(params, np.asarray(ids), method="get_text_features")
     np.testing.assert_allclose(ours, theirs, atol=1e-4)

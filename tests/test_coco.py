@@ -11,7 +11,18 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tensorflow_datasets as tfds
-from helpers import COCO_COUNT, COCO_IDS, COCO_WORDS, ROOT, captions_of, drawn, jpeg, read_config, small_inception
+from helpers import (
+    COCO_COUNT,
+    COCO_IDS,
+    COCO_WORDS,
+    ROOT,
+    captions_of,
+    drawn,
+    jpeg,
+    make_image_processor,
+    read_config,
+    small_inception,
+)
 from PIL import Image
 
 from instaflow_jax import main
@@ -236,11 +247,10 @@ def test_the_numbers_are_those_of_the_files_it_wrote(done, coco_folder, torch):
 def test_clip_score_pairs_each_image_with_its_caption(done, coco_folder, coco_models):
     """By transformers' own classes, from the files."""
     import torch
-    from transformers import CLIPImageProcessor
     from transformers import CLIPModel as Theirs
 
     net = Theirs.from_pretrained(coco_models / "clip")
-    processor = CLIPImageProcessor(do_resize=False, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    processor = make_image_processor(do_resize=False, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     photos = official(coco_folder)
     made = [Image.open(done / "evaluate" / "coco" / "pictures" / f"{photo.id:012d}.png") for photo in photos]
     ids = Tokenizer.from_pretrained(coco_models / "clip", "")([photo.caption for photo in photos])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import normal, randomize, references, relative
+from helpers import make_image_processor, normal, randomize, references, relative
 
 from instaflow_jax import flow, pipeline, solvers
 from instaflow_jax.evals import clip_score, features, frechet, kid, precision_recall, retrieval
@@ -201,14 +201,13 @@ def clips(tmp_path_factory):
     """Our CLIP and transformers', random weights, 16 px."""
 
     references()
-    from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+    from transformers import CLIPConfig
     from transformers import CLIPModel as Theirs
 
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = CLIPConfig.from_text_vision_configs(
-        CLIPTextConfig(vocab_size=50, max_position_embeddings=9, eos_token_id=49, bos_token_id=48, **shape),
-        CLIPVisionConfig(image_size=16, patch_size=4, **shape),
-        projection_dim=24,
+    words = {"vocab_size": 50, "max_position_embeddings": 9, "eos_token_id": 49, "bos_token_id": 48}
+    config = CLIPConfig(
+        text_config=words | shape, vision_config={"image_size": 16, "patch_size": 4} | shape, projection_dim=24
     )
     theirs = randomize(Theirs(config))
     folder = tmp_path_factory.mktemp("clip")
@@ -224,10 +223,8 @@ def bytes_of(seed: int, *shape: int) -> np.ndarray:
 
 @pytest.mark.slow
 def test_clip_score_equals_transformers_from_bytes_on(clips, torch):
-    from transformers import CLIPImageProcessor
-
     folder, theirs, net, params = clips
-    processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    processor = make_image_processor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     processor.save_pretrained(folder)
     images, ids = bytes_of(0, 3, 40, 56, 3), np.array([[48, 1, 2, 49, 49], [48, 3, 4, 5, 49], [48, 49, 49, 49, 49]])
     how = clip_score.read_preprocessor(folder, "", net)
@@ -251,9 +248,7 @@ def test_clip_score_equals_transformers_from_bytes_on(clips, torch):
 @pytest.mark.parametrize("size", [(37, 55), (64, 21), (12, 12)])
 @pytest.mark.slow
 def test_preprocessing_is_that_of_transformers(options, size, torch):
-    from transformers import CLIPImageProcessor
-
-    theirs = CLIPImageProcessor(**options)
+    theirs = make_image_processor(**options)
     how = clip_score.Preprocessor.from_dict(theirs.to_dict())
     assert how == clip_score.Preprocessor.from_dict(options)
     images = bytes_of(1, 2, *size, 3)

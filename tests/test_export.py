@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import flip, normal, read_config, relative
+from helpers import flip, normal, read_config, relative, with_flax_classes
 from jax import export as jax_export
 from PIL import Image
 
@@ -247,6 +247,7 @@ def test_the_program_runs_on_every_platform_and_contains_no_weights(exported):
 
 
 @pytest.mark.slow
+@with_flax_classes
 def test_the_flax_classes_of_diffusers_take_our_step(exported, ours, torch):
     from diffusers import FlaxAutoencoderKL, FlaxUNet2DConditionModel
     from transformers import FlaxCLIPTextModel

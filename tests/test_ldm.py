@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.torch
-from helpers import assert_is, load, make_directory, normal, references, relative, to_ldm
+from helpers import assert_is, load, make_directory, normal, references, relative, state_of, to_ldm
 
 from instaflow_jax import pipeline, sampling, solvers, teacher
 from instaflow_jax.weights import ldm, lora, torch_file
@@ -316,8 +316,11 @@ def released(tmp_path_factory):
     pipe = make_directory(
         folder, "flat", safety_checker=checker, feature_extractor=CLIPImageProcessor(), requires_safety_checker=True
     )
-    text = folder / "text_encoder" / "pytorch_model.bin"
-    torch.save(torch.load(text) | {"text_model.embeddings.position_ids": torch.arange(16)[None]}, text)
+    for path in folder.rglob("model.safetensors"):  # transformers 5 writes no `.bin`
+        torch.save(safetensors.torch.load_file(path), path.with_name("pytorch_model.bin"))
+        path.unlink()
+    state = state_of(pipe.text_encoder) | {"text_model.embeddings.position_ids": torch.arange(16)[None]}
+    torch.save(state, folder / "text_encoder" / "pytorch_model.bin")
     return folder, pipe
 
 

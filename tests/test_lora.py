@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.torch
-from helpers import load, make_directory, read_config, relative, torch_names
+from helpers import load, make_directory, read_config, relative, state_of, torch_names
 from PIL import Image
 
 from instaflow_jax import main
@@ -47,8 +47,9 @@ def layers(pipe, seed=0):
 
     draw = torch.Generator().manual_seed(seed)
     for net, ranks in (("unet", UNET), ("text_encoder", TEXT)):
+        state = state_of(getattr(pipe, net))
         for module, rank in ranks.items():
-            outputs, inputs, *kernel = getattr(pipe, net).get_submodule(module).weight.shape
+            outputs, inputs, *kernel = state[f"{module}.weight"].shape
             yield (
                 net,
                 module,
@@ -127,7 +128,7 @@ def test_a_merged_file_equals_diffusers(form, same, tiny, tmp_path):
     reference = write(same(tiny.pipe), tmp_path / "reference.safetensors")
     params, theirs = lora.merge(tiny.ours.params, path, 0.8), fused(tiny, (reference, 0.8))
     for net, changed in (("unet", UNET), ("text_encoder", TEXT)):
-        assert_close(params[net], getattr(theirs, net).state_dict(), tiny.ours.params[net], changed)
+        assert_close(params[net], state_of(getattr(theirs, net)), tiny.ours.params[net], changed)
     assert params["vae"].keys() == tiny.ours.params["vae"].keys()
 
 
@@ -231,7 +232,7 @@ def test_other_spellings_of_the_keys_are_read(key, parts, tiny, tmp_path):
     got = lora.merge(tiny.ours.params, write(state, tmp_path / "x.safetensors"), 1.0)
     theirs = fused(tiny, (write(reference, tmp_path / "reference.safetensors"), 1.0))
     for net, names in changed.items():
-        assert_close(got[net], getattr(theirs, net).state_dict(), tiny.ours.params[net], names)
+        assert_close(got[net], state_of(getattr(theirs, net)), tiny.ours.params[net], names)
 
 
 @pytest.mark.parametrize("config", [True, False])
@@ -251,8 +252,8 @@ def test_a_text_encoder_of_peft_without_text_model_is_merged_as_by_peft(config, 
     path = tmp_path / "adapter_model.safetensors"
     state = safetensors.torch.load_file(path)
     write({key.replace("text_model.", ""): t for key, t in state.items()}, path)
-    want = model.merge_and_unload().state_dict()
-    changed = [name for name, _ in tiny.pipe.text_encoder.named_modules() if name.endswith(("k_proj", "fc2"))]
+    want = state_of(model.merge_and_unload())
+    changed = [key.removesuffix(".weight") for key in want if key.endswith(("k_proj.weight", "fc2.weight"))]
     if config:
         params = lora.merge(tiny.ours.params, path, 1.0)
     else:
@@ -392,7 +393,7 @@ def test_a_delta_changes_the_unet_and_replaces_decoder_and_text_encoder(tiny, cu
         assert relative(value, start[key] + 0.7 * (new[key] - old[key])) < 1e-6, key
     for net in ("vae", "text_encoder"):
         for key, value in torch_names(got[net]).items():
-            np.testing.assert_array_equal(value, getattr(custom.pipe, net).state_dict()[key])
+            np.testing.assert_array_equal(value, state_of(getattr(custom.pipe, net))[key])
 
 
 def test_a_delta_from_the_model_itself_gives_the_custom_model_and_combines_with_loras(tiny, custom, tmp_path):

@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import make_coco_models, randomize, references
+from helpers import make_coco_models, randomize, references, with_flax_classes
 
 from instaflow_jax import pipeline
 from instaflow_jax.evals import clip_score
@@ -138,6 +138,7 @@ def test_what_we_write_we_read_and_so_does_diffusers(options, unet, vae, torch, 
 
 
 @pytest.mark.slow
+@with_flax_classes
 def test_the_old_flax_classes_read_our_file_and_we_read_theirs(unet, vae, tmp_path):
     """Names only; test_unet_vae runs the classes and so checks the values' layouts."""
     from diffusers import FlaxAutoencoderKL, FlaxUNet2DConditionModel

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import references
+from helpers import references, save_tokenizer
 
 from instaflow_jax.pipeline import EMBEDDED
 from instaflow_jax.weights.tokenizer import Tokenizer
@@ -74,7 +74,7 @@ def test_newer_files_with_learned_words_are_read(folder, tmp_path):
 
     theirs = CLIPTokenizerFast.from_pretrained(folder)
     theirs.add_tokens(["<cat-toy>", "blorp"])
-    theirs.save_pretrained(tmp_path / "new")
+    save_tokenizer(theirs, tmp_path / "new")
     prompts = ["a <cat-toy>", "BLORP! x<cat-toy>y <CAT-TOY>", "wow! ! <|startoftext|> café"]
     want = np.array(theirs(prompts, padding="max_length", truncation=True).input_ids)
     np.testing.assert_array_equal(Tokenizer.from_pretrained(tmp_path, "new")(prompts), want)
@@ -93,7 +93,7 @@ def learned(folder, where):
 
     theirs = CLIPTokenizerFast.from_pretrained(folder)
     theirs.add_tokens(["<cat-toy>", "blorp"])
-    theirs.save_pretrained(folder)
+    save_tokenizer(theirs, folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     if where != "decoder":
         del config["added_tokens_decoder"]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import normal, randomize, references, relative
+from helpers import normal, randomize, references, relative, with_flax_classes
 
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.models.vae import AutoencoderKL
@@ -108,6 +108,7 @@ def test_vae_encode_draws_from_the_posterior():
 
 
 @pytest.mark.slow
+@with_flax_classes
 def test_unet_and_vae_against_the_old_flax_classes(tmp_path, capsys):
     """Second reference: diffusers' own Flax classes on the file we write for them, their error beside ours."""
     references()
