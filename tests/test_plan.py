@@ -105,7 +105,7 @@ def test_planned_pairs_match_the_disk():
         ({"program.dtype": "int8"}, "config.dtype='int8' is not one of"),
         ({"program.remat.unet": "all"}, "config.remat.unet='all'"),
         ({"shapes": "nowhere"}, "config.shapes='nowhere' is neither 'sd15', an embedded model nor a directory"),
-        ({"effort": -2.0}, "config.effort=-2.0 must be from -1"),
+        ({"optimization_level": "fast"}, "config.optimization_level='fast' is not one of O0, O1, O2, O3"),
     ],
 )
 def test_wrong_settings_end_in_one_line_and_write_nothing(fields, words, compilers, tmp_path):

@@ -40,7 +40,6 @@ RANGES: dict[str, tuple[float, float]] = {  # last words of STAGE.BLOCK.FIELD â†
     "straightness.count": (2, _INT),
     "points": (2, _INT),
     "port": (0, 2**16 - 1),
-    "effort": (-1, 0),
     "dollars_per_device_hour": _SCALE,
 }
 _MAY_BE_EMPTY = ("alphas", "formats")  # export lists the formats it knows

@@ -1,5 +1,6 @@
 """Stage `plan`: compiles a stage's program for a TPU or GPU that is not there, and says what it would take."""
 
+import contextlib
 import dataclasses
 import itertools
 import re
@@ -22,6 +23,7 @@ from instaflow_jax.stages.plan.programs import Program
 from instaflow_jax.stages.plan.targets import Target
 
 DIRECTORY = "plan"
+OPTIMIZATION_LEVELS = ("O0", "O1", "O2", "O3")
 _RECORD_OVERHEAD = 66  # bytes that ArrayRecord adds to a record
 _BLOCK = 2**16  # ArrayRecord files consist of blocks of this size; the last one holds the index
 
@@ -78,14 +80,14 @@ def run(config: ConfigDict, workdir: str) -> None:
     """
     check(config, workdir)
     jax.config.update("jax_platforms", "cpu")  # where constants are made; libtpu would look for a TPU
-    target = targets.find(config.target, config.effort)
+    target = targets.find(config.target)
     variants = list(search_space(config.program, len(target.devices))) if config.search else [{}]
     plans = []
     for number, fields in enumerate(variants, 1):
         program = config.program.copy_and_resolve_references().unlock()
         program.update_from_flattened_dict(fields)
         print(f"[{number}/{len(variants)}] compiling {programs.describe(program)} for {target.name}", flush=True)
-        plans.append(measure(program, config.shapes, target))
+        plans.append(measure(program, config.shapes, target, config.optimization_level))
         print(summary(plans[-1]), flush=True)
     best = fastest(plans)
     if config.search:
@@ -100,18 +102,23 @@ def check(config: ConfigDict, workdir: str) -> None:
     """Every check before the first program is compiled. Raises as `run` does."""
     check_ranges(config)
     targets.check(config.target)
+    if config.optimization_level not in OPTIMIZATION_LEVELS:
+        raise ValueError(
+            f"config.optimization_level={config.optimization_level!r} is not one of {', '.join(OPTIMIZATION_LEVELS)}"
+        )
     programs.check(config.program, config.shapes)
 
 
 # ---------------------------------------------------------------- one program
 
 
-def measure(config: ConfigDict, model: str, target: Target) -> Plan:
+def measure(config: ConfigDict, model: str, target: Target, optimization_level: str) -> Plan:
     """Traces, lowers and compiles the program of the stage that `config` configures."""
     program = programs.trace(config, model, target.devices)
     start, needed, compiled = time.monotonic(), 0, None
     try:
-        compiled = program.traced.lower().compile(compiler_options=target.options)
+        with optimizing(optimization_level):
+            compiled = program.traced.lower().compile(compiler_options=target.options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -142,6 +149,17 @@ def measure(config: ConfigDict, model: str, target: Target) -> Plan:
         calls=program.calls,
         compile_seconds=seconds,
     )
+
+
+@contextlib.contextmanager
+def optimizing(level: str) -> Iterator[None]:
+    """Programs that are compiled inside get this optimization level."""
+    before = jax.config.jax_optimization_level
+    jax.config.update("jax_optimization_level", level)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_optimization_level", before)
 
 
 def roofline(program: Program, target: Target, accessed: float | None) -> dict[str, float]:

@@ -89,15 +89,8 @@ def check(name: str) -> None:
         )
 
 
-def find(name: str, effort: float) -> Target:
-    """The devices of a target.
-
-    Args:
-      effort: of the TPU's compiler, from -1 (fast) to 0 (its default).
-
-    Raises:
-      ValueError: see `check`.
-    """
+def find(name: str) -> Target:
+    """The devices of a target. Raises ValueError, see `check`."""
     check(name)
     family, _, count = name.rpartition("-")
     if family in _TPUS:
@@ -108,7 +101,7 @@ def find(name: str, effort: float) -> Target:
         found = topologies.get_topology_desc(
             f"{family}:{size}", platform="tpu", chips_per_host_bounds=bounds, **options
         )
-        compiler = {"exec_time_optimization_effort": effort} if effort else {}
+        compiler = {}
     else:
         found = topologies.get_topology_desc(
             platform="cuda", topology=f"1x1x{count}", target_config=_describe(_CARDS[family])
