@@ -17,11 +17,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from benchmarks.references import CLIP_L_TEXT, SD15_UNET, SD15_VAE, randomize, references, relative
+from benchmarks.references import randomize, references, relative
 from instaflow_jax.models.clip import CLIPTextModel
 from instaflow_jax.models.net import count
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.models.vae import AutoencoderKL
+from instaflow_jax.stages.plan.shapes import SD15
 
 LIMIT = 1e-5
 NCHW, NHWC = (0, 3, 1, 2), (0, 2, 3, 1)
@@ -84,7 +85,7 @@ def unet(latent: int, with_flax: bool) -> dict:
 
     return compare(
         "UNet",
-        randomize(Reference(**SD15_UNET)),
+        randomize(Reference(**SD15["unet"])),
         run,
         UNet2DConditionModel,
         "__call__",
@@ -109,7 +110,13 @@ def vae(latent: int, with_flax: bool) -> dict:
         return np.asarray(call(params, z.transpose(NCHW) / 0.18215)).transpose(NHWC)
 
     return compare(
-        "VAE decoder", randomize(Reference(**SD15_VAE)), run, AutoencoderKL, "decode", (z,), flax if with_flax else None
+        "VAE decoder",
+        randomize(Reference(**SD15["vae"])),
+        run,
+        AutoencoderKL,
+        "decode",
+        (z,),
+        flax if with_flax else None,
     )
 
 
@@ -123,7 +130,7 @@ def encoder(latent: int, with_flax: bool) -> dict:
         mean = reference.encode(torch.tensor(pixels.transpose(NCHW), dtype=dtype)).latent_dist.mean
         return 0.18215 * mean.numpy().transpose(NHWC)
 
-    return compare("VAE encoder", randomize(Reference(**SD15_VAE)), run, AutoencoderKL, "encode", (pixels,), None)
+    return compare("VAE encoder", randomize(Reference(**SD15["vae"])), run, AutoencoderKL, "encode", (pixels,), None)
 
 
 def clip(latent: int, with_flax: bool) -> dict:
@@ -139,7 +146,7 @@ def clip(latent: int, with_flax: bool) -> dict:
 
     return compare(
         "CLIP-L text",
-        randomize(Reference(CLIPTextConfig(**CLIP_L_TEXT))),
+        randomize(Reference(CLIPTextConfig(**SD15["text_encoder"]))),
         lambda reference, dtype: reference(torch.tensor(ids, dtype=torch.long)).last_hidden_state.numpy(),
         CLIPTextModel,
         "__call__",

@@ -1,14 +1,13 @@
-"""PyTorch references with random weights, shared by the benchmarks and the tests. Needs the [test] extra."""
+"""PyTorch references with random weights, shared by the benchmarks and the tests. Needs the [test] extra.
+
+Does not import this package, because a notebook shows that its exports do without it.
+"""
 
 import functools
 import importlib.util
 from pathlib import Path
 
 import numpy as np
-
-from instaflow_jax.stages.plan.shapes import SD15
-
-SD15_UNET, SD15_VAE, CLIP_L_TEXT = (SD15[name] for name in ("unet", "vae", "text_encoder"))
 
 
 @functools.cache

@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.references import CLIP_L_TEXT, SD15_UNET, SD15_VAE
 from benchmarks.table import render
 from benchmarks.timing import Row, Side, Spec, compare
+from instaflow_jax.stages.plan.shapes import SD15
 
-CONFIGS = {"unet": SD15_UNET, "vae": SD15_VAE, "text_encoder": CLIP_L_TEXT}
+CONFIGS = {name: SD15[name] for name in ("unet", "vae", "text_encoder")}
 FLOPS = {"unet": 0.803e12, "vae": 2.51e12, "text_encoder": 0.013e12}  # forward, batch 1, 64×64 latents, 77 tokens
 FULL = {"configs": CONFIGS, "latent": 64}
 STEPS = 25  # solver steps of the guided teacher
@@ -45,14 +45,16 @@ def spec(place: str, **options: Any) -> Spec:
 def cpu(compiled: bool) -> dict[str, Group]:
     """The groups for a CPU, float32; `compiled` adds torch.compile."""
     size = FULL | {"batches": [1], "steps": 1, "dtype": "float32"}
-    ours, peer = spec("sd15.ours", flops=FLOPS, attention="xla", **size), {"compiled": False, "device": "cpu", **size}
+    ours, peer = spec("sd15.ours", flops=FLOPS, attention="auto", **size), {"compiled": False, "device": "cpu", **size}
     slope = {"configs": CONFIGS, "latent": 16, "batch": 1, "dtype": "float32"}
     groups = {
         "sd15": Group(ours, {"PyTorch eager": spec("peers.pytorch", **peer)}),
         "flax": Group(ours, {"diffusers' Flax": spec("peers.flax", batches=[1], steps=1, **FULL)}),
-        "kernels": Group(ours, {"kernels=xla": spec("sd15.ours", flops=FLOPS, attention="xla", kernels="xla", **size)}),
+        "kernels": Group(
+            ours, {"kernels=xla": spec("sd15.ours", flops=FLOPS, attention="auto", kernels="xla", **size)}
+        ),
         "gradient": Group(
-            spec("training.gradient", attention="xla", remat="none", **slope),
+            spec("training.gradient", attention="auto", remat="none", **slope),
             {"PyTorch": spec("twins.gradient", device="cpu", **slope)},
         ),
         "training": Group(
