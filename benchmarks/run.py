@@ -183,6 +183,8 @@ def main(arguments: Sequence[str]) -> None:
             "JAX_ENABLE_COMPILATION_CACHE": "false",
         }
     )  # first runs compile; the groups "compiling" and "warm" turn the cache on
+    if options.suite == "cpu":
+        os.environ["JAX_PLATFORMS"] = "cpu"
     if options.suite == "gpu":
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the peer needs memory too
     if options.huge_pages:
