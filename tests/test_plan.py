@@ -42,6 +42,7 @@ def test_flops_of_sd15s_networks(name, tflop):
     assert cost.count_flops(jax.make_jaxpr(net.apply)(net.shapes, *inputs)) / 1e12 == pytest.approx(tflop, rel=0.005)
 
 
+@pytest.mark.slow
 def test_recomputation_is_not_counted():
     config = read_config("reflow").unlock()
     config.batch_size = jax.device_count()
@@ -77,6 +78,7 @@ def test_flops_of_a_step_are_those_that_xla_counts():
 # ---------------------------------------------------------------- programs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", PROGRAMS)
 def test_the_programs_of_the_stages_are_traced_from_shapes(variant):
     config = configured(variant).program.copy_and_resolve_references().unlock()
