@@ -215,6 +215,7 @@ def test_programs_draw_what_sampling_draws(name, counts, alpha, models):
         assert np.abs(one.astype(int) - drawn[:1]).max() <= 1
 
 
+@pytest.mark.slow
 def test_a_solver_too_long_for_the_programs_is_refused(models):
     with pytest.raises(ValueError, match="9 steps does not fit into a table of 8"):
         evaluate_programs.make_solver(models["reflow"].table(9), 1.0, 8)

@@ -85,6 +85,7 @@ def test_halving_by_columns_equals_xlas(size):
     assert_equal(halve, reference, normal(0, 2, *size, 6), normal(1, 3, 3, 6, 4))
 
 
+@pytest.mark.slow
 def test_strips_divide_the_image(monkeypatch):
     monkeypatch.setattr(strips, "MAX_TILES", 20)  # at most 5 rows of 4 tiles; 3 rows divide the image's 6
     x, kernel = normal(0, 2, 12, 8, 3), normal(1, 3, 3, 3, 4)
@@ -124,6 +125,7 @@ def test_transformed_kernels_take_memory_only_when_used(function, parts, scale, 
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 6), (1, 1, 1, 3), (1, 6, 512, 3)], ids=["small", "one pixel", "strips"])
+@pytest.mark.slow
 def test_a_doubled_image_is_convolved_without_making_it(shape):
     assert_equal(convolve_doubled, plain_doubled, normal(0, *shape), normal(1, 3, 3, shape[-1], 4), normal(2, 4))
 

@@ -54,6 +54,7 @@ def test_recomputation_is_not_counted():
     assert layers.Remat.allowed
 
 
+@pytest.mark.slow
 def test_flops_of_a_step_are_those_that_xla_counts():
     """On shapes for which the CPU has no kernels of its own; XLA also counts additions, activations and norms."""
     net = UNet2DConditionModel.from_config(
