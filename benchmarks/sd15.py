@@ -8,14 +8,10 @@ import numpy as np
 
 from benchmarks.timing import Call, peak_memory
 from instaflow_jax import sampling
-from instaflow_jax.models.clip import CLIPTextModel
 from instaflow_jax.models.net import Net
-from instaflow_jax.models.unet import UNet2DConditionModel
-from instaflow_jax.models.vae import AutoencoderKL
-from instaflow_jax.stages.plan.shapes import SD15_SCHEDULER
+from instaflow_jax.stages.plan.shapes import SD15_SCHEDULER, make_nets
 
 ALPHA = 7.5
-CLASSES = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 
 
 def ours(
@@ -38,10 +34,7 @@ def ours(
       steps: solver steps of the guided teacher.
       attention, kernels: see `configs/common.py`.
     """
-    nets = {
-        name: cls.from_config(configs[name], dtype=jnp.dtype(dtype), attention=attention, kernels=kernels)
-        for name, cls in CLASSES.items()
-    }
+    nets = make_nets(configs, dtype=jnp.dtype(dtype), attention=attention, kernels=kernels)
     params = jax.block_until_ready({name: net.init(jax.random.key(0)) for name, net in nets.items()})
     rng = np.random.default_rng(0)
     calls = networks(nets, params, flops, latent, rng)

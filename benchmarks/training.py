@@ -12,10 +12,8 @@ from benchmarks.timing import Call
 from configs import distill, generate, reflow
 from instaflow_jax import pipeline
 from instaflow_jax.arrays import Batch
-from instaflow_jax.infra import cost
 from instaflow_jax.infra import devices as parallel
 from instaflow_jax.models.clip import CLIPTextModel
-from instaflow_jax.models.layers import without_remat
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.stages.common.flow_training import read_flow_options
 from instaflow_jax.stages.distill import load_loss
@@ -94,9 +92,8 @@ def gradient(
     params, length = unet.init(jax.random.key(0)), text.config.max_position_embeddings
     frozen = {"text_encoder": text.init(jax.random.key(1)), "null_ids": np.ones((1, length), np.int32)}
     data = pairs(batch, (latent, latent, unet.config.in_channels), length)
-    compute = jax.jit(step.make_gradient(loss))
-    with without_remat():
-        flops = cost.count_flops(jax.make_jaxpr(step.make_gradient(loss))(params, frozen, data, jax.random.key(2)))
+    function = step.make_gradient(loss)
+    compute, flops = jax.jit(function), loop.model_flops(function, params, frozen, data, jax.random.key(2))
     return {
         f"reflow gradient, {latent}×{latent} latents, batch {batch}": call(
             lambda: compute(params, frozen, data, jax.random.key(2)), flops, batch

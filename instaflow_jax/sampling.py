@@ -121,6 +121,12 @@ def make_generate(
     return generate
 
 
+def make_generate_rows(nets: Mapping[str, Any], solve: Solve) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """`make_generate` as a `BatchedRunner` takes it: `generate((params, null_ids), ids, X0)`."""
+    generate = make_generate(nets, solve)
+    return lambda fixed, ids, X0: generate(fixed[0], ids, fixed[1], X0)
+
+
 def to_uint8_checked(pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Images in bytes, where NaN becomes black, and for each image whether all its pixels [B, H, W, 3] were finite."""
     return to_uint8(pixels), jnp.isfinite(pixels).all((1, 2, 3))

@@ -96,6 +96,11 @@ def state_sharding(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(lambda leaf: array_sharding(leaf.shape, mesh), tree)
 
 
+def with_sharding(tree: PyTree, sharding: NamedSharding) -> PyTree:
+    """Shapes and dtypes of arrays or shapes, all with this sharding: to compile before there are values."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+
 def abstract(tree: PyTree, mesh: Mesh) -> PyTree:
     """Shapes, dtypes and shardings of a state, without its values."""
     return jax.tree.map(

@@ -9,6 +9,8 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from instaflow_jax.infra.devices import with_sharding
+
 
 class BatchedRunner:
     """Runs `function(fixed, *rows)` on all local devices, `per_device` rows on each.
@@ -50,11 +52,7 @@ class BatchedRunner:
 
     def trace(self, fixed: PyTree, *rows: jax.ShapeDtypeStruct) -> jax.stages.Traced:
         """The program of one call, from arrays or shapes of `fixed` and the shapes of its rows."""
-
-        def shapes(tree: PyTree, sharding: NamedSharding) -> PyTree:
-            return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
-
-        return self._program.trace(shapes(fixed, self._replicated), shapes(rows, self._split))
+        return self._program.trace(with_sharding(fixed, self._replicated), with_sharding(rows, self._split))
 
     def start(self, fixed: PyTree, *arrays: np.ndarray) -> PyTree:
         """Starts one call for up to `self.rows` rows and does not wait; the result has `self.rows` rows.

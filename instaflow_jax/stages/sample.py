@@ -84,9 +84,8 @@ def draw(
     Raises:
       ValueError: naming prompt and seed of an image that is NaN or infinite.
     """
-    generate = sampling.make_generate(pipe.nets, solve)
     size = min(batch, -(-len(jobs) // jax.local_device_count()))
-    runner = BatchedRunner(lambda fixed, ids, X0: generate(fixed[0], ids, fixed[1], X0), size)
+    runner = BatchedRunner(sampling.make_generate_rows(pipe.nets, solve), size)
     fixed = runner.place((pipeline.inference_params(pipe.nets, pipe.params), pipe.tokenizer([negative])))
     rows, seeds = np.array(jobs).T
     ids = pipe.tokenizer(prompts)

@@ -165,11 +165,15 @@ def trace_step(
 
 def count_flops(traced: jax.stages.Traced, step: TrainStep, *inputs: PyTree) -> float:
     """FLOPs of a step on all devices together, without what it recomputes to save memory (model FLOPs)."""
-    jaxpr = traced.jaxpr
-    if cost.recomputes(jaxpr):
-        with layers.without_remat():
-            jaxpr = jax.make_jaxpr(step.update)(*inputs)
-    return cost.count_flops(jaxpr)
+    if cost.recomputes(traced.jaxpr):
+        return model_flops(step.update, *inputs)
+    return cost.count_flops(traced.jaxpr)
+
+
+def model_flops(function: Callable[..., PyTree], *inputs: PyTree) -> float:
+    """FLOPs of function(*inputs), arrays or shapes, traced with networks that recompute nothing."""
+    with layers.without_remat():
+        return cost.count_flops(jax.make_jaxpr(function)(*inputs))
 
 
 class MetricsLog:

@@ -169,8 +169,7 @@ def draw(job: Job) -> None:
     if jax.process_index() == 0:
         job.directory.mkdir(parents=True, exist_ok=True)
         write_json(job.directory / "recipe.json", job.recipe)
-    generate = sampling.make_generate(job.pipe.nets, job.solve)
-    runner = BatchedRunner(lambda fixed, ids, X0: generate(fixed[0], ids, fixed[1], X0), job.options.batch)
+    runner = BatchedRunner(sampling.make_generate_rows(job.pipe.nets, job.solve), job.options.batch)
     calls = [job.photos[rows] for rows in runner.batches(len(job.photos))]
     calls = calls[jax.process_index() :: jax.process_count()]
     left = [call for call in calls if not all(job.path(photo).is_file() for photo in call)]

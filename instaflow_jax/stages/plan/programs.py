@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from instaflow_jax import pipeline, sampling
@@ -83,13 +82,7 @@ def _inference(config: ConfigDict, model: str, nets: Mapping[str, Net], targets:
     if config.stage == "generate":
         function, noise, count, unit = make_latents_function(nets, solve), jnp.float16, config.count, "pair"
     else:
-        generate = sampling.make_generate(nets, solve)
-        function, noise, count, unit = (
-            lambda fixed, ids, X0: generate(fixed[0], ids, fixed[1], X0),
-            jnp.float32,
-            1,
-            "image",
-        )
+        function, noise, count, unit = sampling.make_generate_rows(nets, solve), jnp.float32, 1, "image"
         names.append("vae")
     runner = BatchedRunner(function, config.batch, targets)
     latent, length = latent_shape(nets, options.height, options.width), _tokens(nets)
@@ -121,19 +114,14 @@ def _training(config: ConfigDict, nets: Mapping[str, Net], mesh: Mesh) -> Progra
     latent = jax.ShapeDtypeStruct((train.batch_size, *latent_shape(nets, 0, 0)), jnp.float16)
     ids = jax.ShapeDtypeStruct((train.batch_size, _tokens(nets)), jnp.int32)
     inputs = (
-        _replicated(frozen, mesh),
+        devices.with_sharding(frozen, devices.replicated(mesh)),
         devices.abstract_batch({"X0": latent, "X1": latent, "ids": ids}, mesh),
-        _replicated(jax.eval_shape(lambda: jax.random.key(0)), mesh),
+        devices.with_sharding(jax.eval_shape(lambda: jax.random.key(0)), devices.replicated(mesh)),
     )
     traced = loop.trace_step(step, state, *inputs, mesh)
     flops = loop.count_flops(traced, step, state, *inputs)
     sharded = tuple(p.shape for p in state.params.values() if not p.sharding.is_fully_replicated)
     return Program(traced, train.batch_size, train.loop["steps"], "sample", flops, sharded, train.accumulate)
-
-
-def _replicated(tree: PyTree, mesh: Mesh) -> PyTree:
-    sharding = devices.replicated(mesh)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
 def _tokens(nets: Mapping[str, Net]) -> int:

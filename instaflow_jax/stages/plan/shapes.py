@@ -65,5 +65,5 @@ def read_scheduler(model: str) -> dict[str, Any]:
 
 
 def make_nets(configs: dict[str, dict[str, Any]], **options: Any) -> dict[str, Net]:
-    """The networks; options as of `Model.from_config`."""
-    return {name: cls.from_config(configs[name], **options) for name, cls in CLASSES.items()}
+    """The networks that `configs` names; options as of `Model.from_config`."""
+    return {name: CLASSES[name].from_config(raw, **options) for name, raw in configs.items()}

@@ -67,6 +67,11 @@ class Plan:
         return self.calls * self.seconds["bound"] / 3600
 
     @property
+    def device_days(self) -> float:
+        """Of all calls on all devices, at least."""
+        return self.hours * self.devices / 24
+
+    @property
     def mfu(self) -> float:
         """The largest possible share of the peak FLOP/s."""
         return self.seconds["compute"] / self.seconds["bound"]
@@ -115,21 +120,18 @@ def check(config: ConfigDict, workdir: str) -> None:
 def measure(config: ConfigDict, model: str, target: Target, optimization_level: str) -> Plan:
     """Traces, lowers and compiles the program of the stage that `config` configures."""
     program = programs.trace(config, model, target.devices)
-    start, needed, compiled = time.monotonic(), 0, None
+    start, memory, accessed, found = time.monotonic(), None, None, []
     try:
         with optimizing(optimization_level):
             compiled = program.traced.lower().compile(compiler_options=target.options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        needed = refused_bytes(str(error))
-    seconds = time.monotonic() - start
-    memory = cost.memory(compiled) if compiled else None
-    text = compiled.as_text() if compiled else ""
-    found = collectives.read(text) if compiled else []
-    accessed = ((compiled.cost_analysis() or {}).get("bytes accessed") or None) if compiled else None
-    accessed = accessed and accessed * program.rounds
-    needed = memory.total if memory else needed
+        seconds, needed = time.monotonic() - start, refused_bytes(str(error))
+    else:
+        seconds, memory = time.monotonic() - start, cost.memory(compiled)
+        needed, found = memory.total if memory else 0, collectives.read(compiled.as_text())
+        accessed = (compiled.cost_analysis() or {}).get("bytes accessed", 0.0) * program.rounds or None
     return Plan(
         program=config.stage,
         target=target.name,
@@ -220,10 +222,9 @@ def summary(plan: Plan) -> str:
 
 def amount(plan: Plan, price: float, pair_size: int) -> str:
     """Hours, device-days, gigabytes and dollars of the configured number of pairs or steps, at least."""
-    days = plan.hours * plan.devices / 24
-    parts = [f"{plan.calls:,} calls on {plan.target}: {plan.hours:.4g} hours, {days:.4g} device-days"]
+    parts = [f"{plan.calls:,} calls on {plan.target}: {plan.hours:.4g} hours, {plan.device_days:.4g} device-days"]
     if price:
-        parts.append(f"{days * 24 * price:,.0f} dollars")
+        parts.append(f"{plan.device_days * 24 * price:,.0f} dollars")
     if pair_size:
         parts.append(f"{pair_size / 1e9:.4g} GB of pairs")
     return ", ".join(parts) + " at the bound; a real run takes longer"
@@ -235,8 +236,8 @@ def write(directory: Path, plans: list[Plan], price: float, pair_size: int) -> N
     name = f"{plans[0].program}_{plans[0].target}"
     rows = [
         dataclasses.asdict(plan)
-        | {"hours": plan.hours, "device_days": plan.hours * plan.devices / 24, "mfu_bound": plan.mfu}
-        | {"dollars": plan.hours * plan.devices * price, "pair_bytes": pair_size}
+        | {"hours": plan.hours, "device_days": plan.device_days, "mfu_bound": plan.mfu}
+        | {"dollars": plan.device_days * 24 * price, "pair_bytes": pair_size}
         for plan in plans
     ]
     about = {"jax": jax.__version__, "date": time.strftime("%Y-%m-%d")}

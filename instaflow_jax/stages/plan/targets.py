@@ -96,12 +96,10 @@ def find(name: str) -> Target:
     if family in _TPUS:
         os.environ |= _LIBTPU
         sizes, options = _TPUS[family]
-        size = sizes[int(count)]
-        bounds = {1: (1, 1, 1)}.get(int(count), (2, 2, 1))
+        bounds, compiler = (1, 1, 1) if count == "1" else (2, 2, 1), {}
         found = topologies.get_topology_desc(
-            f"{family}:{size}", platform="tpu", chips_per_host_bounds=bounds, **options
+            f"{family}:{sizes[int(count)]}", platform="tpu", chips_per_host_bounds=bounds, **options
         )
-        compiler = {}
     else:
         found = topologies.get_topology_desc(
             platform="cuda", topology=f"1x1x{count}", target_config=_describe(_CARDS[family])
