@@ -155,13 +155,19 @@ def measure(config: ConfigDict, model: str, target: Target, optimization_level: 
 
 @contextlib.contextmanager
 def optimizing(level: str) -> Iterator[None]:
-    """Programs that are compiled inside get this optimization level."""
-    before = jax.config.jax_optimization_level
-    jax.config.update("jax_optimization_level", level)
+    """Programs that are compiled inside get this optimization level, and stay out of the persistent cache.
+
+    jax cannot read programs of absent devices back from there, and would warn at every later plan.
+    """
+    fields = {"jax_optimization_level": level, "jax_persistent_cache_min_compile_time_secs": float("inf")}
+    before = {name: getattr(jax.config, name) for name in fields}
     try:
+        for name, value in fields.items():
+            jax.config.update(name, value)
         yield
     finally:
-        jax.config.update("jax_optimization_level", before)
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def roofline(program: Program, target: Target, accessed: float | None) -> dict[str, float]:
