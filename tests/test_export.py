@@ -275,6 +275,7 @@ def small(source, **fields):
     return configured(**({"model": str(source), "formats": ("diffusers",)} | fields))
 
 
+@pytest.mark.slow
 def test_params_in_the_released_convention(run, teacher, tmp_path):
     main.run(small(run, weights="params", convention="released"), str(tmp_path))
     again = pipeline.load(str(tmp_path / "export" / "diffusers"), variant=None, attention="xla")
@@ -353,6 +354,7 @@ def test_a_missing_run_is_distilled_first(run, tmp_path, monkeypatch, capsys):
 # ---------------------------------------------------------------- all or nothing
 
 
+@pytest.mark.slow
 def test_an_export_is_replaced_only_on_request_and_only_by_a_complete_one(run, tmp_path, monkeypatch):
     main.run(small(run), str(tmp_path))
     before = (tmp_path / "export" / "export.json").read_bytes()

@@ -224,6 +224,7 @@ def test_another_batch_size_gives_the_same_pairs(made, teacher, tmp_path, batch)
     np.testing.assert_allclose(pairs["X1"], expected["X1"], rtol=2**-10, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_stored_seeds_give_the_same_pairs_as_stored_noise(made, teacher, tmp_path):
     main.run(configured(teacher, store_noise=False), str(tmp_path))
     seeds = tmp_path / "pairs"
