@@ -35,7 +35,7 @@ TEST = [
     "pytest-xdist",
     "pytorch-fid==0.3.0",
     "ruff==0.17.*",
-    "scipy",
+    "scipy<1.18",  # pytorch-fid 0.3.0 calls sqrtm(disp=), which 1.18 removed
     "torch==2.13.0",
     "torchvision==0.28.0",
 ]

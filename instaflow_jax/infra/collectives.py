@@ -14,8 +14,11 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{\s*$")
 _CALLED = re.compile(r"(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CHANNEL = re.compile(r"channel_id=\d+")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
+# The TPU's compiler writes a reduce-scatter as a fusion of an all-reduce and the slices that the devices keep.
+_SCATTER = re.compile(r"calls=%?(all-reduce-scatter[\w.-]*)")
 _IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=")
 
 
@@ -62,9 +65,9 @@ def read(text: str) -> list[Collective]:
       ValueError: one of them is in a loop whose trip count XLA does not state.
     """
     computations, entry = _split(text)
-    found: list[Collective] = []
+    found: dict[str, list[Collective]] = {}
     _visit(computations, entry, 1, found)
-    return found
+    return [collective for collectives in found.values() for collective in collectives]
 
 
 def _split(text: str) -> tuple[dict[str, list[tuple[str, str, str]]], str]:
@@ -79,11 +82,21 @@ def _split(text: str) -> tuple[dict[str, list[tuple[str, str, str]]], str]:
     return computations, entry
 
 
-def _visit(computations: Mapping, name: str, times: int, found: list[Collective]) -> None:
+def _visit(computations: Mapping, name: str, times: int, found: dict[str, list[Collective]]) -> None:
+    """Adds the collectives of a computation and of those it calls, each once.
+
+    The TPU's compiler spreads an asynchronous collective over several fusions, which all name its channel.
+    """
     for result, operation, rest in computations[name]:
         name = operation.removesuffix("-start")
         if name in OPERATIONS:
-            found += [Collective(name, *array, _group(rest), times) for array in _sent_arrays(operation, result)]
+            arrays = [Collective(name, *array, _group(rest), times) for array in _sent_arrays(operation, result)]
+            found.setdefault(_key(arrays, rest), arrays)
+            continue
+        if scatter := _SCATTER.search(rest):
+            inner = next(rest for _, part, rest in computations[scatter[1]] if part.startswith("all-reduce"))
+            arrays = [Collective("reduce-scatter", *array, _group(inner), times) for array in _sent_arrays("", result)]
+            found[rest] = arrays
             continue
         called = _CALLED.findall(rest) + [n.strip(" %") for names in _BRANCHES.findall(rest) for n in names.split(",")]
         if operation == "while":
@@ -92,10 +105,17 @@ def _visit(computations: Mapping, name: str, times: int, found: list[Collective]
             for inner in called:
                 _visit(computations, inner, times * int(trips[1]) if trips else times, found)
             if len(found) > before and not trips:
-                raise ValueError(f"a loop with {found[before].operation} has an unknown trip count: {rest[:200]}")
+                first = list(found.values())[before][0].operation
+                raise ValueError(f"a loop with {first} has an unknown trip count: {rest[:200]}")
             continue
         for inner in called:
             _visit(computations, inner, times, found)
+
+
+def _key(arrays: list[Collective], rest: str) -> str:
+    """The channel and what is sent: channels alone are not unique on TPUs."""
+    channel = _CHANNEL.search(rest)
+    return f"{channel[0]} {[(c.operation, c.shape) for c in arrays]}" if channel else rest
 
 
 def _sent_arrays(operation: str, result: str) -> list[tuple[str, tuple[int, ...]]]:
