@@ -95,6 +95,7 @@ def main(argv: list[str]) -> None:
     logging.getLogger("absl").addFilter(_hide_tfds_information)
     if _CPU_DEVICES.value:
         jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
+    devices.keep_compiled_programs()
     try:
         devices.initialize(coordinator=_COORDINATOR.value, processes=_PROCESSES.value, process=_PROCESS.value)
         run(_CONFIG.value, _WORKDIR.value)

@@ -96,3 +96,15 @@ def test_host_arrays_reach_devices_unchanged():
         np.testing.assert_array_equal(put(tree, mesh)["a"], tree["a"])
     key = jax.random.key(5)
     assert jax.random.uniform(devices.replicate_key(key, mesh)) == jax.random.uniform(key)
+
+
+def test_compiled_programs_are_kept_for_the_user_unless_jax_has_a_folder(monkeypatch, tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        for there, kept in (("/elsewhere", "/elsewhere"), (None, f"{tmp_path}/instaflow_jax/compiled")):
+            jax.config.update("jax_compilation_cache_dir", there)
+            devices.keep_compiled_programs()
+            assert jax.config.jax_compilation_cache_dir == kept
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

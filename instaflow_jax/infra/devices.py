@@ -6,8 +6,10 @@ the others are replicated. `fsdp=1` is plain data parallelism.
 
 import importlib.util
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from glob import glob
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -40,6 +42,13 @@ def initialize(*, coordinator: str, processes: int, process: int) -> None:
         num_processes=processes or None,
         process_id=None if process == -1 else process,
     )
+
+
+def keep_compiled_programs() -> None:
+    """Keeps compiled programs in the user's cache folder for the next process, unless JAX has a folder already."""
+    if not jax.config.jax_compilation_cache_dir:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(caches / "instaflow_jax" / "compiled"))
 
 
 def has_only_the_tpus_compiler() -> bool:
