@@ -1,6 +1,7 @@
 """The benchmark harness: the table's arithmetic, two processes in turn, and both sides computing the same."""
 
 import dataclasses
+import json
 import time
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 from helpers import references, relative
 
-from benchmarks import peers, run, sd15, table, timing, training, twins
+from benchmarks import peers, plans, run, sd15, table, timing, training, twins
 from benchmarks.timing import Row, Side, Spec, Timing
+from configs import plan as plan_config
 from instaflow_jax import flow, pipeline
 from instaflow_jax.models.lpips import LPIPS
 
@@ -193,3 +195,29 @@ def test_the_twin_computes_the_same_losses():
     a, b = (np.tanh(batch[name][..., :3]).repeat(4, 1).repeat(4, 2) for name in ("X0", "X1"))
     theirs = twins.make_lpips()(*(torch.tensor(x.transpose(0, 3, 1, 2)) for x in (a, b)))
     assert relative(jnp.mean(jax.jit(lpips.apply)(params, a, b)), theirs) < 1e-5
+
+
+# ---------------------------------------------------------------- plans
+
+
+def test_the_recipes_table_adds_up_what_its_plans_say(tmp_path):
+    rows = plans.recipe("h100-8", per_device=8, lpips=4)[:2]
+    for row, days in zip(rows, (2.0, 3.0), strict=True):
+        path = plans.path(row, tmp_path)
+        path.parent.mkdir(parents=True)
+        plan = {"calls": 10, "hours": 3 * days, "device_days": days, "fits": True, "available": 80 * 2**30}
+        plan |= {"memory": {"arguments": 2**30, "temporaries": 2**31}, "seconds": {"bound": 0.5}, "mfu_bound": 0.5}
+        path.write_text(json.dumps({"plans": [plan | {"compile_seconds": 60.0}]}))
+    assert "| together | h100-8 |  | 15 | 5 | 300 |" in plans.recipe_table(rows, tmp_path)
+    assert "| yes, of 80 | 1.00 | 2.00 | 500 ms | 50 % | 60 s |" in plans.table(rows, tmp_path)
+    assert plans.table(plans.ROWS[:1], tmp_path).count("\n") == 2  # a row that is not there is left out
+
+
+def test_every_row_of_the_plans_can_be_planned():
+    for row in plans.ROWS:
+        config = plan_config.get_config(row.variant).program.copy_and_resolve_references().unlock()
+        fields = dict(field.split("=") for field in row.fields)
+        config.update_from_flattened_dict({k: int(v) for k, v in fields.items() if v.isdigit()})
+        if "batch_size" in config:
+            devices = int(row.target.rpartition("-")[2])
+            assert config.batch_size % (config.accumulate * devices) == 0 and devices % config.fsdp == 0, row.name
