@@ -108,7 +108,13 @@ def test_stale_files_of_ended_processes_are_deleted(tmp_path):
     for path in (*names, other, stale, tmp_path / "a"):
         path.touch()
     files.remove_stale(tmp_path)
-    assert sorted(tmp_path.iterdir()) == sorted([names[1], other, tmp_path / "a"])  # our own id may be reused
+    left = sorted([names[1], other, tmp_path / "a"])  # our own id may be reused
+    assert sorted(tmp_path.iterdir()) == left
+    stale.touch()
+    files.write_text(tmp_path / "b", "")
+    assert stale.exists()
+    files.write_text(tmp_path / "a", "")  # whoever writes the file again deletes its stale ones
+    assert sorted(tmp_path.iterdir()) == sorted([*left, tmp_path / "b"])
 
 
 def test_json_round_trips_and_errors_name_the_file(tmp_path):

@@ -1,4 +1,4 @@
-"""A small demo that is killed twenty times ends with the same files as a demo that was never killed."""
+"""A small demo that is killed at each stage ends with the same files as a demo that was never killed."""
 
 import json
 import os
@@ -31,7 +31,8 @@ for name in ("reflow", "distill", "direct"):
 config.export.formats = ("orbax", "diffusers")
 main.run(config, sys.argv[2])
 """
-KILLS = {"generate": 4, "reflow": 4, "distill": 3, "direct": 3, "evaluate": 4, "export": 2}
+# Moments are random; 20 kills (4, 4, 3, 3, 4, 2) passed on 2026-11-26.
+KILLS = {"generate": 2, "reflow": 2, "distill": 1, "direct": 1, "evaluate": 1, "export": 1}
 # What holds seconds or dates: times of the steps, the report and the card that print them, Orbax's own files.
 UNEQUAL = {
     "demo.json",
@@ -51,6 +52,7 @@ def start(tiny: Path, workdir: Path, cache: Path) -> subprocess.Popen:
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
     }
     command = [sys.executable, "-c", RUN, str(tiny), str(workdir)]
@@ -96,7 +98,7 @@ def without_seconds(results: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in json.loads(results.read_text())["rows"]]
 
 
-def test_a_demo_killed_twenty_times_ends_the_same(tmp_path):
+def test_a_demo_killed_at_each_stage_ends_the_same(tmp_path):
     tiny, unbroken, killed = (tmp_path / name for name in ("tiny", "unbroken", "killed"))
     for folder in (tiny, killed):
         folder.mkdir()
@@ -117,7 +119,7 @@ def test_a_demo_killed_twenty_times_ends_the_same(tmp_path):
     finish(start(tiny, killed, tmp_path / "cache"), killed)
 
     steps = json.loads((killed / "demo.json").read_text())["steps"]
-    assert ends == [-signal.SIGKILL] * 20
+    assert ends == [-signal.SIGKILL] * sum(KILLS.values())
     assert all(steps[step.name]["runs"] > 1 for step in demo.STEPS)
     expected, found = products(unbroken), products(killed)
     assert found.keys() == expected.keys()

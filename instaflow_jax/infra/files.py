@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -74,6 +75,7 @@ def atomic_write(path: str | Path, size: int | None = None) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = temporary_name(path)
+    remove_stale(path.parent, glob.escape(path.name))
     try:
         with naming(path, size):
             temporary.touch()
@@ -115,9 +117,13 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
 
 
-def remove_stale(directory: Path) -> None:
-    """Deletes temporary files that killed processes of this machine left in `directory`."""
-    for path in directory.glob(f".*.{socket.gethostname()}.*"):
+def remove_stale(directory: Path, name: str = "*") -> None:
+    """Deletes temporary files that killed processes of this machine left in `directory`.
+
+    Args:
+      name: pattern of the files that they are temporary for.
+    """
+    for path in directory.glob(f".{name}.{socket.gethostname()}.*"):
         pid = path.name.rpartition(".")[2]
         if pid.isdigit() and not _is_running(int(pid)):
             path.unlink(missing_ok=True)
