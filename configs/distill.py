@@ -42,9 +42,7 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
 
 
 def openmoji(config: ConfigDict) -> None:
-    config.pairs = generate.get_config("openmoji")
-    config.pairs.update({"dynamics": "flow", "alpha": 1.0})  # the teacher's pairs were already guided
-    config.pairs.update({"N": 8, "count": 12288})  # straight paths need few steps, which leaves time for more pairs
+    config.pairs = reflow.flow_pairs()
     reflow.emoji_budget(config, steps=900)
 
 

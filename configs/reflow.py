@@ -1,10 +1,18 @@
 """Reflow: fit a velocity to the straight lines of the teacher's pairs (paper, Eq. 5).
 
     python -m instaflow_jax.main --config=configs/reflow.py --workdir=DIR
+    python -m instaflow_jax.main --config=configs/reflow.py --workdir=DIR --config.k=3                # and once more
     python -m instaflow_jax.main --config=configs/reflow.py:sd15 --workdir=DIR        # the paper's first stage
     python -m instaflow_jax.main --config=configs/reflow.py:sd15_2 --workdir=DIR      # its second
 
 Needs nothing: missing pairs are generated first. Writes DIR/reflow/export, which `configs/sample.py` samples from.
+That is the 2-rectified flow. With --config.k=3 its own pairs follow, in DIR/reflow/pairs (`configs/distill.py` uses
+them too), and from them the 3-rectified flow, DIR/reflow_3/export; with k=4 DIR/reflow_3/pairs and DIR/reflow_4/export.
+What exists is used as it is. `configs/evaluate.py` compares all of them. To distil the 3-rectified flow:
+
+    python -m instaflow_jax.main --config=configs/distill.py --workdir=DIR --config.model=DIR/reflow_3/export \\
+        --config.pairs_folder=reflow_3 --config.output=distill_3
+
 Measured on two CPU cores with --cpu_devices=2 (by configs/demo.py): 1,500 steps of 32 in 6 min 27 s, 136 samples/s.
 S of the teacher, treated as a flow, is 0.463; S of this flow is 0.029. Fréchet distance to real emoji at one step: 3.7,
 the teacher's 46.5. Not yet measured: the paper's variants (`plan` has compiled them).
@@ -21,6 +29,7 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
     config = training()
     config.stage = "reflow"
     config.loss = {"time": "uniform", "penalty": "squared"}  # or u_shaped, pseudo_huber
+    config.k = 2  # of the k-rectified flow to end with: it takes k − 1 reflows of the teacher
     common.pick(VARIANTS, variant)(config)
     return config.lock()
 
@@ -42,6 +51,19 @@ def openmoji(config: ConfigDict) -> None:
     config.pairs = generate.get_config("openmoji")
     emoji_budget(config, steps=1500)
     config.prompt_dropout = 0.05
+    config.later = later(flow_pairs(), steps=1500, peak=3e-4)
+
+
+def flow_pairs() -> ConfigDict:
+    """Pairs by a flow of emoji: straight paths need few steps, which leaves time for more pairs."""
+    pairs = generate.get_config("openmoji")
+    pairs.update({"dynamics": "flow", "alpha": 1.0, "N": 8, "count": 12288})  # the teacher's pairs were already guided
+    return pairs
+
+
+def later(pairs: ConfigDict, *, steps: int, peak: float) -> ConfigDict:
+    """What differs in each reflow after the first, whose pairs the flow before it makes."""
+    return ConfigDict({"pairs": pairs, "loop": {"steps": steps}, "schedule": {"peak": peak}})
 
 
 def emoji_budget(config: ConfigDict, steps: int) -> None:
@@ -61,6 +83,7 @@ def sd15(config: ConfigDict) -> None:
     config.dtype = "bfloat16"
     config.remat.unet = "blocks"
     config.loop.update({"steps": 70_000, "save_every": 2500})
+    config.later = later(generate.get_config("rf2"), steps=25_000, peak=1e-7)  # the paper's rate; its steps are unknown
     config.eval_every = 2500
     config.eval.prompts = ("a hyper-realistic photo of a cute cat", "an astronaut riding a horse on mars")
 

@@ -1,7 +1,9 @@
 """Builders and helpers that several test files share."""
 
+import contextlib
 import inspect
 import io
+import itertools
 import json
 import re
 import runpy
@@ -25,6 +27,7 @@ from instaflow_jax.evals import features
 from instaflow_jax.models.clip import CLIPModel, CLIPTextModel
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.models.vae import AutoencoderKL
+from instaflow_jax.train import loop
 from instaflow_jax.weights import port
 from instaflow_jax.weights.tokenizer import Tokenizer
 
@@ -273,6 +276,7 @@ def make_emoji() -> openmoji.Arrays:
 
 
 SMALL_LOOP = {"steps": 4, "log_every": 1, "save_every": 2}
+SMALL_PAIRS = {"count": 8, "shard_size": 8, "batch": 4, "N": 2, "preview": 1}
 
 
 def read_config(stage: str, variant: str = "") -> ConfigDict:
@@ -286,9 +290,11 @@ def shrink_training(config, teacher):
     config.loop.update(SMALL_LOOP)
     config.eval.update({"prompts": ("red apple",), "seeds": 1, "N": (1,)})
     config.schedule.update({"warmup_steps": 1})
-    config.pairs.update({"count": 8, "shard_size": 8, "batch": 4, "N": 2, "preview": 1})
+    config.pairs.update(SMALL_PAIRS)
     if config.pairs.model:
         config.pairs.model = str(teacher)
+    if "later" in config:
+        config.later.update({"pairs": SMALL_PAIRS, "loop": {"steps": SMALL_LOOP["steps"]}})
     return config
 
 
@@ -651,6 +657,26 @@ def parse(words: list[str], monkeypatch):
 
 
 # ---------------------------------------------------------------- this machine
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL inside a test's own process."""
+
+
+@contextlib.contextmanager
+def killed_at(number: int):
+    """Ends what runs inside with `Killed` at a training step, counted over all trainings, before it is saved."""
+    count, add = itertools.count(1), loop.MetricsLog.add
+
+    def add_or_die(self, step, metrics):
+        if next(count) == number:
+            raise Killed
+        add(self, step, metrics)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.MetricsLog, "add", add_or_die)
+        with pytest.raises(Killed):
+            yield
 
 
 def free_port():

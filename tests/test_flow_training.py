@@ -1,19 +1,22 @@
 """Stages `reflow` and `distill` on a tiny random model: each makes what is missing, resumes, and exports a flow."""
 
+import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import optax
 import pytest
-from helpers import distill_config, load, read_config, reflow_config
+from helpers import distill_config, killed_at, load, read_config, reflow_config
 
 from instaflow_jax import main, sampling
 from instaflow_jax.data import noise
-from instaflow_jax.infra.checkpoint import Checkpoints
+from instaflow_jax.infra.checkpoint import Checkpoints, load_config
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.stages.common import fit, flow_training
 from instaflow_jax.stages.common.ranges import check_ranges
@@ -73,6 +76,46 @@ def test_two_and_two_steps_equal_four(run, teacher, tmp_path):
         config.loop.steps, config.resume = steps, "force"  # the schedule of the first run ends at step 2
         main.run(config, str(tmp_path))
     once, twice = unet(run / "reflow"), unet(tmp_path / "reflow")
+    assert all(np.array_equal(p, twice[name]) for name, p in once.items())
+
+
+@pytest.fixture(scope="module")
+def rectified_again(run, teacher, tmp_path_factory):
+    """A copy of `run` in which reflow goes on to the 3-rectified flow, and what that printed."""
+    workdir = tmp_path_factory.mktemp("again") / "run"
+    shutil.copytree(run, workdir)
+    config = reflow_config(teacher)
+    config.k = 3
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        main.run(config, str(workdir))
+    return workdir, output.getvalue()
+
+
+@pytest.mark.slow
+def test_a_second_reflow_reuses_the_first_and_its_pairs(run, rectified_again):
+    workdir, printed = rectified_again
+    assert "generating pairs" not in printed and printed.count("wrote the flow to") == 1
+    first, second = unet(workdir / "reflow"), unet(workdir / "reflow_3")
+    assert any(np.any(p != second[name]) for name, p in first.items())
+    assert all(np.array_equal(p, first[name]) for name, p in unet(run / "reflow").items())
+    saved = load_config(workdir / "reflow_3" / "checkpoints", step=None)
+    assert saved["model"] == saved["pairs"]["model"] == str(workdir / "reflow" / "export")
+    assert saved["pairs"]["dynamics"] == "flow" and saved["schedule"]["peak"] == 3e-4
+
+
+@pytest.mark.slow
+def test_a_second_reflow_that_was_killed_ends_the_same(rectified_again, teacher, tmp_path, monkeypatch):
+    """From nothing, killed in its third step; it continues in a moved workdir, under a relative path."""
+    config = reflow_config(teacher)
+    config.k = 3
+    with killed_at(4 + 3):
+        main.run(config, str(tmp_path / "before"))
+    assert not (tmp_path / "before" / "reflow_3" / "export").exists()
+    (tmp_path / "before").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    main.run(config, "moved")
+    once, twice = unet(rectified_again[0] / "reflow_3"), unet(tmp_path / "moved" / "reflow_3")
     assert all(np.array_equal(p, twice[name]) for name, p in once.items())
 
 
@@ -140,6 +183,7 @@ def test_bad_fields_are_refused_before_anything_is_loaded(fields, words):
         ),
         ("reflow", {"schedule.warmup_steps": 4}, "warmup_steps=4 must be below total_steps=4"),
         ("reflow", {"loss.time": "late"}, "time='late' is unknown"),
+        ("reflow", {"k": 3, "later.pairs.solver": "ddim"}, "solver='ddim' does not fit a flow"),
         ("reflow", {"model": "nowhere"}, "nowhere"),
         ("reflow", {"pairs.solver": "euler"}, "solver='euler' does not fit a teacher"),
         ("distill", {"match": 1.0}, "match=1.0 must be from 0 to"),
@@ -246,6 +290,8 @@ def test_every_number_of_every_config_has_a_range(stage, variant):
         ("reflow", "loop.steps", 2**31, "config.loop.steps=2147483648 must be from 1 to 2147483647"),
         ("reflow", "loop.profile_steps", (5, 3), "config.loop.profile_steps=(5, 3) must be (first, last)"),
         ("reflow", "accumulate", 0, "config.accumulate=0 must be at least 1"),
+        ("reflow", "k", 1, "config.k=1 must be at least 2"),
+        ("reflow", "later.schedule.peak", math.nan, "config.later.schedule.peak=nan is not a finite number"),
         ("reflow", "eval.N", (0,), "config.eval.N=(0,) must be at least 1"),
         ("reflow", "eval.prompts", (), "config.eval.prompts=() must have at least one value"),
         ("reflow", "seed", 2**32, "config.seed=4294967296 must be from 0 to 4294967295"),

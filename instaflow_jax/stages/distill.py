@@ -62,7 +62,7 @@ def read_options(config: ConfigDict, workdir: str) -> flow_training.FlowOptions:
     if config.lpips.net not in PUBLISHED:
         raise ValueError(f"config.lpips.net={config.lpips.net!r} is not one of {', '.join(PUBLISHED)}")
     options = flow_training.read_flow_options(config)
-    fit.check_same_run(options.train, Path(workdir) / config.output)
+    fit.check_same_run(options.train, Path(workdir) / config.output, chosen=("pairs.model",))
     return options
 
 
@@ -108,7 +108,7 @@ def reflow_export(workdir: str) -> Path:
 
 def is_trained(workdir: str) -> bool:
     """Whether `reflow` has written its flow."""
-    return (reflow_export(workdir) / "model_index.json").is_file()
+    return loading.has_export(Path(workdir) / reflow.DIRECTORY)
 
 
 def need_reflow(config: ConfigDict, workdir: str) -> str:

@@ -1,35 +1,61 @@
-"""Stage `reflow`: pairs → a flow with straight paths (paper, Eq. 5)."""
+"""Stage `reflow`: pairs → a flow with straight paths (paper, Eq. 5), and again from that flow's own pairs."""
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from instaflow_jax import pipeline
 from instaflow_jax.models.net import Net
 from instaflow_jax.stages.common import fit, flow_training, loading
+from instaflow_jax.stages.common.ranges import check_ranges
 from instaflow_jax.stages.generate.stage import check_pairs, has_pairs, need_pairs
 from instaflow_jax.train import losses
 from instaflow_jax.train.step import Loss
 from instaflow_jax.weights.conventions import NUM_TIMESTEPS
 
-DIRECTORY = "reflow"
+DIRECTORY = "reflow"  # of the 2-rectified flow; see `folder`
+
+
+class Reflow(NamedTuple):
+    """One reflow.
+
+    Attributes:
+      config: of this reflow alone, without `k` and `later`.
+      directory: where it trains.
+      source: the directory that holds its pairs/.
+      chosen: fields of `config` that this stage has set.
+    """
+
+    config: ConfigDict
+    directory: Path
+    source: Path
+    chosen: tuple[str, ...]
 
 
 def run(config: ConfigDict, workdir: str) -> None:
-    """Trains in `workdir`/reflow on the pairs of `workdir`/pairs, which are generated first if they are missing.
+    """Trains the flows up to the `config.k`-rectified one, each on the pairs of the model before it.
+
+    The 2-rectified flow is trained in `workdir`/reflow on `workdir`/pairs, the 3-rectified flow in `workdir`/reflow_3
+    on `workdir`/reflow/pairs, and so on. Missing pairs are generated first. An earlier flow that has been exported is
+    used as it is.
 
     Raises:
       ValueError, FileNotFoundError: a field of the config, the teacher or the pairs are wrong.
       OSError, FloatingPointError: see `train.loop`.
     """
-    options = flow_training.read_flow_options(config)
-    fit.check_same_run(options.train, Path(workdir) / DIRECTORY)
-    if not has_pairs(Path(workdir)):
+    left = unfinished(config, Path(workdir))
+    for reflow in left:
+        read_options(reflow)
+    if not all(has_pairs(reflow.source) for reflow in left):
         check(config, workdir)
-    pairs = need_pairs(config.pairs, Path(workdir))
-    pipe = loading.load(config.model, options.weights)
-    flow_training.train_flow(options, Path(workdir) / DIRECTORY, pipe, pairs, make_loss(config, options, pipe.nets), {})
+    for reflow in left:
+        options, pairs = read_options(reflow), need_pairs(reflow.config.pairs, reflow.source)
+        pipe = loading.load(reflow.config.model, options.weights)
+        loss = make_loss(reflow.config, options, pipe.nets)
+        flow_training.train_flow(options, reflow.directory, pipe, pairs, loss, {})
 
 
 def check(config: ConfigDict, workdir: str) -> pipeline.Pipeline:
@@ -41,12 +67,53 @@ def check(config: ConfigDict, workdir: str) -> pipeline.Pipeline:
     Raises:
       ValueError, FileNotFoundError: see `run`.
     """
-    options = flow_training.read_flow_options(config)
-    fit.check_same_run(options.train, Path(workdir) / DIRECTORY)
-    recipe = check_pairs(config.pairs, Path(workdir))
-    pipe = loading.load(config.model, options.weights)
-    flow_training.check(options, pipe, recipe, make_loss(config, options, pipe.nets), {})
-    return flow_training.as_flow(pipe, pipe.params["unet"])
+    flow = None
+    for reflow in unfinished(config, Path(workdir)):
+        options = read_options(reflow)
+        recipe = check_pairs(reflow.config.pairs, reflow.source, flow)
+        pipe = flow or loading.load(reflow.config.model, options.weights)
+        flow_training.check(options, pipe, recipe, make_loss(reflow.config, options, pipe.nets), {})
+        flow = flow_training.as_flow(pipe, pipe.params["unet"])
+    return flow
+
+
+def unfinished(config: ConfigDict, workdir: Path) -> list[Reflow]:
+    """The reflows that are left to run, in order; the last one is always among them.
+
+    Raises:
+      ValueError: a number of the config is out of its range.
+    """
+    check_ranges(config)
+    return [
+        configure(config, workdir, k)
+        for k in range(2, config.k + 1)
+        if k == config.k or not loading.has_export(workdir / folder(k))
+    ]
+
+
+def configure(config: ConfigDict, workdir: Path, k: int) -> Reflow:
+    """The reflow that makes the k-rectified flow; from k = 3 on it begins with the flow before it."""
+    alone = copy.deepcopy(config).unlock()  # keeps the references between fields
+    del alone.k, alone.later
+    if k == 2:
+        return Reflow(alone.lock(), workdir / folder(k), workdir, ())
+    before = workdir / folder(k - 1)
+    alone.update(config.later.copy_and_resolve_references())
+    alone.model = alone.pairs.model = str(before / loading.EXPORT)
+    alone.update(loading.AS_EXPORTED)
+    return Reflow(alone.lock(), workdir / folder(k), before, ("model", "pairs.model"))
+
+
+def folder(k: int) -> str:
+    """The folder of the workdir that the k-rectified flow is trained in: reflow, reflow_3, reflow_4, ..."""
+    return DIRECTORY if k == 2 else f"{DIRECTORY}_{k}"
+
+
+def read_options(reflow: Reflow) -> flow_training.FlowOptions:
+    """Checks and unpacks the config before anything is loaded. Raises ValueError."""
+    options = flow_training.read_flow_options(reflow.config)
+    fit.check_same_run(options.train, reflow.directory, reflow.chosen)
+    return options
 
 
 def make_loss(config: ConfigDict, options: flow_training.FlowOptions, nets: Mapping[str, Net]) -> Loss:

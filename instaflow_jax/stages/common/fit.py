@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ RESUME = ("auto", "force")
 CHECKPOINTS = "checkpoints"  # folder of a training run
 _FREE = "eval checkpoints remat eval_every tensorboard fsdp attention kernels verify resume check data_dir log_every"
 _FREE += " save_every max_skipped profile_steps batch preview process processes inspect"
-# Settings that change neither the weights nor the pairs they are trained on; distill sets pairs.model itself.
+# Settings that change neither the weights nor the pairs they are trained on.
 _MAY_DIFFER = re.compile(rf"^loop\.steps$|(^|\.)({_FREE.replace(' ', '|')})(\.|$)")
 Evaluate = Callable[[Params, Path], dict[str, float]]  # (running mean, PNG file to write) → numbers to log
 
@@ -74,11 +74,14 @@ def read_train_options(config: ConfigDict) -> TrainOptions:
     return TrainOptions(**{name: values[name] for name in names}, config=values)
 
 
-def check_same_run(options: TrainOptions, directory: Path) -> None:
+def check_same_run(options: TrainOptions, directory: Path, chosen: Sequence[str] = ()) -> None:
     """Refuses to continue the run in `directory` with other settings, before anything is loaded or made.
 
     Fields that do not change the trained weights may differ, and a run may be made longer. So may fields that the
     version which started the run did not have.
+
+    Args:
+      chosen: fields that the stage itself sets, to a path that changes when the workdir is moved.
 
     Raises:
       ValueError: listing the fields that differ, unless config.resume is "force".
@@ -88,9 +91,8 @@ def check_same_run(options: TrainOptions, directory: Path) -> None:
     if not steps or options.resume == "force":
         return
     there, here = (dict(_leaves(config)) for config in (load_config(folder, step=None), options.config))
-    if here["stage"] == "distill":
-        del here["pairs.model"]
-    differ = [name for name in here if name in there and here[name] != there[name] and not _MAY_DIFFER.search(name)]
+    compared = [name for name in here if name in there and name not in chosen and not _MAY_DIFFER.search(name)]
+    differ = [name for name in compared if here[name] != there[name]]
     if options.loop["steps"] < steps[-1]:
         differ.append("loop.steps")
     if differ:

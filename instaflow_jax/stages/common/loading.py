@@ -29,6 +29,8 @@ from instaflow_jax.weights.port import torch_key
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 EXPORT = "export"  # folder of a training run that holds the trained model, in diffusers layout
 PAIRS = "pairs"  # folder of a workdir that holds pairs
+# Fields of `configs.common.weights` for a model that the stage itself has trained: what it was loaded with is in it.
+AS_EXPORTED = {"loras": "", "weights_variant": "", "delta": {"custom": ""}}
 
 
 # ---------------------------------------------------------------- weights: the fields of configs.common.weights
@@ -98,6 +100,11 @@ def check_files(source: str) -> None:
         raise ValueError(
             f"{damage}; make or copy {folder} again, or delete {folder / files.CHECKSUMS} if the change was intended"
         )
+
+
+def has_export(run: Path) -> bool:
+    """Whether the training run in the folder `run` has finished, and exported its model."""
+    return (run / EXPORT / "model_index.json").is_file()
 
 
 def check_finite(source: str, params: Mapping[str, Any]) -> None:

@@ -30,6 +30,7 @@ RANGES: dict[str, tuple[float, float]] = {  # last words of STAGE.BLOCK.FIELD â†
     **dict.fromkeys(("eps", "min_snr"), _POSITIVE),
     "clip": (_TINY, math.inf),  # inf turns clipping off
     "seed": (0, 2**32 - 1),
+    "reflow.k": (2, _INT),  # the 1-rectified flow is the teacher
     "pretrain.seed": (0, 2**32 - 2**20),  # each group of images takes one of the seeds after it
     "sample.seeds": (0, 2**32 - 1),
     "generate.seed": _PHILOX,

@@ -13,10 +13,11 @@ from jaxtyping import UInt8
 
 from instaflow_jax.infra import files, images
 from instaflow_jax.stages.evaluate.measures import Measurements
-from instaflow_jax.stages.evaluate.models import Model
+from instaflow_jax.stages.evaluate.models import Model, count_reflows
 from instaflow_jax.stages.evaluate.table import Row
 
 FEW_STEPS, GUIDANCE, TRAJECTORIES, GRID = "few_steps.png", "guidance.png", "trajectories.png", "grid.png"
+STRAIGHTNESS = "straightness.png"
 _SIDE = 96  # pixels that a small image is enlarged to
 _COLOURS = {
     "teacher": "#666666",
@@ -38,8 +39,10 @@ def write(
     guidance_rows: Sequence[Row],
     prompts: list[str],
 ) -> None:
-    """Writes all figures to `directory`; no guidance curve if there are no rows for it."""
+    """Writes all figures to `directory`; no guidance curve and no curve of S if there are no rows for it."""
     few_steps(directory / FEW_STEPS, rows)
+    if any(model.name == "reflow" for model in models):
+        straightness(directory / STRAIGHTNESS, rows)
     if guidance_rows:
         guidance(directory / GUIDANCE, guidance_rows)
     trajectories(directory / TRAJECTORIES, measurements, models)
@@ -50,12 +53,12 @@ def write(
 
 
 def columns(models: list[Model]) -> list[tuple[Model, int]]:
-    """The grid's columns: one step of each model, and the most steps of teacher and 2-RF, where evaluated."""
+    """The grid's columns: one step of each model, and the most steps of teacher and k-RF, where evaluated."""
     return [
         (model, N)
         for model in models
         for N in dict.fromkeys((max(model.N), 1))
-        if N in model.N and (N == 1 or model.name in ("teacher", "reflow"))
+        if N in model.N and (N == 1 or count_reflows(model.name))
     ]
 
 
@@ -93,20 +96,20 @@ def _save_grid(path: Path, cells: UInt8[np.ndarray, "R C H W 3"], rows: list[str
 
 
 def few_steps(path: Path, rows: Sequence[Row]) -> None:
-    """Quality against the number of steps, one line per model: Fréchet distance, and images found."""
+    """Quality against the number of steps, one line per title: Fréchet distance, and images found."""
     figure, axes = _figure(2)
     from matplotlib import ticker
 
     best = {row["model"]: row for row in rows}["decoded"]
-    models = {row["model"]: row["title"] for row in rows if row["N"]}
+    names = {row["title"]: row["model"] for row in rows if row["N"]}
     steps = sorted({row["N"] for row in rows if row["N"]})
     for axis, key, scale, title in (
         (axes[0], "fd_emoji", 1, "Fréchet distance to real emoji (less is better)"),
         (axes[1], "found", 100, "images that show their prompt, % (more is better)"),
     ):
         others = itertools.count()
-        for name, label in models.items():
-            line = sorted((row["N"], scale * row[key]) for row in rows if row["model"] == name)
+        for label, name in names.items():
+            line = sorted((row["N"], scale * row[key]) for row in rows if row["title"] == label)
             colour, marker = _COLOURS.get(name) or f"C{next(others)}", _MARKERS.get(name, "v")
             axis.plot(*zip(*line, strict=True), color=colour, marker=marker, label=label, **_LINE)
         label = "emoji through the autoencoder: the best possible"
@@ -136,6 +139,19 @@ def guidance(path: Path, rows: Sequence[Row]) -> None:
     axis.set_ylabel("Fréchet distance to real emoji (less is better)")
     axis.set_title(f"guidance of {rows[0]['title'].split(',')[0]}, {rows[0]['N']} steps", fontsize=11)
     axis.margins(0.2)
+    _save(figure, path)
+
+
+def straightness(path: Path, rows: Sequence[Row]) -> None:
+    """S of the k-rectified flows against k, with error bars of one standard error; k = 1 is the teacher."""
+    figure, (axis,) = _figure(1)
+    line = sorted((k, row["S"], row["S_error"]) for row in rows if "S" in row and (k := count_reflows(row["model"])))
+    k, S, error = zip(*line, strict=True)
+    axis.errorbar(k, S, error, color=_COLOURS["reflow"], marker=_MARKERS["reflow"], capsize=4, **_LINE)
+    axis.set_yscale("log")
+    axis.set_xticks(k, [f"{number}-RF" if number > 1 else "teacher" for number in k])
+    axis.margins(0.2)
+    axis.set_title("straightness S (less is better)", fontsize=11)
     _save(figure, path)
 
 

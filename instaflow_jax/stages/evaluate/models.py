@@ -1,6 +1,7 @@
 """The models that `evaluate` compares: the teacher, and the flows that training left in the workdir."""
 
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,8 @@ TITLES = {
 }
 NO_MODELS = ("real", "decoded")  # rows of the table that belong to no model
 FLOWS = ("reflow", "distill", "distill_lpips", "direct")  # folders of the workdir, each with export/
+_REFLOW = re.compile(r"reflow_([1-9]\d*)")  # the k-rectified flow, k > 2
+_PROGRESSIVE = re.compile(r"progressive_([1-9]\d*)")  # the flow that progressive distillation made for N steps
 
 
 class Entry(NamedTuple):
@@ -52,11 +55,38 @@ class Model:
 
     @property
     def title(self) -> str:
-        return TITLES.get(self.name, self.name)
+        return make_title(self.name)
 
     def table(self, N: int) -> Multistep:
         """Its solver's table: DPM-Solver for a teacher, Euler for a flow."""
         return sampling.solver_table(self.dynamics, "auto", N)
+
+
+def make_title(name: str) -> str:
+    """What a model is called in the table: the folder's own name if it has no meaning."""
+    if _REFLOW.fullmatch(name):
+        return f"{count_reflows(name)}-RF"
+    return "progressive" if _PROGRESSIVE.fullmatch(name) else TITLES.get(name, name)
+
+
+def count_reflows(name: str) -> int | None:
+    """k if the model is k-rectified: 1 for the teacher, 2 after a reflow; None for other models."""
+    later = _REFLOW.fullmatch(name)
+    return int(later[1]) if later else {"teacher": 1, "reflow": 2}.get(name)
+
+
+def count_steps(name: str) -> int | None:
+    """The steps that progressive distillation made the flow in this folder for; None for other folders."""
+    found = _PROGRESSIVE.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def find_flows(workdir: Path) -> tuple[str, ...]:
+    """`FLOWS`, and the exported flows of later reflows (k rises) and of progressive distillation (N falls)."""
+    names = [path.name for path in workdir.glob("*_*") if loading.has_export(path)]
+    reflows = sorted((k, name) for name in names if (k := count_reflows(name)))
+    rounds = sorted(((N, name) for name in names if (N := count_steps(name))), reverse=True)
+    return FLOWS[0], *(name for _, name in reflows), *FLOWS[1:], *(name for _, name in rounds)
 
 
 def load(entries: Sequence[Entry]) -> list[Model]:
@@ -92,7 +122,7 @@ def is_there(workdir: Path, name: str) -> bool:
       FileNotFoundError: it has not, and `name` is not one of the flows that may be missing.
     """
     source = workdir / name / EXPORT
-    if (source / "model_index.json").is_file():
+    if loading.has_export(workdir / name):
         return True
     if name not in FLOWS:
         raise FileNotFoundError(
@@ -112,7 +142,7 @@ def split_extra(extra: str) -> tuple[str, ...]:
     names = tuple(extra.split("|")) if extra else ()
     taken = (*TITLES, *NO_MODELS)
     for i, name in enumerate(names):
-        if not name or name in (*taken, *names[:i]):
+        if name in ("", *taken, *names[:i]) or make_title(name) != name:
             raise ValueError(
                 f"config.extra={extra!r}: {name!r} is empty, repeated, or one of {', '.join(taken)}, which "
                 "are evaluated anyway; name other folders of the workdir, NAME|NAME"

@@ -51,7 +51,7 @@ def check(config: ConfigDict, workdir: str) -> list[Model]:
     """Every check of `run`, without measuring; returns the models. Raises as `run` does."""
     check_fields(config, workdir)
     root = Path(workdir)
-    models.check_seeds(config.seed, (root, *(root / name for name in folders(config))))
+    models.check_seeds(config.seed, (root, *(root / name for name in folders(config, root))))
     return models.load(read_entries(config, root))
 
 
@@ -72,9 +72,9 @@ def check_fields(config: ConfigDict, workdir: str) -> None:
     judge.load_clip(pipeline.locate(config.judge))
 
 
-def folders(config: ConfigDict) -> tuple[str, ...]:
+def folders(config: ConfigDict, workdir: Path) -> tuple[str, ...]:
     """Folders of the workdir that may hold a flow. Raises ValueError for a wrong `config.extra`."""
-    return *models.FLOWS, *models.split_extra(config.extra)
+    return *models.find_flows(workdir), *models.split_extra(config.extra)
 
 
 def read_entries(config: ConfigDict, workdir: Path) -> list[Entry]:
@@ -85,12 +85,18 @@ def read_entries(config: ConfigDict, workdir: Path) -> list[Entry]:
     """
     teacher = config.teacher
     alpha = teacher.alpha or models.alpha_of_pairs(workdir)
-    entries = [Entry("teacher", teacher.model, float(alpha), tuple(teacher.N))]
-    for name in folders(config):
-        if models.is_there(workdir, name):
-            block = config[name if name in models.FLOWS else "distill"]
-            entries.append(Entry(name, str(workdir / name / EXPORT), float(block.alpha), tuple(block.N)))
-    return entries
+    names = [name for name in folders(config, workdir) if models.is_there(workdir, name)]
+    flows = [Entry(name, str(workdir / name / EXPORT), *read_solving(config, name)) for name in names]
+    return [Entry("teacher", teacher.model, float(alpha), tuple(teacher.N)), *flows]
+
+
+def read_solving(config: ConfigDict, name: str) -> tuple[float, tuple[int, ...]]:
+    """Guidance and numbers of steps of the flow in the folder `name`."""
+    steps = models.count_steps(name)
+    if steps:
+        return 1.0, (steps,)  # the guidance is in the weights
+    block = config["reflow" if models.count_reflows(name) else name if name in models.FLOWS else "distill"]
+    return float(block.alpha), tuple(block.N)
 
 
 def read_options(config: ConfigDict) -> Options:
