@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from configs import common, generate
 
 PROMPTS = ("woman astronaut", "red apple", "cat face", "house", "astronaut", "a face")
+SD_PROMPTS = ("a hyper-realistic photo of a cute cat", "an astronaut riding a horse on mars")
 
 
 def get_config(variant: str = "openmoji") -> ConfigDict:
@@ -85,7 +86,7 @@ def sd15(config: ConfigDict) -> None:
     config.loop.update({"steps": 70_000, "save_every": 2500})
     config.later = later(generate.get_config("rf2"), steps=25_000, peak=1e-7)  # the paper's rate; its steps are unknown
     config.eval_every = 2500
-    config.eval.prompts = ("a hyper-realistic photo of a cute cat", "an astronaut riding a horse on mars")
+    config.eval.prompts = SD_PROMPTS
 
 
 def sd15_2(config: ConfigDict) -> None:

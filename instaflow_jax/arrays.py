@@ -28,3 +28,4 @@ Batch = Mapping[str, AnyArray]  # one minibatch, by feature name
 Network = Callable[[Latent, Timestep, Context], Latent]  # any conditional network, weights already bound
 Predict = Callable[[Latent, Timestep], Latent]  # ... its text bound too: network(Z, tau)
 Velocity = Callable[[Latent, Scalar], Latent]  # dZ/dt at flow time t: velocity(Z, t)
+VelocityAt = Callable[[Latent, PerSample, Timestep], Latent]  # ... and the network's own time: velocity_at(Z, t, tau)

@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
-from instaflow_jax.arrays import Latent, Predict, Timestep, Velocity
+from instaflow_jax.arrays import Latent, Predict, Timestep, Velocity, VelocityAt
 
 # The fields that shape the ODE, with the value that diffusers' schedulers use for a field missing from the file.
 # A missing timestep spacing means the solver's own: leading for DDIM, linspace for DPM-Solver++.
@@ -177,17 +178,42 @@ def teacher_velocity(predict: Predict, schedule: Schedule) -> Velocity:
     for the solvers, and a last step from the upper end lands on D. `predict` must accept a float tau.
     """
     alpha, sigma = alpha_sigma(positive_abar(schedule))
-    ends = (alpha / (alpha + sigma))[[-1, 0]]
     rising, tau_rising = jnp.asarray(np.log(alpha / sigma)[::-1]), jnp.arange(len(alpha), dtype=jnp.float32)[::-1]
+    velocity_at, ends = make_velocity_at(predict, schedule), flow_ends(schedule)
 
     def velocity(Z, t):
         t = jnp.clip(t, *ends)
-        norm = jnp.sqrt(t**2 + (1 - t) ** 2)
-        alpha, sigma, x = t / norm, (1 - t) / norm, Z / norm
-        out = predict(x, jnp.interp(jnp.log(t / (1 - t)), rising, tau_rising))
-        return _data_minus_noise(schedule.prediction_type, x, out, alpha, sigma)
+        return velocity_at(Z, t, jnp.interp(jnp.log(t / (1 - t)), rising, tau_rising))
 
     return velocity
+
+
+def make_velocity_at(predict: Predict, schedule: Schedule) -> VelocityAt:
+    """`teacher_velocity` as `velocity_at(Z, t, tau)`, for a grid whose tau are known from `equal_noise` in float64.
+
+    In float32, t alone gives tau to about 1e-4. t and tau are both scalars, or both [B].
+    """
+    ends = flow_ends(schedule)
+
+    def velocity_at(Z, t, tau):
+        t = jnp.clip(jnp.reshape(t, (-1, 1, 1, 1)), *ends)
+        norm = jnp.sqrt(t**2 + (1 - t) ** 2)
+        alpha, sigma, x = t / norm, (1 - t) / norm, Z / norm
+        return _data_minus_noise(schedule.prediction_type, x, predict(x, tau), alpha, sigma)
+
+    return velocity_at
+
+
+def flow_ends(schedule: Schedule) -> Float[np.ndarray, "2"]:
+    """The flow times of the schedule's noisiest and cleanest level, tau = T − 1 and tau = 0."""
+    alpha, sigma = alpha_sigma(positive_abar(schedule))
+    return (alpha / (alpha + sigma))[[-1, 0]]
+
+
+def equal_noise(schedule: Schedule, t: Float[np.ndarray, " T"]) -> Float[np.ndarray, " T"]:
+    """The real-valued tau at which the teacher's alpha / sigma is t / (1 − t), clipped to the range of the schedule."""
+    abar, t = positive_abar(schedule), np.clip(t, *flow_ends(schedule))
+    return np.interp(np.log(t / (1 - t)), np.log(abar / (1 - abar))[::-1] / 2, np.arange(len(abar))[::-1])
 
 
 def _data_minus_noise(prediction_type, x, out, alpha, sigma):

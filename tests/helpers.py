@@ -287,7 +287,7 @@ def read_config(stage: str, variant: str = "") -> ConfigDict:
 def shrink_training(config, teacher):
     """The shipped config with small numbers."""
     config.update({"batch_size": 4, "eval_every": 4, "tensorboard": False})
-    config.loop.update(SMALL_LOOP)
+    config.loop.update({name: value for name, value in SMALL_LOOP.items() if name in config.loop})
     config.eval.update({"prompts": ("red apple",), "seeds": 1, "N": (1,)})
     config.schedule.update({"warmup_steps": 1})
     config.pairs.update(SMALL_PAIRS)
@@ -310,6 +310,12 @@ def distill_config(teacher, variant="openmoji"):
         config.reflow = reflow_config(teacher)
     if variant == "direct":
         config.model = str(teacher)
+    return config
+
+
+def progressive_config(teacher):
+    config = shrink_training(read_config("progressive"), teacher)
+    config.model, config.rounds = str(teacher), {"N": (2, 1), "steps": (4, 4)}
     return config
 
 

@@ -26,7 +26,8 @@ SAME_FLOOR = {("flow", "arrays"), ("infra", "arrays"), ("solvers", "teacher")}  
 CHAIN = ("generate", "reflow", "distill", "export", "demo")  # a stage imports those before it
 CHAINED = {stage: set(CHAIN[:i]) for i, stage in enumerate(CHAIN)}
 CHAINED["demo"] |= {"evaluate"}
-CHAINED["plan"] = {"generate", "reflow", "distill"}  # whose programs it compiles
+CHAINED["progressive"] = {"generate"}
+CHAINED["plan"] = {"generate", "reflow", "distill", "progressive"}  # whose programs it compiles
 ROOMS = {  # package: where it may be imported
     "flax": ("models/", "weights/port.py"),
     "orbax": ("infra/checkpoint.py",),

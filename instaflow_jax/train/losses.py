@@ -1,26 +1,41 @@
-"""The paper's two losses: reflow (Eq. 5) and one-step distillation (Eq. 6).
+"""The paper's two losses, reflow (Eq. 5) and one-step distillation (Eq. 6), and progressive distillation beside them.
 
-`make_reflow_loss` and `make_distill_loss` return a loss `(params, frozen, batch, key) → (scalar, metrics)` for
-`step.make_train_step`. The batch holds pairs: "X0", "X1" [B, h, w, c] and the token ids "ids" [B, L] of the prompts.
-`frozen` holds what is not trained: "text_encoder", "null_ids" [1, L], and for LPIPS "vae" and "lpips".
+The `make_…_loss` functions return a loss `(params, frozen, batch, key) → (scalar, metrics)` for `step.make_train_step`.
+The batch holds pairs: "X0", "X1" [B, h, w, c] and the token ids "ids" [B, L] of the prompts. `frozen` holds what is not
+trained: "text_encoder", "null_ids" [1, L], for LPIPS "vae" and "lpips", and for progressive distillation "teacher".
 """
 
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from instaflow_jax import flow
-from instaflow_jax.arrays import AnyArray, Image, Key, Latent, PerSample, Scalar, TokenIds
+from instaflow_jax.arrays import (
+    AnyArray,
+    Context,
+    Image,
+    Key,
+    Latent,
+    Network,
+    NullContext,
+    PerSample,
+    Scalar,
+    TokenIds,
+    VelocityAt,
+)
 from instaflow_jax.infra.images import to_pixels
 from instaflow_jax.train.step import Loss, Metrics
 
 BUCKETS = 4  # intervals of t for which the error is logged separately
 Times = Callable[[Key, int], PerSample]
 Penalty = Callable[[Latent], PerSample]
+Bind = Callable[[Network, Context, NullContext], VelocityAt]
 Distance = Callable[[Mapping[str, Any], Latent, Mapping[str, Any], Key], tuple[Scalar, Metrics]]
 
 
@@ -156,6 +171,72 @@ def buckets(t: PerSample, error: PerSample) -> Metrics:
     member = jnp.floor(t * BUCKETS)[None] == jnp.arange(BUCKETS)[:, None]
     means = jnp.sum(member * error, axis=1) / jnp.maximum(jnp.sum(member, axis=1), 1)
     return {f"error_t{i}": means[i] for i in range(BUCKETS)}
+
+
+# ---------------------------------------------------------------- progressive distillation
+
+
+class Grid(NamedTuple):
+    """The 2N steps of a teacher, two for each of its student's N steps; float64.
+
+    Attributes:
+      t: where the steps begin, and after the last of them its end: from 0 to 1, [2N + 1].
+      tau: what the teacher's network takes as time at the beginning of each step, [2N].
+    """
+
+    t: np.ndarray
+    tau: np.ndarray
+
+
+def make_progressive_loss(
+    unet, text_encoder, bind: Bind, grid: Grid, *, prompt_dropout: float, num_timesteps: int
+) -> Loss:
+    """A round of progressive distillation (arXiv 2202.00512): one step of the student is trained to land where two of
+    its teacher land.
+
+    In the flow's variable a DDIM step is an Euler step (`teacher.teacher_velocity`), so the student's velocity has the
+    target `two_steps`. It is trained at the N times at which it will be evaluated, on the straight path from fresh
+    noise to X1; the pair's own X0 is not used. The paper's weight max(SNR, 1) of the squared error of the predicted
+    data is max(t, 1 − t)² for that of the velocity, because D = Z + (1 − t) v and SNR = t² / (1 − t)².
+
+    Args:
+      unet, text_encoder: networks; `params` are the student's unet, frozen["teacher"] the teacher's.
+      bind: `bind(network, text, null)` gives the teacher's velocity, with its guidance.
+      grid: the teacher's steps.
+      prompt_dropout: share of prompts replaced by the empty one, for teacher and student alike.
+      num_timesteps: the student's timestep at noise (`flow.timestep`).
+    """
+    times = jnp.asarray(grid.t[:-1], jnp.float32)
+
+    def loss(params, frozen, batch, key):
+        noise_key, time_key, drop_key = jax.random.split(key, 3)
+        X1 = batch["X1"].astype(jnp.float32)
+        X0 = jax.random.normal(noise_key, X1.shape)
+        first = 2 * jax.random.randint(time_key, (len(X1),), 0, len(grid.tau) // 2)  # of the two steps
+        ids = drop_prompts(drop_key, batch["ids"], frozen["null_ids"], prompt_dropout)
+        both = jnp.concatenate([frozen["null_ids"], ids])
+        both = text_encoder.apply(frozen["text_encoder"], both).last_hidden_state
+        text, null = both[1:], both[:1]
+
+        t = times[first]
+        Z = flow.interpolate(X0, X1, t)
+        teacher = bind(functools.partial(unet.apply, frozen["teacher"]), text, null)
+        error = unet.apply(params, Z, flow.timestep(t, num_timesteps), text) - two_steps(teacher, grid, Z, first)
+        return jnp.mean(jnp.maximum(t, 1 - t) ** 2 * squared(error)), buckets(t, squared(error))
+
+    return loss
+
+
+def two_steps(velocity_at: VelocityAt, grid: Grid, Z: Latent, first: Int[Array, " B"]) -> Latent:
+    """The mean of a teacher's velocities in its steps `first` and `first + 1` from Z, weighted with their lengths.
+
+    One Euler step with it over both steps lands where the teacher's two steps land.
+    """
+    t, tau, length = (jnp.asarray(values, jnp.float32) for values in (grid.t, grid.tau, np.diff(grid.t)))
+    h, h_next = (length[step][:, None, None, None] for step in (first, first + 1))
+    v = velocity_at(Z, t[first], tau[first])
+    v_next = velocity_at(Z + h * v, t[first + 1], tau[first + 1])
+    return (h * v + h_next * v_next) / (h + h_next)
 
 
 # ---------------------------------------------------------------- the distances of Eq. 6

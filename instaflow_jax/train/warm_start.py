@@ -6,7 +6,7 @@ from jaxtyping import Float
 
 from instaflow_jax.arrays import Params
 from instaflow_jax.models.unet import timestep_embedding
-from instaflow_jax.teacher import Schedule
+from instaflow_jax.teacher import Schedule, equal_noise
 
 _RIDGE = 1e-2  # keeps the refitted kernel from growing larger than the old one
 _TIME_KERNEL = "time_embedding.linear_1.kernel"
@@ -35,12 +35,6 @@ def from_teacher(params: Params, unet, schedule: Schedule, num_timesteps: int) -
     refitted = refit(flow, teacher, np.asarray(params[_TIME_KERNEL], np.float64))
     negated = {name: -np.asarray(params[name]) for name in ("conv_out.kernel", "conv_out.bias")}
     return params | negated | {_TIME_KERNEL: refitted.astype(np.float32)}
-
-
-def equal_noise(schedule: Schedule, t: Float[np.ndarray, " T"]) -> Float[np.ndarray, " T"]:
-    """The real-valued tau at which the teacher's alpha / sigma is t / (1 − t), clipped to the range of the schedule."""
-    abar = np.asarray(schedule.abar, np.float64)
-    return np.interp(np.log(t / (1 - t)), np.log(abar / (1 - abar))[::-1] / 2, np.arange(len(abar))[::-1])
 
 
 def refit(

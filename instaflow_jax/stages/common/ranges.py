@@ -19,7 +19,7 @@ _PHILOX = (0, 2**64 - 1)  # seeds of `data.noise`; those of jax.random are 32 bi
 RANGES: dict[str, tuple[float, float]] = {  # last words of STAGE.BLOCK.FIELD → the least and the largest value
     **dict.fromkeys(("N", "teacher_N", "batch", "batch_size", "accumulate", "fsdp", "eval_every", "size"), _COUNT),
     **dict.fromkeys(("loop.steps", "log_every", "save_every", "max_skipped", "keep_last", "total_steps"), _COUNT),
-    **dict.fromkeys(("eval.seeds", "shard_size", "preview", "neighbours", "repeats"), _COUNT),
+    **dict.fromkeys(("rounds.steps", "eval.seeds", "shard_size", "preview", "neighbours", "repeats"), _COUNT),
     **dict.fromkeys(("max_chars", "max_images", "queue", "copies", "toned_copies"), _COUNT),
     **dict.fromkeys(("height", "width", "count", "profile_steps", "keep_every", "warmup_steps", "max_shift"), _INDEX),
     **dict.fromkeys(("crop", "margin", "processes", "process", "cleaning.min_chars", "cleaning.max_chars"), _INDEX),
