@@ -6,17 +6,18 @@
     python -m instaflow_jax.main --config=configs/plan.py:sample_instaflow --config.target=v6e-1
     python -m instaflow_jax.main --config=configs/plan.py:generate_sd15 --config.target=h100-8
 
-The variant is STAGE_VARIANT, a stage and a variant of its config: sample, generate, reflow or distill. The stage's own
-fields are `config.program`, e.g. --config.program.batch_size=128. Compiles the program that the stage would run, from
-shapes alone; writes DIR/plan/NAME.json and NAME.md. Needs a compiler: pip install -e '.[plan-tpu]' for TPUs, '.[gpu]'
-for NVIDIA's cards. At SD 1.5's size that takes one to ten minutes and 6 GB of memory on two cores.
+The variant is STAGE_VARIANT, a stage and a variant of its config: sample, generate, reflow, distill or progressive (its
+first round). The stage's own fields are `config.program`, e.g. --config.program.batch_size=128. Compiles the program
+that the stage would run, from shapes alone; writes DIR/plan/NAME.json and NAME.md. Needs a compiler: pip install -e
+'.[plan-tpu]' for TPUs, '.[gpu]' for NVIDIA's cards. At SD 1.5's size that takes one to ten minutes and 6 GB of memory
+on two cores.
 """
 
 import importlib
 
 from ml_collections import ConfigDict
 
-STAGES = ("sample", "generate", "reflow", "distill")
+STAGES = ("sample", "generate", "reflow", "distill", "progressive")
 
 
 def get_config(variant: str = "reflow_openmoji") -> ConfigDict:

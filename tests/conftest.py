@@ -16,9 +16,11 @@ from jaxtyping import install_import_hook
 install_import_hook("instaflow_jax", "typechecker.checked")  # annotations are checked while the tests run
 
 import helpers
+import jax
 import pytest
 
 from instaflow_jax.data.openmoji import dataset
+from instaflow_jax.stages.common import flow_training
 
 LONG = ("test_usage", "test_colab", "test_resume", "test_export")  # files of few tests that take minutes
 
@@ -45,6 +47,22 @@ def no_drawing():
     """Smooth images in place of the emoji, so that no test waits for drawing."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dataset, "load", lambda *_: helpers.make_emoji())
+        yield
+
+
+@pytest.fixture(scope="module")
+def fast_compilation():
+    """Programs that compile fast and run slowly, in all tests of the module after the first that asks for it."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def only_training(fast_compilation):
+    """Flows are trained without the evaluation, which takes as long to compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flow_training, "make_evaluate", lambda *_: lambda ema, path: {})
         yield
 
 

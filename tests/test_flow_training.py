@@ -1,22 +1,19 @@
 """Stages `reflow` and `distill` on a tiny random model: each makes what is missing, resumes, and exports a flow."""
 
-import contextlib
 import dataclasses
-import io
 import itertools
 import json
 import math
 import re
-import shutil
 
 import numpy as np
 import optax
 import pytest
-from helpers import distill_config, killed_at, load, read_config, reflow_config
+from helpers import distill_config, load, progressive_config, read_config, reflow_config
 
 from instaflow_jax import main, sampling
 from instaflow_jax.data import noise
-from instaflow_jax.infra.checkpoint import Checkpoints, load_config
+from instaflow_jax.infra.checkpoint import Checkpoints
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.stages.common import fit, flow_training
 from instaflow_jax.stages.common.ranges import check_ranges
@@ -76,46 +73,6 @@ def test_two_and_two_steps_equal_four(run, teacher, tmp_path):
         config.loop.steps, config.resume = steps, "force"  # the schedule of the first run ends at step 2
         main.run(config, str(tmp_path))
     once, twice = unet(run / "reflow"), unet(tmp_path / "reflow")
-    assert all(np.array_equal(p, twice[name]) for name, p in once.items())
-
-
-@pytest.fixture(scope="module")
-def rectified_again(run, teacher, tmp_path_factory):
-    """A copy of `run` in which reflow goes on to the 3-rectified flow, and what that printed."""
-    workdir = tmp_path_factory.mktemp("again") / "run"
-    shutil.copytree(run, workdir)
-    config = reflow_config(teacher)
-    config.k = 3
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output):
-        main.run(config, str(workdir))
-    return workdir, output.getvalue()
-
-
-@pytest.mark.slow
-def test_a_second_reflow_reuses_the_first_and_its_pairs(run, rectified_again):
-    workdir, printed = rectified_again
-    assert "generating pairs" not in printed and printed.count("wrote the flow to") == 1
-    first, second = unet(workdir / "reflow"), unet(workdir / "reflow_3")
-    assert any(np.any(p != second[name]) for name, p in first.items())
-    assert all(np.array_equal(p, first[name]) for name, p in unet(run / "reflow").items())
-    saved = load_config(workdir / "reflow_3" / "checkpoints", step=None)
-    assert saved["model"] == saved["pairs"]["model"] == str(workdir / "reflow" / "export")
-    assert saved["pairs"]["dynamics"] == "flow" and saved["schedule"]["peak"] == 3e-4
-
-
-@pytest.mark.slow
-def test_a_second_reflow_that_was_killed_ends_the_same(rectified_again, teacher, tmp_path, monkeypatch):
-    """From nothing, killed in its third step; it continues in a moved workdir, under a relative path."""
-    config = reflow_config(teacher)
-    config.k = 3
-    with killed_at(4 + 3):
-        main.run(config, str(tmp_path / "before"))
-    assert not (tmp_path / "before" / "reflow_3" / "export").exists()
-    (tmp_path / "before").rename(tmp_path / "moved")
-    monkeypatch.chdir(tmp_path)
-    main.run(config, "moved")
-    once, twice = unet(rectified_again[0] / "reflow_3"), unet(tmp_path / "moved" / "reflow_3")
     assert all(np.array_equal(p, twice[name]) for name, p in once.items())
 
 
@@ -212,9 +169,10 @@ def test_what_can_be_refused_is_refused_before_pairs_are_made(stage, fields, wor
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("stage", ["sample", "generate", "reflow", "distill", "export", "pretrain"])
+@pytest.mark.parametrize("stage", ["sample", "generate", "reflow", "distill", "progressive", "export", "pretrain"])
 def test_check_only_checks(stage, teacher, tmp_path, capsys):
-    config = {"reflow": reflow_config, "distill": distill_config}.get(stage, lambda _: read_config(stage))(teacher)
+    shrunk = {"reflow": reflow_config, "distill": distill_config, "progressive": progressive_config}
+    config = shrunk.get(stage, lambda _: read_config(stage))(teacher)
     if stage in ("sample", "generate"):
         config.model = str(teacher)
     if stage == "export":
@@ -246,6 +204,7 @@ def test_a_warm_start_converts_sign_and_timesteps_of_a_teacher_only(teacher):
 CONFIGS = [
     *(("sample", v) for v in ("openmoji", "instaflow")),
     *(("reflow", v) for v in ("openmoji", "sd15", "sd15_2")),
+    *(("progressive", v) for v in ("openmoji", "sd15")),
     *(("distill", v) for v in ("openmoji", "direct", "sd15_lpips")),
     *(("pretrain", v) for v in ("autoencoder", "diffusion", "clip", "classifier")),
     *(("evaluate", v) for v in ("openmoji", "coco5k")),

@@ -16,6 +16,7 @@ from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.stages.plan import programs, shapes, stage, targets
 
 PROGRAMS = ("sample_openmoji", "generate_openmoji", "reflow_openmoji", "distill_openmoji", "distill_lpips")
+PROGRAMS += ("progressive_openmoji",)
 
 
 def configured(variant, **fields):
@@ -87,8 +88,8 @@ def test_the_programs_of_the_stages_are_traced_from_shapes(variant):
         config.batch_size = jax.device_count()
     program = programs.trace(config, "openmoji", jax.devices())
     assert isinstance(program.traced, jax.stages.Traced) and program.flops > 1e8
-    expected = {"sample": 1, "generate": -(-4096 // program.rows), "reflow": 1500, "distill": 900}[config.stage]
-    assert program.calls == (400 if variant == "distill_lpips" else expected)
+    expected = {"sample": 1, "generate": -(-4096 // program.rows), "reflow": 1500, "distill": 900, "progressive": 800}
+    assert program.calls == (400 if variant == "distill_lpips" else expected[config.stage])
 
 
 def test_planned_pairs_match_the_disk():

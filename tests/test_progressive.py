@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import shutil
 import types
 
 import jax
@@ -22,9 +23,9 @@ ALPHA = 3.0  # guidance
 
 
 @pytest.mark.slow
-def test_the_target_is_two_guided_ddim_steps_of_diffusers(torch, tmp_path):
+def test_the_target_is_two_guided_ddim_steps_of_diffusers(torch, fast_compilation, tmp_path):
     """Four pairs of steps, from noise to data, of a random network; in fp32, in the flow's variable Z = x / (α + σ)."""
-    theirs, steps, first = make_directory(tmp_path / "sd", "sd1"), 8, np.arange(0, 8, 2)
+    theirs, steps, first = make_directory(tmp_path / "sd", "flat"), 8, np.arange(0, 8, 2)
     pipe = load(tmp_path / "sd")
     schedule = teacher.read_schedule(pipe.scheduler)
     ddim = solvers.ddim(schedule, steps)
@@ -81,8 +82,11 @@ def test_a_student_without_error_draws_in_half_the_steps_of_its_teacher(is_flow)
 
     predict = flow.guided(*bound, ALPHA)
     velocity = flow.flow_velocity(*bound, ALPHA) if is_flow else teacher.teacher_velocity(predict, schedule)
-    want = solvers.integrate(velocity, solvers.euler(2 * N), X0)
-    assert relative(solvers.integrate(student, solvers.euler(N), X0), np.asarray(want)) < 1e-5
+    want, got = (
+        jax.jit(functools.partial(solvers.integrate, v, solvers.euler(steps)))(X0)
+        for v, steps in ((velocity, 2 * N), (student, N))
+    )
+    assert relative(got, np.asarray(want)) < 1e-5
 
 
 def test_the_grid_begins_at_noise_with_the_teachers_last_timestep():
@@ -108,12 +112,11 @@ def make_loss(apply, N=4):
 
 
 def test_the_loss_is_zero_for_the_teachers_velocity_and_weighted_by_the_truncated_snr():
-    loss = make_loss(lambda params, Z, tau, text: params + 0 * Z)
+    gradient = jax.jit(jax.value_and_grad(make_loss(lambda params, Z, tau, text: params + 0 * Z), has_aux=True))
     frozen, key = FROZEN | {"teacher": jnp.float32(2.0)}, jax.random.key(0)
-    assert loss(jnp.float32(2.0), frozen, BATCH, key)[0] == 0
-    value, metrics = loss(jnp.float32(2.5), frozen, BATCH, key)
-    assert 0.25 * 0.5**2 < value < 0.25 and metrics["error_t1"] == pytest.approx(0.25)
-    assert jax.grad(lambda p: loss(p, frozen, BATCH, key)[0])(jnp.float32(2.5)) > 0
+    assert gradient(jnp.float32(2.0), frozen, BATCH, key)[0][0] == 0
+    (value, metrics), slope = gradient(jnp.float32(2.5), frozen, BATCH, key)
+    assert 0.25 * 0.5**2 < value < 0.25 and metrics["error_t1"] == pytest.approx(0.25) and slope > 0
 
 
 def test_the_student_is_trained_at_its_own_times_on_paths_from_fresh_noise_to_the_data():
@@ -141,15 +144,7 @@ def test_the_student_is_trained_at_its_own_times_on_paths_from_fresh_noise_to_th
 
 
 @pytest.fixture(scope="module")
-def quick():
-    """Programs that compile fast; they are the same in every run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="module")
-def run(quick, teacher, tmp_path_factory):
+def run(only_training, teacher, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     main.run(progressive_config(teacher), str(workdir))
     return workdir
@@ -160,19 +155,19 @@ def flow_of(workdir, N):
 
 
 @pytest.mark.slow
-def test_a_run_killed_within_and_between_rounds_ends_the_same(run, teacher, tmp_path):
-    config, before = progressive_config(teacher), tmp_path / "before"
+def test_a_run_killed_between_and_within_rounds_ends_the_same(run, teacher, tmp_path):
+    config, before, moved = progressive_config(teacher), tmp_path / "before", tmp_path / "moved"
+    shutil.copytree(run, before)
+    shutil.rmtree(before / "progressive_1")  # what a kill between the rounds leaves
     with killed_at(3):  # after the checkpoint of step 2
         main.run(config, str(before))
-    assert (before / "progressive_2" / "checkpoints" / "2").is_dir() and not (before / "progressive_2/export").exists()
-    with killed_at(2 + 3):  # in the third step of the second round
-        main.run(config, str(before))
-    assert (before / "progressive_2" / "export").is_dir() and not (before / "progressive_1/export").exists()
-    before.rename(tmp_path / "moved")
-    main.run(config, str(tmp_path / "moved"))
+    assert (before / "progressive_1/checkpoints/2").is_dir() and not (before / "progressive_1/export").exists()
+    before.rename(moved)
+    main.run(config, str(moved))
     for N in (2, 1):
-        once, twice = (flow_of(workdir, N).params["unet"] for workdir in (run, tmp_path / "moved"))
+        once, twice = (flow_of(workdir, N).params["unet"] for workdir in (run, moved))
         assert all(np.array_equal(p, twice[name]) for name, p in once.items())
+    assert (run / "progressive_1/metrics.jsonl").read_text() == (moved / "progressive_1/metrics.jsonl").read_text()
 
 
 @pytest.mark.slow

@@ -42,6 +42,7 @@ PRODUCTS = {
     "generate": ("pairs/*.array_record*", "pairs/preview.png"),
     "reflow": ("reflow/export/unet/*.safetensors",),
     "distill": ("{output}/export/unet/*.safetensors",),
+    "progressive": ("progressive_2/export/unet/*.safetensors", "progressive_1/export/unet/*.safetensors"),
     "evaluate": ("evaluate/table.md", "evaluate/grid.png"),
     "evaluate_coco": ("evaluate/coco/results.md",),
     "export": ("export/orbax", "export/diffusers", "export/stablehlo/draw.py", "export/msgpack", "export/README.md"),
@@ -113,7 +114,7 @@ def smaller(config, world):
             config.model = str(world.sd)  # stands for the hub's
         if config.delta.custom:
             config.delta.origin = str(world.sd)
-    if config.stage in ("reflow", "distill", "export"):
+    if config.stage in ("reflow", "distill", "progressive", "export"):
         training = config.distill if config.stage == "export" else config
         smaller_training(training, tiny)
         if "reflow" in training:
@@ -137,7 +138,10 @@ def smaller(config, world):
 
 
 def smaller_training(config, tiny):
-    shrink_training(config, tiny).loop.update({"steps": 2, "save_every": 2})
+    if "rounds" in config:
+        shrink_training(config, tiny).rounds = {"N": (2, 1), "steps": (2, 2)}
+    else:
+        shrink_training(config, tiny).loop.update({"steps": 2, "save_every": 2})
     if config.model == "openmoji":
         config.model = tiny
 

@@ -1,4 +1,4 @@
-"""What `reflow` and `distill` share: options, the initial weights, the evaluation, and the exported flow."""
+"""What the stages that train a flow share: options, the initial weights, the evaluation, and the exported flow."""
 
 import dataclasses
 import functools

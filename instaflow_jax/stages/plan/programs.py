@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,13 +16,14 @@ from instaflow_jax import pipeline, sampling
 from instaflow_jax.infra import cost, devices
 from instaflow_jax.infra.runner import BatchedRunner
 from instaflow_jax.models.net import Net
-from instaflow_jax.stages import distill, reflow
+from instaflow_jax.stages import distill, progressive, reflow
 from instaflow_jax.stages.common import fit, flow_training
 from instaflow_jax.stages.common.loading import DTYPES, latent_shape, read_solve_options, read_weight_options
 from instaflow_jax.stages.generate.job import make_latents_function
 from instaflow_jax.stages.plan import shapes
 from instaflow_jax.train import loop
 from instaflow_jax.train import state as train_state
+from instaflow_jax.train import step as train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,7 @@ def check(config: ConfigDict, model: str) -> None:
         read_solve_options(config)
     else:
         _nets(config, model)
-        flow_training.read_flow_options(config)
+        flow_training.read_flow_options(one_run(config))
 
 
 def _nets(config: ConfigDict, model: str) -> dict[str, Net]:
@@ -71,7 +73,12 @@ def trace(config: ConfigDict, model: str, targets: Sequence[jax.Device]) -> Prog
     nets = _nets(config, model)
     if config.stage in ("sample", "generate"):
         return _inference(config, model, nets, targets)
-    return _training(config, nets, devices.make_mesh(fsdp=config.fsdp, devices=targets))
+    return _training(one_run(config), model, nets, devices.make_mesh(fsdp=config.fsdp, devices=targets))
+
+
+def one_run(config: ConfigDict) -> ConfigDict:
+    """The config of one training; of progressive distillation the first round, whose teacher is guided."""
+    return progressive.configure(config, Path(), 0).config if config.stage == "progressive" else config
 
 
 def _inference(config: ConfigDict, model: str, nets: Mapping[str, Net], targets: Sequence[jax.Device]) -> Program:
@@ -97,17 +104,19 @@ def _inference(config: ConfigDict, model: str, nets: Mapping[str, Net], targets:
     return Program(traced, runner.rows, calls, unit, cost.count_flops(traced.jaxpr), rounds=options.N)
 
 
-def _training(config: ConfigDict, nets: Mapping[str, Net], mesh: Mesh) -> Program:
+def _training(config: ConfigDict, model: str, nets: Mapping[str, Net], mesh: Mesh) -> Program:
     options = flow_training.read_flow_options(config)
     train = options.train
     devices.check_batch_size("config.program.batch_size", train.batch_size, mesh, train.accumulate)
-    loss = {"reflow": reflow, "distill": distill}[config.stage].make_loss(config, options, nets)
+    loss = _make_loss(config, model, options, nets)
     frozen = {
         "text_encoder": nets["text_encoder"].shapes,
         "null_ids": jax.ShapeDtypeStruct((1, _tokens(nets)), jnp.int32),
     }
     if config.stage == "distill" and config.distance == "lpips":
         frozen |= {name: nets[name].shapes for name in ("vae", "lpips")}
+    if config.stage == "progressive":
+        frozen["teacher"] = nets["unet"].cast(nets["unet"].shapes)
     optimizer, step = fit.make_step(train, loss, mesh)
     state = jax.eval_shape(functools.partial(train_state.create, optimizer=optimizer), nets["unet"].shapes)
     state = devices.abstract(state, mesh)
@@ -122,6 +131,15 @@ def _training(config: ConfigDict, nets: Mapping[str, Net], mesh: Mesh) -> Progra
     flops = loop.count_flops(traced, step, state, *inputs)
     sharded = tuple(p.shape for p in state.params.values() if not p.sharding.is_fully_replicated)
     return Program(traced, train.batch_size, train.loop["steps"], "sample", flops, sharded, train.accumulate)
+
+
+def _make_loss(
+    config: ConfigDict, model: str, options: flow_training.FlowOptions, nets: Mapping[str, Net]
+) -> train_step.Loss:
+    if config.stage == "progressive":
+        teacher = sampling.read_dynamics(shapes.read_scheduler(model), {}, "teacher")
+        return progressive.make_loss(config, options, nets, teacher)
+    return {"reflow": reflow, "distill": distill}[config.stage].make_loss(config, options, nets)
 
 
 def _tokens(nets: Mapping[str, Net]) -> int:
