@@ -212,8 +212,10 @@ def flow_ends(schedule: Schedule) -> Float[np.ndarray, "2"]:
 
 def equal_noise(schedule: Schedule, t: Float[np.ndarray, " T"]) -> Float[np.ndarray, " T"]:
     """The real-valued tau at which the teacher's alpha / sigma is t / (1 − t), clipped to the range of the schedule."""
-    abar, t = positive_abar(schedule), np.clip(t, *flow_ends(schedule))
-    return np.interp(np.log(t / (1 - t)), np.log(abar / (1 - abar))[::-1] / 2, np.arange(len(abar))[::-1])
+    abar = positive_abar(schedule)
+    with np.errstate(divide="ignore"):  # t = 0 and t = 1 lie beyond the schedule's ends
+        log_ratio = np.log(t / (1 - t))
+    return np.interp(log_ratio, np.log(abar / (1 - abar))[::-1] / 2, np.arange(len(abar))[::-1])
 
 
 def _data_minus_noise(prediction_type, x, out, alpha, sigma):
