@@ -3,12 +3,16 @@
     python -m instaflow_jax.main --config=configs/distill.py --workdir=DIR
     python -m instaflow_jax.main --config=configs/distill.py:lpips --workdir=DIR --config.init_from=DIR/distill/export
     python -m instaflow_jax.main --config=configs/distill.py:direct --workdir=DIR     # the paper's failing baseline
+    python -m instaflow_jax.main --config=configs/distill.py:stacked --workdir=DIR    # InstaFlow-1.7B's two U-Nets
     python -m instaflow_jax.main --config=configs/distill.py:sd15_l2 --workdir=DIR
     python -m instaflow_jax.main --config=configs/distill.py:sd15_lpips --workdir=DIR \\
         --config.init_from=DIR/distill/export
+    python -m instaflow_jax.main --config=configs/distill.py:sd15_stacked_l2 --workdir=DIR
+    python -m instaflow_jax.main --config=configs/distill.py:sd15_stacked_lpips --workdir=DIR \\
+        --config.init_from=DIR/stacked/export
 
 Needs nothing: a missing flow and missing pairs are made first. Writes a one-step generator to DIR/distill/export
-(or DIR/direct/export, DIR/distill_lpips/export).
+(or DIR/direct/export, DIR/distill_lpips/export, DIR/stacked/export, DIR/stacked_lpips/export).
 Measured on two CPU cores with --cpu_devices=2 (by configs/demo.py): 12,288 pairs of the flow and 900 steps of 32 in
 5 min 42 s. Fréchet distance to real emoji at one step: 3.4 (the flow 3.7, direct distillation 3.3, the teacher at 25
 steps 3.1); for prompts that name only a kind of emoji: 22.0 (35.2, 26.2, 12.7). With --config.loop.steps=300 for both:
@@ -34,6 +38,9 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
     # of the random crop that is compared, and around it; 0 compares the complete image.
     config.lpips = {"model": "openmoji", "trunk": "", "heads": "", "net": "vgg", "l2": 0.0, "crop": 0, "margin": 0}
     config.remat.update({"vae": "none", "lpips": "none"})  # or attention, blocks
+    # enabled: two U-Nets in series, both from the weights to start from, unless those are a Stacked U-Net's already.
+    # second: another model whose U-Net half 2 starts from. middle_norm: keep half 1's last GroupNorm and SiLU.
+    config.stacked = {"enabled": False, "second": "", "middle_norm": True}
     config.match = 0.0  # share of each batch that keeps matching velocities at t > 0, for use at 2 and 4 steps
     config.reflow = reflow.get_config("sd15" if variant.startswith("sd15") else "openmoji")
     config.eval.N = (1, 2, 4)
@@ -62,6 +69,12 @@ def direct(config: ConfigDict) -> None:
     config.pairs_folder, config.output = "", "direct"
 
 
+def stacked(config: ConfigDict) -> None:
+    """The Stacked U-Net from the same flow and pairs as `openmoji`, with the same number of steps."""
+    openmoji(config)
+    config.stacked.enabled, config.output = True, "stacked"
+
+
 def sd15_l2(config: ConfigDict) -> None:
     """21,500 steps of 1024 from the 2-rectified flow, whose pairs take 25 Euler steps at alpha 1.5."""
     config.pairs = generate.get_config("rf2")
@@ -83,4 +96,22 @@ def sd15_lpips(config: ConfigDict) -> None:
     config.loop.steps = 18_000
 
 
-VARIANTS = {"openmoji": openmoji, "lpips": lpips, "direct": direct, "sd15_l2": sd15_l2, "sd15_lpips": sd15_lpips}
+def sd15_stacked_l2(config: ConfigDict) -> None:
+    """InstaFlow-1.7B's first phase: 110,000 steps of 64, both halves from the 2-rectified flow."""
+    sd15_l2(config)
+    config.stacked.enabled, config.output = True, "stacked"
+    config.batch_size, config.accumulate = 64, 1
+    config.loop.update({"steps": 110_000, "save_every": 2500})
+
+
+def sd15_stacked_lpips(config: ConfigDict) -> None:
+    """Its second phase: 2,500 steps of 320; set `config.init_from` to the DIR/stacked/export of the first."""
+    sd15_lpips(config)
+    config.stacked.enabled, config.output = True, "stacked_lpips"
+    config.batch_size, config.accumulate = 320, 5
+    config.loop.steps = 2500
+
+
+VARIANTS = {"openmoji": openmoji, "lpips": lpips, "direct": direct, "stacked": stacked}
+VARIANTS |= {"sd15_l2": sd15_l2, "sd15_lpips": sd15_lpips}
+VARIANTS |= {"sd15_stacked_l2": sd15_stacked_l2, "sd15_stacked_lpips": sd15_stacked_lpips}

@@ -22,7 +22,11 @@ from ml_collections import ConfigDict
 from configs import common, distill
 
 FORMATS = ("orbax", "diffusers", "stablehlo", "msgpack")
-VARIANTS = {"openmoji": {}, "sd15": {"dtype": "bfloat16", "prompts": "a hyper-realistic photo of a cute cat"}}
+VARIANTS = {
+    "openmoji": {},
+    "stacked": {"formats": FORMATS[:3]},
+    "sd15": {"dtype": "bfloat16", "prompts": "a hyper-realistic photo of a cute cat"},
+}
 
 
 def get_config(variant: str = "openmoji") -> ConfigDict:
@@ -36,6 +40,6 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
     config.prompts = "woman astronaut|red apple|cat face"  # whose token ids are written beside the program
     config.output = "export"  # folder of the workdir to write to
     config.replace = False  # whether to replace an existing export
-    config.distill = distill.get_config("sd15_l2" if variant == "sd15" else "openmoji")
+    config.distill = distill.get_config("sd15_l2" if variant == "sd15" else variant)
     config.update(common.pick(VARIANTS, variant))
     return config.lock()

@@ -5,7 +5,7 @@ Single-file checkpoints can be read too. A delta of another model and LoRA files
 
 import dataclasses
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from instaflow_jax import teacher
 from instaflow_jax.arrays import Params
 from instaflow_jax.infra import files
 from instaflow_jax.models.clip import CLIPTextModel
-from instaflow_jax.models.net import Net
+from instaflow_jax.models.net import Model, Net
+from instaflow_jax.models.stacked_unet import StackedUNet, stack_net, stack_params
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.models.vae import AutoencoderKL
 from instaflow_jax.weights import hub, ldm, lora
@@ -27,6 +28,7 @@ EMBEDDED = Path(__file__).parent / "assets"  # folder of the embedded models
 NETWORKS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _CLASSES = {name: (cls.__name__, "Flax" + cls.__name__) for name, cls in NETWORKS.items()}
+_CLASSES["unet"] += (StackedUNet.__name__,)
 _CLASSES["tokenizer"] = ("CLIPTokenizer", "CLIPTokenizerFast")
 _CLASSES["_class_name"] = ("StableDiffusionPipeline", "FlaxStableDiffusionPipeline", "RectifiedFlowPipeline")
 _CLASSES["_class_name"] += ("InstaFlowPipeline",)
@@ -70,6 +72,35 @@ def inference_params(nets: Mapping[str, Net], params: Mapping[str, Mapping[str, 
 
     cast = {name: nets[name].cast(weights) for name, weights in params.items()}
     return {name: {key: only_read(name, key, value) for key, value in w.items()} for name, w in cast.items()}
+
+
+def network_class(name: str, stated: str | None) -> type[Model]:
+    """The class of the network called `name` in a file that states the class name `stated`."""
+    return StackedUNet if name == "unet" and stated == StackedUNet.__name__ else NETWORKS[name]
+
+
+def stack(pipe: Pipeline, second: Pipeline, *, middle_norm: bool, **options) -> Pipeline:
+    """The pipeline with a Stacked U-Net whose halves start as the UNets of `pipe` and `second`.
+
+    Args:
+      middle_norm: see `StackedUNetConfig`.
+      options: `Model.from_config`'s.
+
+    Raises:
+      ValueError: the two UNets have different architectures.
+    """
+    fields, others = (dataclasses.asdict(pipe.nets["unet"].config) for pipe in (pipe, second))
+    differ = [f"{name}={value}, not {others.get(name)}" for name, value in fields.items() if others.get(name) != value]
+    if differ or pipe.nets["unet"].module is not second.nets["unet"].module:
+        raise ValueError(f"the halves of a Stacked U-Net need two U-Nets of one architecture: {'; '.join(differ)}")
+    unet = stack_net(pipe.nets["unet"], middle_norm, **options)
+    params = stack_params(unet, pipe.params["unet"], second.params["unet"])
+    return dataclasses.replace(
+        pipe,
+        nets=pipe.nets | {"unet": unet},
+        params=pipe.params | {"unet": params},
+        index=pipe.index | {"unet": [StackedUNet.torch_code.stem, StackedUNet.__name__]},
+    )
 
 
 def latent_shape(nets: Mapping[str, Net]) -> tuple[int, int, int]:
@@ -125,7 +156,7 @@ def load(
     index = _read(home, "model_index.json")
     check_index(index, home)
     scheduler, index = _with_stated_prediction(source, _read(home, "scheduler/scheduler_config.json"), index)
-    nets, params = networks(source, NETWORKS, **options)
+    nets, params = networks(source, {name: network_class(name, index[name][1]) for name in NETWORKS}, **options)
     tokenizer = Tokenizer.from_pretrained(home)
     _check_widths(nets, tokenizer, source)
     pipe = Pipeline(nets, params, tokenizer, scheduler, index)
@@ -138,7 +169,7 @@ def load(
 
 def networks(
     source: str,
-    names: Collection[str],
+    classes: Mapping[str, type[Model]],
     *,
     variant: str | None,
     dtype=jnp.float32,
@@ -146,10 +177,10 @@ def networks(
     kernels: str = "auto",
     base: str = "",
 ) -> tuple[dict[str, Net], dict[str, Params]]:
-    """The networks called `names` ("unet", "vae", "text_encoder") and their weights; see `load`."""
+    """The networks called "unet", "vae" or "text_encoder", each of its class, and their weights; see `load`."""
     options = {"dtype": dtype, "attention": attention, "kernels": kernels}
     if not _is_file(source):
-        loaded = _from_folders(locate(source), names, variant, options)
+        loaded = _from_folders(locate(source), classes, variant, options)
         return tuple({name: pair[i] for name, pair in loaded.items()} for i in (0, 1))
     home, nets = _home(source, base), {}
     for name, cls in NETWORKS.items():
@@ -157,26 +188,26 @@ def networks(
         nets[name] = cls.from_config(raw, **options)
     configs, shapes = ({name: getattr(net, field) for name, net in nets.items()} for field in ("config", "shapes"))
     params = ldm.read(Path(source).expanduser(), configs, shapes, variant)
-    for name in [name for name in names if name not in params]:
+    for name in [name for name in classes if name not in params]:
         warnings.warn(f"{source} has no {name}; that of base={base} is used", stacklevel=2)
-        params[name] = _from_folders(home, [name], None, options)[name][1]
-    return {name: nets[name] for name in names}, {name: params[name] for name in names}
+        params[name] = _from_folders(home, {name: NETWORKS[name]}, None, options)[name][1]
+    return {name: nets[name] for name in classes}, {name: params[name] for name in classes}
 
 
 def _from_folders(
-    source: str, names: Collection[str], variant: str | None, options: Mapping[str, Any]
+    source: str, classes: Mapping[str, type[Model]], variant: str | None, options: Mapping[str, Any]
 ) -> dict[str, tuple[Net, Params]]:
-    """The networks in the folders `names`; where only some have the variant, the others' usual files are read."""
+    """The networks in folders of these names; where only some have the variant, the others' usual files are read."""
     loaded, failed = {}, {}
-    for name in names:
+    for name, cls in classes.items():
         try:
-            loaded[name] = NETWORKS[name].from_pretrained(source, name, variant=variant, **options)
+            loaded[name] = cls.from_pretrained(source, name, variant=variant, **options)
         except FileNotFoundError as error:
             failed[name] = error
     for name, error in failed.items():
         if not variant or not loaded:
             raise error
-        loaded[name] = NETWORKS[name].from_pretrained(source, name, variant=None, **options)
+        loaded[name] = classes[name].from_pretrained(source, name, variant=None, **options)
         warnings.warn(f"{source}/{name} has no weights of variant {variant!r}; its usual ones are used", stacklevel=2)
     return loaded
 
@@ -217,7 +248,7 @@ def _with_delta(pipe: Pipeline, delta: Delta, options: Mapping[str, Any]) -> Pip
             "use two models that predict the same"
         )
     nets, params = networks(delta.custom, NETWORKS, **options)
-    _, origin = networks(delta.origin, ["unet"], **options)
+    _, origin = networks(delta.origin, {"unet": NETWORKS["unet"]}, **options)
     names = {"custom": delta.custom, "origin": delta.origin}
     unet = add_delta(pipe.params["unet"], params["unet"], origin["unet"], delta.scale, names=names)
     tokenizer = Tokenizer.from_pretrained(_home(delta.custom, options["base"]))

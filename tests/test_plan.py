@@ -108,7 +108,10 @@ def test_planned_pairs_match_the_disk():
         ({"target": "h300-8"}, "is not one of"),
         ({"program.dtype": "int8"}, "config.dtype='int8' is not one of"),
         ({"program.remat.unet": "all"}, "config.remat.unet='all'"),
-        ({"shapes": "nowhere"}, "config.shapes='nowhere' is neither 'sd15', an embedded model nor a directory"),
+        (
+            {"shapes": "nowhere"},
+            "config.shapes='nowhere' is neither 'sd15', 'sd15_stacked', an embedded model nor a directory",
+        ),
         ({"optimization_level": "fast"}, "config.optimization_level='fast' is not one of O0, O1, O2, O3"),
     ],
 )

@@ -154,12 +154,19 @@ class Net:
         return params
 
     def save_pretrained(self, params: Params, directory: str | Path, **options) -> None:
-        """Writes `config.json` and weights for PyTorch diffusers or transformers; `options` are `port.save`'s."""
+        """Writes `config.json` and weights for PyTorch diffusers or transformers; `options` are `port.save`'s.
+
+        Beside them stands the class's PyTorch code, if these libraries do not have the class.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         port.save(params, directory, self.module.layout, **options)
         text = json.dumps(self.raw_config, indent=2, sort_keys=True) + "\n"
         files.write_text(directory / "config.json", text)
+        if self.module.torch_code:
+            files.write_text(
+                directory / self.module.torch_code.name, self.module.torch_code.read_text(encoding="utf-8")
+            )
 
 
 class Model(nnx.Module):
@@ -167,6 +174,7 @@ class Model(nnx.Module):
 
     Config: ClassVar[type[Config]]
     layout: ClassVar[hub.Layout]
+    torch_code: ClassVar[Path | None] = None  # the class for PyTorch, where the reference libraries do not have it
 
     @classmethod
     def from_config(

@@ -213,21 +213,36 @@ class UpBlock2D(nnx.Module):
 
 
 class UNet2DConditionModel(Remat, net.Model):
-    """Stable Diffusion's network: latents, timestep and text → noise, velocity or data, depending on its training."""
+    """Stable Diffusion's network: latents, timestep and text → noise, velocity or data, depending on its training.
+
+    `StackedUNet` builds it without `conv_in`, or without `conv_out` and perhaps `conv_norm_out`. It then takes, or
+    returns, features [B, H, W, block_out_channels[0]].
+    """
 
     Config: ClassVar = UNetConfig
     layout: ClassVar = hub.Layout()
 
-    def __init__(self, config: UNetConfig, factory: LayerFactory):
+    def __init__(
+        self,
+        config: UNetConfig,
+        factory: LayerFactory,
+        *,
+        conv_in: bool = True,
+        norm: bool = True,
+        conv_out: bool = True,
+    ):
         channels = config.block_out_channels
         self.config, self.dtype = config, factory.dtype
-        self.conv_in = factory.conv(config.in_channels, channels[0], 3, padding=1)
+        if conv_in:
+            self.conv_in = factory.conv(config.in_channels, channels[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(channels[0], 4 * channels[0], factory)
         self.down_blocks = nnx.List([DownBlock2D(config, i, factory) for i in range(len(channels))])
         self.mid_block = UNetMidBlock2DCrossAttn(config, factory)
         self.up_blocks = nnx.List([UpBlock2D(config, i, factory) for i in range(len(channels))])
-        self.conv_norm_out = factory.group_norm(channels[0], config.norm_num_groups, config.norm_eps)
-        self.conv_out = factory.conv(channels[0], config.out_channels, 3, padding=1)
+        if norm:
+            self.conv_norm_out = factory.group_norm(channels[0], config.norm_num_groups, config.norm_eps)
+        if conv_out:
+            self.conv_out = factory.conv(channels[0], config.out_channels, 3, padding=1)
 
     def __call__(
         self,
@@ -247,7 +262,8 @@ class UNet2DConditionModel(Remat, net.Model):
         sinusoids = timestep_embedding(tau, config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift)
         time = self.time_embedding(sinusoids.astype(self.dtype))
         text = encoder_hidden_states.astype(self.dtype)
-        x = self.conv_in(sample.astype(self.dtype))
+        x = sample.astype(self.dtype)
+        x = self.conv_in(x) if hasattr(self, "conv_in") else x
         skips = [x]
         for block in self.down_blocks:
             x, block_skips = block(x, time, text)
@@ -258,4 +274,6 @@ class UNet2DConditionModel(Remat, net.Model):
         return self.maybe_checkpoint(self._out)(x)
 
     def _out(self, x):
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x))).astype(jnp.float32)
+        x = jax.nn.silu(self.conv_norm_out(x)) if hasattr(self, "conv_norm_out") else x
+        x = self.conv_out(x) if hasattr(self, "conv_out") else x
+        return x.astype(jnp.float32)

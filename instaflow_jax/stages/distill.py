@@ -1,7 +1,9 @@
 """Stage `distill`: a straightened flow → a one-step generator (paper, Eq. 6), by L2, LPIPS, or one after the other."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -9,6 +11,7 @@ from instaflow_jax import pipeline
 from instaflow_jax.arrays import Params
 from instaflow_jax.models.lpips import LPIPS, PUBLISHED
 from instaflow_jax.models.net import Net
+from instaflow_jax.models.stacked_unet import StackedUNet
 from instaflow_jax.stages import reflow
 from instaflow_jax.stages.common import fit, flow_training, loading
 from instaflow_jax.stages.generate.stage import check_pairs, has_pairs, need_pairs
@@ -36,7 +39,7 @@ def run(config: ConfigDict, workdir: str) -> None:
         check(config, workdir)
     source = config.model or need_reflow(config.reflow, workdir)
     pairs = need_pairs(pairs_config(config, source), folder)
-    pipe = loading.load(config.init_from or source, options.weights)
+    pipe = stack(config.stacked, loading.load(config.init_from or source, options.weights), options.weights)
     loss, frozen = load_loss(config, options, pipe)
     flow_training.train_flow(options, Path(workdir) / config.output, pipe, pairs, loss, frozen)
 
@@ -52,6 +55,7 @@ def check(config: ConfigDict, workdir: str) -> None:
         flow = reflow.check(config.reflow, workdir)
     recipe = check_pairs(pairs_config(config, source), Path(workdir) / config.pairs_folder, flow)
     pipe = flow if flow and not config.init_from else loading.load(config.init_from or source, options.weights)
+    pipe = stack(config.stacked, pipe, options.weights)
     flow_training.check(options, pipe, recipe, *load_loss(config, options, pipe))
 
 
@@ -64,6 +68,33 @@ def read_options(config: ConfigDict, workdir: str) -> flow_training.FlowOptions:
     options = flow_training.read_flow_options(config)
     fit.check_same_run(options.train, Path(workdir) / config.output, chosen=("pairs.model",))
     return options
+
+
+def stack(fields: Mapping[str, Any], pipe: pipeline.Pipeline, weights: loading.WeightOptions) -> pipeline.Pipeline:
+    """The pipeline with a Stacked U-Net, if `fields` (the block `config.stacked`) ask for one and it has none yet.
+
+    Raises:
+      ValueError, FileNotFoundError: the model for half 2 is wrong or of another kind, or a field has no effect.
+    """
+    unet = pipe.nets["unet"]
+    if not fields["enabled"]:
+        return pipe
+    if unet.module is StackedUNet:
+        if fields["second"] or fields["middle_norm"] != unet.config.middle_norm:
+            raise ValueError(
+                "the model to start from is a Stacked U-Net already: use config.stacked.second='' and "
+                f"config.stacked.middle_norm={unet.config.middle_norm}, or another config.init_from"
+            )
+        return pipe
+    second = pipe
+    if fields["second"]:
+        second = loading.load(fields["second"], dataclasses.replace(weights, delta=None, loras=()))
+        if type(flow_training.start_dynamics(second)) is not type(flow_training.start_dynamics(pipe)):
+            raise ValueError(
+                f"config.stacked.second={fields['second']!r} and the model to start from must both be flows, or both "
+                "teachers"
+            )
+    return pipeline.stack(pipe, second, middle_norm=fields["middle_norm"], **loading.network_options(weights))
 
 
 def pairs_config(config: ConfigDict, source: str) -> ConfigDict:

@@ -7,9 +7,10 @@ from jaxtyping import Float
 from instaflow_jax.arrays import Params
 from instaflow_jax.models.unet import timestep_embedding
 from instaflow_jax.teacher import Schedule, equal_noise
+from instaflow_jax.weights.conventions import scaled
 
 _RIDGE = 1e-2  # keeps the refitted kernel from growing larger than the old one
-_TIME_KERNEL = "time_embedding.linear_1.kernel"
+_TIME_KERNEL = "time_embedding.linear_1.kernel"  # each half of a stacked UNet has one
 
 
 def from_teacher(params: Params, unet, schedule: Schedule, num_timesteps: int) -> Params:
@@ -32,9 +33,12 @@ def from_teacher(params: Params, unet, schedule: Schedule, num_timesteps: int) -
         return np.asarray(embedding, np.float64)
 
     flow, teacher = sinusoids(num_timesteps * (1 - t)), sinusoids(equal_noise(schedule, t))
-    refitted = refit(flow, teacher, np.asarray(params[_TIME_KERNEL], np.float64))
-    negated = {name: -np.asarray(params[name]) for name in ("conv_out.kernel", "conv_out.bias")}
-    return params | negated | {_TIME_KERNEL: refitted.astype(np.float32)}
+    refitted = {
+        name: refit(flow, teacher, np.asarray(kernel, np.float64)).astype(np.float32)
+        for name, kernel in params.items()
+        if name.endswith(_TIME_KERNEL)
+    }
+    return scaled(params, -1) | refitted
 
 
 def refit(

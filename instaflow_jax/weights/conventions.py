@@ -64,6 +64,6 @@ def as_stock(unet: Params, index: Index, num_timesteps: int) -> tuple[Params, di
 
 
 def scaled(unet: Params, factor: float) -> Params:
-    """A UNet whose output is `factor` times as large: its last convolution is scaled."""
-    last = ("conv_out.kernel", "conv_out.bias")
+    """A UNet, stacked or not, whose output is `factor` times as large: its last convolution is scaled."""
+    last = [name for name in unet if name.endswith(("conv_out.kernel", "conv_out.bias"))]
     return dict(unet) | {name: (unet[name] * factor).astype(unet[name].dtype) for name in last}

@@ -83,13 +83,16 @@ def _read(source: str, options: WeightOptions) -> pipeline.Pipeline:
     return pipeline.load(
         source,
         variant=options.weights_variant or None,
-        dtype=DTYPES[options.dtype],
-        attention=options.attention,
-        kernels=options.kernels,
         base=options.base,
         delta=options.delta,
         loras=options.loras,
+        **network_options(options),
     )
+
+
+def network_options(options: WeightOptions) -> dict[str, Any]:
+    """The keywords of `Model.from_config`."""
+    return {"dtype": DTYPES[options.dtype], "attention": options.attention, "kernels": options.kernels}
 
 
 def check_files(source: str) -> None:

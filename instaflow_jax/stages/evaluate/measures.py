@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -70,6 +71,7 @@ class Measurements:
           ValueError: there are fewer emoji than prompts asked for.
         """
         self._options, self._teacher = options, teacher
+        self._made: dict[Any, Programs] = {}
         count, emoji = options.count, data.emoji
         if not 2 <= count <= len(emoji):
             raise ValueError(f"config.count={count} must be from 2 to {len(emoji)}, the number of emoji")
@@ -87,10 +89,13 @@ class Measurements:
             "teacher_N": max(teacher.N),
         }
 
-    @functools.cached_property
-    def _programs(self) -> Programs:
-        pipe = self._teacher.pipe
-        return Programs(pipe.nets, pipe.tokenizer([""]), per_device=self._options.batch, longest=_LONGEST)
+    def _programs(self, model: Model) -> Programs:
+        """Models of one architecture share their programs."""
+        nets, null_ids = model.pipe.nets, model.pipe.tokenizer([""])
+        key = nets["unet"].config
+        if key not in self._made:
+            self._made[key] = Programs(nets, null_ids, per_device=self._options.batch, longest=_LONGEST)
+        return self._made[key]
 
     def _noise(self, offset: int, count: int) -> Float[np.ndarray, "N h w c"]:
         """Noise of `seed + offset`, from the same generator as that of the pairs."""
@@ -107,7 +112,7 @@ class Measurements:
             count, X0 = self._options.count, self._noise(0, self._options.count)
             ids = np.concatenate([self._names, self._kinds, self._shown])
             X0 = np.concatenate([X0, X0, self._noise(2, len(self._shown))])
-            latents, drawn = self._programs.draw(model, model.table(N), alpha, ids, X0)
+            latents, drawn = self._programs(model).draw(model, model.table(N), alpha, ids, X0)
             of_names, of_kinds, shown = np.split(drawn, [count, 2 * count])
             is_first, latents = model is first[0] and (N, alpha) == first[1:], latents[: 2 * count]
             error = np.square(latents - (latents if is_first else self.row(*first)[0].arrays["latents"]))
@@ -138,7 +143,9 @@ class Measurements:
         model, count, N = self._teacher, self._options.count, max(self._teacher.N)
 
         def make() -> Record:
-            latents, drawn = self._programs.draw(model, model.table(N), model.alpha, self._names, self._noise(1, count))
+            latents, drawn = self._programs(model).draw(
+                model, model.table(N), model.alpha, self._names, self._noise(1, count)
+            )
             parts = {"images": self._judge.image_features(drawn), "latents": latents.reshape(count, -1)}
             fields = {name: dataclasses.asdict(_moments(part)) for name, part in parts.items()}
             arrays = {f"{name}_{key}": np.asarray(x) for name, each in fields.items() for key, x in each.items()}
@@ -176,7 +183,7 @@ class Measurements:
         N, count = self._options.straightness_N, min(self._options.straightness_count, self._options.count)
 
         def make() -> Record:
-            S = self._programs.straightness(model, model.alpha, N, self._names[:count], self._noise(0, count))
+            S = self._programs(model).straightness(model, model.alpha, N, self._names[:count], self._noise(0, count))
             return Record(dict(zip(("S", "S_error"), mean_and_error(np.asarray(S)), strict=True)), {})
 
         settings = {"what": "straightness", "weights": model.weights, "alpha": model.alpha, "N": N, "samples": count}
@@ -187,7 +194,7 @@ class Measurements:
 
         def make() -> Record:
             inputs = model.table(N), model.alpha, self._names[:1], self._noise(2, 1)
-            return Record({"seconds": self._programs.seconds(model, *inputs, self._options.repeats)}, {})
+            return Record({"seconds": self._programs(model).seconds(model, *inputs, self._options.repeats)}, {})
 
         settings = {
             "what": "seconds",
@@ -218,7 +225,7 @@ class Measurements:
 
     def _draw_path(self, model: Model, table: Multistep) -> UInt8[np.ndarray, "1 H W 3"]:
         ids = model.pipe.tokenizer([self._options.path_prompt])
-        return self._programs.draw_one(model, table, model.alpha, ids, self._noise(2, 1))
+        return self._programs(model).draw_one(model, table, model.alpha, ids, self._noise(2, 1))
 
 
 def _moments(features: Float[np.ndarray, "N D"]) -> frechet.Moments:

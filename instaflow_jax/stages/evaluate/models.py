@@ -106,9 +106,10 @@ def load(entries: Sequence[Entry]) -> list[Model]:
 
 
 def _check_same_networks(teacher: Model, model: Model, source: str) -> None:
-    """All models run in the same compiled programs."""
+    """The models' networks have one architecture, but a U-Net may be two such U-Nets in series."""
     for part, net in teacher.pipe.nets.items():
-        if net.shapes != model.pipe.nets[part].shapes or net.config != model.pipe.nets[part].config:
+        config, other = (getattr(net.config, "half", net.config) for net in (net, model.pipe.nets[part]))
+        if config != other:
             raise ValueError(
                 f"{source}/{part} differs from the teacher's network; evaluate this model in a workdir of its own, "
                 "with --config.teacher.model naming its teacher"

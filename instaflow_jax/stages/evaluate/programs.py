@@ -85,7 +85,7 @@ class Programs:
     """Runs models on every device of this process, `per_device` rows each a call.
 
     Args:
-      nets: the teacher's; the weights come with each model.
+      nets: of one architecture; the weights come with each model.
       null_ids: [1, L], the empty prompt.
       longest: steps of the longest solver.
     """

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from instaflow_jax import pipeline, sampling
+from instaflow_jax.models.stacked_unet import StackedUNet
 from instaflow_jax.stages.export.formats import Options
 from instaflow_jax.stages.export.source import Source, parents, run_config
 
@@ -102,6 +103,8 @@ def recipe(source: Source) -> str:
     if not source.run:
         return f"Exported from `{source.name}`, which has no record of its training."
     run, rows = source.run, {"Stage": f"{source.run['stage']}, from the weights of `{parents(source.run)[0]}`"}
+    if source.pipe.nets["unet"].module is StackedUNet:
+        rows["Network"] = "Stacked U-Net: two U-Nets in series, as in InstaFlow-1.7B"
     if "distance" in run:
         rows["Distance (Eq. 6)"] = run["distance"]
     if "loss" in run:
@@ -152,7 +155,8 @@ def measured(workdir: Path) -> str:
 
 
 def use_orbax(source: Source, options: Options) -> str:
-    return """`orbax/`: the weights as numpy arrays, for example `params["unet"]["conv_in.kernel"]`:
+    name = next(name for name in source.pipe.params["unet"] if name.endswith("conv_in.kernel"))
+    return f"""`orbax/`: the weights as numpy arrays, for example `params["unet"]["{name}"]`:
 
 ```python
 import os
@@ -170,11 +174,14 @@ def use_diffusers(source: Source, options: Options) -> str:
             "of diffusers do not fit it."
         )
     call = "num_inference_steps=1, guidance_scale=1.0" if is_flow else "num_inference_steps=25"
-    return f"""`diffusers/`: PyTorch diffusers, no custom code:
+    code, trust = source.pipe.nets["unet"].module.torch_code, ""
+    if code:
+        trust = ", trust_remote_code=True"
+    return f"""`diffusers/`: PyTorch diffusers, {f"with the class in `unet/{code.name}`" if code else "no custom code"}:
 
 ```python
 from diffusers import StableDiffusionPipeline
-pipe = StableDiffusionPipeline.from_pretrained("diffusers")
+pipe = StableDiffusionPipeline.from_pretrained("diffusers"{trust})
 pipe("red apple", {call}).images[0].save("apple.png")
 ```"""
 

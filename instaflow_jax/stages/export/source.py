@@ -8,6 +8,7 @@ import jax
 
 from instaflow_jax import pipeline, sampling
 from instaflow_jax.infra import checkpoint, devices, files
+from instaflow_jax.stages import distill
 from instaflow_jax.stages.common import loading
 from instaflow_jax.stages.common.loading import WeightOptions
 from instaflow_jax.weights.conventions import NUM_TIMESTEPS, scaled
@@ -91,7 +92,8 @@ def load_base_pipeline(run: Path, saved: dict[str, Any], options: WeightOptions)
         loras=loading.read_loras(saved["loras"]),
         weights_variant=saved["weights_variant"],
     )
-    return loading.load(parents(saved)[0], as_trained)
+    pipe = loading.load(parents(saved)[0], as_trained)
+    return distill.stack(saved["stacked"], pipe, as_trained) if "stacked" in saved else pipe
 
 
 def replace_unet(pipe: pipeline.Pipeline, unet: dict[str, Any]) -> pipeline.Pipeline:
@@ -102,6 +104,7 @@ def parents(run: dict[str, Any]) -> list[str]:
     """The models a run was made from; first the one whose weights it started from ("start" in version 0.1)."""
     names = [run[field] for field in ("init_from", "start", "model") if run.get(field)]
     names += [run["pairs"]["model"]] if "pairs" in run else []
+    names += [run["stacked"]["second"]] if run.get("stacked", {}).get("second") else []
     return names + ([run["reflow"]["model"]] if "reflow" in run and not run["model"] else [])
 
 

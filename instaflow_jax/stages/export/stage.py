@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from instaflow_jax import sampling
 from instaflow_jax.infra import devices
 from instaflow_jax.infra.files import atomic_directory, write_checksums, write_json, write_text
+from instaflow_jax.models.stacked_unet import StackedUNet
 from instaflow_jax.stages import distill
 from instaflow_jax.stages.common.loading import EXPORT, WeightOptions, read_prompts, read_weight_options
 from instaflow_jax.stages.common.ranges import check_ranges
@@ -126,9 +127,14 @@ def check_target(target: Path, replace: bool) -> None:
 
 
 def check_formats(formats: tuple[str, ...], source: Source) -> None:
-    """ValueError if a one-step program is requested of a teacher, which needs many steps."""
+    """ValueError if a one-step program is requested of a teacher, or a Stacked U-Net for the Flax classes."""
     if "stablehlo" in formats and not isinstance(source.dynamics, sampling.Flow):
         raise ValueError(
             f"{source.name} is a teacher, but the format 'stablehlo' is the one-step program of a flow: leave it out "
             "of config.formats, or set config.dynamics='flow' if the model is a flow and its files do not say so"
+        )
+    if "msgpack" in formats and source.pipe.nets["unet"].module is StackedUNet:
+        raise ValueError(
+            f"{source.name} is a Stacked U-Net, and diffusers' Flax classes, for which 'msgpack' is, have none: "
+            "leave it out of config.formats, as configs/export.py:stacked does"
         )

@@ -44,7 +44,8 @@ def load_autoencoder(manifest: Mapping[str, Any]) -> tuple[Net, Params]:
     """The autoencoder that the pairs were made for. Raises ValueError if its weights have changed since."""
     config = {"base": "", "delta": {"custom": ""}} | manifest["about"]["config"]  # older manifests lack these fields
     model = config["delta"]["custom"] or config["model"]
-    nets, params = pipeline.networks(model, ["vae"], variant=config["weights_variant"] or None, base=config["base"])
+    classes = {"vae": pipeline.NETWORKS["vae"]}
+    nets, params = pipeline.networks(model, classes, variant=config["weights_variant"] or None, base=config["base"])
     if sha256_of_params(params["vae"]) != manifest["recipe"]["teacher"]["vae"]:
         raise ValueError(
             f"{model}/vae is not the autoencoder these pairs were made with: its weights have another hash; "

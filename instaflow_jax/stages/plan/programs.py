@@ -16,9 +16,15 @@ from instaflow_jax import pipeline, sampling
 from instaflow_jax.infra import cost, devices
 from instaflow_jax.infra.runner import BatchedRunner
 from instaflow_jax.models.net import Net
+from instaflow_jax.models.stacked_unet import StackedUNet, stack_net
 from instaflow_jax.stages import distill, progressive, reflow
 from instaflow_jax.stages.common import fit, flow_training
-from instaflow_jax.stages.common.loading import DTYPES, latent_shape, read_solve_options, read_weight_options
+from instaflow_jax.stages.common.loading import (
+    latent_shape,
+    network_options,
+    read_solve_options,
+    read_weight_options,
+)
 from instaflow_jax.stages.generate.job import make_latents_function
 from instaflow_jax.stages.plan import shapes
 from instaflow_jax.train import loop
@@ -59,9 +65,11 @@ def check(config: ConfigDict, model: str) -> None:
 
 
 def _nets(config: ConfigDict, model: str) -> dict[str, Net]:
-    options = read_weight_options(config)
-    fields = {"dtype": DTYPES[options.dtype], "attention": options.attention, "kernels": options.kernels}
-    return shapes.make_nets(shapes.read_configs(model), **fields)
+    options = network_options(read_weight_options(config))
+    nets = shapes.make_nets(shapes.read_configs(model), **options)
+    if config.stage == "distill" and config.stacked.enabled and nets["unet"].module is not StackedUNet:
+        nets["unet"] = stack_net(nets["unet"], config.stacked.middle_norm, **options)
+    return nets
 
 
 def trace(config: ConfigDict, model: str, targets: Sequence[jax.Device]) -> Program:

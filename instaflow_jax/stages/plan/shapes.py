@@ -26,6 +26,7 @@ SD15: dict[str, dict[str, Any]] = {  # fields of the published config.json files
     },
     "lpips": PUBLISHED["vgg"],
 }
+PUBLISHED_SHAPES = {"sd15": SD15, "sd15_stacked": SD15 | {"unet": SD15["unet"] | {"_class_name": "StackedUNet"}}}
 SD15_SCHEDULER = {
     "_class_name": "PNDMScheduler",
     "beta_start": 0.00085,
@@ -42,16 +43,19 @@ def read_configs(model: str) -> dict[str, dict[str, Any]]:
     """The config.json of each network.
 
     Args:
-      model: "sd15", an embedded name, or a directory in diffusers layout; without lpips/ it gets VGG16's.
+      model: "sd15", "sd15_stacked" (InstaFlow-1.7B's), an embedded name, or a directory in diffusers layout; without
+        lpips/ it gets VGG16's.
 
     Raises:
       FileNotFoundError: there is no such directory, or it lacks a file.
     """
-    if model == "sd15":
-        return SD15
+    if model in PUBLISHED_SHAPES:
+        return PUBLISHED_SHAPES[model]
     folder = Path(pipeline.locate(model))
     if not folder.is_dir():
-        raise FileNotFoundError(f"config.shapes={model!r} is neither 'sd15', an embedded model nor a directory")
+        raise FileNotFoundError(
+            f"config.shapes={model!r} is neither 'sd15', 'sd15_stacked', an embedded model nor a directory"
+        )
     has_trunk = (folder / "lpips").is_dir()
     found = {name: read_json(folder / name / "config.json") for name in CLASSES if name != "lpips" or has_trunk}
     return {"lpips": SD15["lpips"]} | found
@@ -59,11 +63,12 @@ def read_configs(model: str) -> dict[str, dict[str, Any]]:
 
 def read_scheduler(model: str) -> dict[str, Any]:
     """The scheduler_config.json; `model` as in `read_configs`."""
-    if model == "sd15":
+    if model in PUBLISHED_SHAPES:
         return SD15_SCHEDULER
     return read_json(Path(pipeline.locate(model)) / "scheduler" / "scheduler_config.json")
 
 
 def make_nets(configs: dict[str, dict[str, Any]], **options: Any) -> dict[str, Net]:
     """The networks that `configs` names; options as of `Model.from_config`."""
-    return {name: CLASSES[name].from_config(raw, **options) for name, raw in configs.items()}
+    classes = CLASSES | {"unet": pipeline.network_class("unet", configs["unet"].get("_class_name"))}
+    return {name: classes[name].from_config(raw, **options) for name, raw in configs.items()}
