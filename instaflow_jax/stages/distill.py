@@ -39,7 +39,7 @@ def run(config: ConfigDict, workdir: str) -> None:
         check(config, workdir)
     source = config.model or need_reflow(config.reflow, workdir)
     pairs = need_pairs(pairs_config(config, source), folder)
-    pipe = stack(config.stacked, loading.load(config.init_from or source, options.weights), options.weights)
+    pipe = stack(config.stacked.to_dict(), loading.load(config.init_from or source, options.weights), options.weights)
     loss, frozen = load_loss(config, options, pipe)
     flow_training.train_flow(options, Path(workdir) / config.output, pipe, pairs, loss, frozen)
 
@@ -55,7 +55,7 @@ def check(config: ConfigDict, workdir: str) -> None:
         flow = reflow.check(config.reflow, workdir)
     recipe = check_pairs(pairs_config(config, source), Path(workdir) / config.pairs_folder, flow)
     pipe = flow if flow and not config.init_from else loading.load(config.init_from or source, options.weights)
-    pipe = stack(config.stacked, pipe, options.weights)
+    pipe = stack(config.stacked.to_dict(), pipe, options.weights)
     flow_training.check(options, pipe, recipe, *load_loss(config, options, pipe))
 
 
