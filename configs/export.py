@@ -4,6 +4,7 @@
     python -m instaflow_jax.main --config=configs/export.py --workdir=DIR --config.model=DIR/reflow \\
         --config.output=export_flow
     python -m instaflow_jax.main --config=configs/export.py:sd15 --workdir=DIR --config.model=DIR/distill_lpips
+    python -m instaflow_jax.main --config=configs/export.py:stacked --workdir=DIR    # a Stacked U-Net
 
 Writes DIR/export, all or nothing:
 
@@ -11,7 +12,7 @@ Writes DIR/export, all or nothing:
     diffusers/  for StableDiffusionPipeline.from_pretrained of PyTorch diffusers
     stablehlo/  the program (token ids, noise → images) for cpu, cuda and tpu, and draw.py, which runs it with only jax
                 and numpy
-    msgpack/    for the Flax classes of diffusers (up to 0.39)
+    msgpack/    for the Flax classes of diffusers (up to 0.39), which have no Stacked U-Net
     README.md   the model card, with the code that loads each format
 
 Needs nothing: a missing flow is distilled first.

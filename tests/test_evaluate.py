@@ -202,6 +202,15 @@ def test_a_flow_with_other_networks_is_refused(run, tiny, no_drawing, tmp_path):
         main.run(configured(tiny), str(tmp_path))
 
 
+def test_a_stacked_unet_is_compared_with_its_teacher(tiny, tmp_path):
+    pipe = pipeline.load(str(tiny), variant=None, attention="xla")
+    flow_pipe = flow_training.as_flow(pipe, pipe.params["unet"])
+    pipeline.save(pipeline.stack(flow_pipe, flow_pipe, middle_norm=True), tmp_path)
+    entries = [evaluate_models.Entry(source.name, str(source), 1.0, (1,)) for source in (tiny, tmp_path)]
+    teacher, stacked = evaluate_models.load(entries)
+    assert stacked.pipe.nets["unet"].config != teacher.pipe.nets["unet"].config == stacked.pipe.nets["unet"].config.half
+
+
 def test_variants_are_the_papers_protocols():
     assert all(read_config("evaluate", name).stage == "evaluate_coco" for name in ("coco5k", "coco30k"))
     with pytest.raises(ValueError, match="no variant 'coco'; it has openmoji, coco5k, coco30k"):

@@ -15,7 +15,6 @@ from helpers import (
     distill_config,
     drawn,
     load,
-    make_tiny,
     normal,
     randomize,
     read_config,
@@ -32,8 +31,7 @@ from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.stages import distill
 from instaflow_jax.stages.common import flow_training
 from instaflow_jax.stages.common.loading import WeightOptions
-from instaflow_jax.stages.plan import shapes
-from instaflow_jax.stages.serve import models as serve_models
+from instaflow_jax.stages.plan import programs, shapes
 from instaflow_jax.train import warm_start
 
 SMALL = UNET | {"block_out_channels": (8,), "layers_per_block": 1, "attention_head_dim": 2}
@@ -94,33 +92,32 @@ def stacked_from(ours, middle_norm):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("middle_norm", [True, False])
-def test_it_equals_two_unets_of_diffusers_in_series(middle_norm, twins):
-    theirs, (net, params) = twins[0], stacked_from(twins[1], middle_norm)
-    with references().no_grad():
-        want = nhwc(in_series(theirs, nchw(X), middle_norm))
-    got = jax.jit(net.apply)(params, X, TAU, TEXT)
-    print(f"middle_norm={middle_norm}: relative difference from diffusers {relative(got, want):.1e}")
-    assert 0.01 < np.std(want) < 10 and relative(got, want) < 1e-5
+def test_it_equals_two_unets_of_diffusers_in_series(twins):
+    """Output, and the gradient by the input, which passes through both halves."""
+    theirs, (net, params) = twins[0], stacked_from(twins[1], True)
+    x = nchw(X).requires_grad_()
+    want = in_series(theirs, x)
+    want.square().sum().backward()
+
+    def square(x):
+        out = net.apply(params, x, TAU, TEXT)
+        return jnp.sum(out**2), out
+
+    gradient, got = jax.jit(jax.grad(square, has_aux=True))(X)
+    differences = relative(got, nhwc(want)), relative(gradient, nhwc(x.grad))
+    print("relative differences from diffusers: output {:.1e}, gradient {:.1e}".format(*differences))
+    assert 0.01 < np.std(got) < 10 and max(differences) < 1e-5
 
 
 @pytest.mark.slow
-def test_gradients_pass_through_both_halves(twins):
-    theirs, (net, params) = twins[0], stacked_from(twins[1], True)
-    x = nchw(X).requires_grad_()
-    in_series(theirs, x).square().mean().backward()
-    by_params, by_x = jax.jit(jax.grad(lambda p, x: jnp.mean(net.apply(p, x, TAU, TEXT) ** 2), (0, 1)))(params, X)
-    assert relative(by_x, nhwc(x.grad)) < 1e-5
-    assert all(np.any(np.asarray(g) != 0) for name, g in by_params.items() if name.endswith("kernel"))
+def test_without_the_norm_between_it_equals_them_too(twins):
+    theirs, (net, params) = twins[0], stacked_from(twins[1], False)
+    with references().no_grad():
+        want = nhwc(in_series(theirs, nchw(X), middle_norm=False))
+    assert relative(jax.jit(net.apply)(params, X, TAU, TEXT), want) < 1e-5
 
 
 # ---------------------------------------------------------------- its weights to start from
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A random teacher."""
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 def other_unet(pipe, name, value):
@@ -136,8 +133,8 @@ def random_weights(net):
 FIELDS = {"enabled": True, "second": "", "middle_norm": True}
 
 
-def test_both_halves_start_from_one_unet(tiny):
-    pipe = load(tiny)
+def test_both_halves_start_from_one_unet(teacher):
+    pipe = load(teacher)
     stacked = distill.stack(FIELDS, pipe, WeightOptions())
     assert stacked.index["unet"] == ["stacked_unet", "StackedUNet"] and stacked.latent_shape == pipe.latent_shape
     params, unet = stacked.params["unet"], pipe.params["unet"]
@@ -148,8 +145,8 @@ def test_both_halves_start_from_one_unet(tiny):
     assert distill.stack(FIELDS | {"enabled": False}, pipe, WeightOptions()) is pipe
 
 
-def test_half_2_may_start_from_another_model(tiny, tmp_path):
-    pipe = load(tiny)
+def test_half_2_may_start_from_another_model(teacher, tmp_path):
+    pipe = load(teacher)
     pipeline.save(other_unet(pipe, "sample_size", 4), tmp_path)
     stacked = distill.stack(FIELDS | {"second": str(tmp_path), "middle_norm": False}, pipe, WeightOptions())
     params, other = stacked.params["unet"], load(tmp_path).params["unet"]
@@ -158,8 +155,8 @@ def test_half_2_may_start_from_another_model(tiny, tmp_path):
     assert "halves.0.conv_norm_out.scale" not in params
 
 
-def test_what_does_not_fit_is_refused(tiny, tmp_path):
-    pipe = load(tiny)
+def test_what_does_not_fit_is_refused(teacher, tmp_path):
+    pipe = load(teacher)
     stacked = distill.stack(FIELDS, pipe, WeightOptions())
     for fields in ({"second": "nowhere"}, {"middle_norm": False}):
         with pytest.raises(ValueError, match=r"is a Stacked U-Net already: use config\.stacked\.second=''"):
@@ -172,8 +169,8 @@ def test_what_does_not_fit_is_refused(tiny, tmp_path):
         distill.stack(FIELDS | {"second": str(tmp_path / "flow")}, pipe, WeightOptions())
 
 
-def test_a_warm_start_converts_each_half(tiny):
-    pipe = load(tiny)
+def test_a_warm_start_converts_each_half(teacher):
+    pipe = load(teacher)
     stacked = distill.stack(FIELDS, pipe, WeightOptions())
     schedule = sampling.read_dynamics(pipe.scheduler, pipe.index, "auto")
     alone, both = (warm_start.from_teacher(p.params["unet"], p.nets["unet"], schedule, 1000) for p in (pipe, stacked))
@@ -185,11 +182,11 @@ def test_a_warm_start_converts_each_half(tiny):
 
 
 @pytest.fixture(scope="module")
-def run(tiny, tmp_path_factory):
+def run(teacher, tmp_path_factory):
     """A workdir with a flow and the Stacked U-Net that was distilled from it."""
-    workdir, pipe = tmp_path_factory.mktemp("run"), load(tiny)
+    workdir, pipe = tmp_path_factory.mktemp("run"), load(teacher)
     flow_training.export(pipe, random_weights(pipe.nets["unet"]), workdir / "reflow" / "export")
-    main.run(distill_config(tiny, "stacked"), str(workdir))
+    main.run(distill_config(teacher, "stacked"), str(workdir))
     return workdir
 
 
@@ -214,23 +211,25 @@ def test_distillation_trains_both_halves(run, ours):
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_to_the_same_bits(run, tiny, tmp_path):
+def test_a_killed_run_resumes_to_the_same_bits(run, teacher, tmp_path):
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
     shutil.rmtree(copy / "stacked" / "checkpoints" / "4")
     shutil.rmtree(copy / "stacked" / "export")
-    main.run(distill_config(tiny, "stacked"), str(copy))
+    main.run(distill_config(teacher, "stacked"), str(copy))
     once, twice = (load(folder / "stacked" / "export").params["unet"] for folder in (run, copy))
     assert all(np.array_equal(weight, twice[name]) for name, weight in once.items())
 
 
 @pytest.mark.slow
-def test_it_is_sampled_and_served(run, ours, tmp_path):
-    config = read_config("sample")
-    config.update({"model": str(run / "stacked" / "export"), "prompts": "house", "seeds": (0,), "N": 1, "alpha": 1.0})
-    main.run(config, str(tmp_path))
-    image = images.load_png(tmp_path / "sample" / "000_house_seed0_N1_alpha1.png")[0]
-    served = serve_models.make_model(ours[0], "", dynamics="auto", alpha=1.0, choices=(1,))
-    assert np.abs(served.draw("house", 0, 1).astype(int) - image).max() <= 1
+def test_its_programs_are_planned(teacher):
+    """Enabled in the config, as for distillation, or in the shapes, as for sampling."""
+    config = read_config("distill", "stacked").unlock()
+    config.batch_size, flops = jax.device_count(), {}
+    for enabled in (True, False):
+        config.stacked.enabled = enabled
+        flops[enabled] = programs.trace(config, str(teacher), jax.devices()).flops
+    assert 1.8 < flops[True] / flops[False] < 2
+    programs.check(read_config("sample", "instaflow"), "sd15_stacked")
 
 
 @pytest.fixture(scope="module")
@@ -257,6 +256,7 @@ def test_diffusers_runs_the_class_beside_the_weights(exported, ours, monkeypatch
     with torch.no_grad():
         v = nhwc(pipe.unet(nchw(X0), 1000, torch.tensor(text)).sample) / -1.001  # see `conventions.as_stock`
         fields = {"num_inference_steps": 1, "guidance_scale": 1.0, "latents": nchw(X0), "output_type": "latent"}
+        fields |= {"height": 8, "width": 8}  # diffusers refuses the 4 of this model, but takes the latents as they are
         latents = nhwc(pipe(["house", "red apple"], **fields).images)
     print(f"StackedUNet in diffusers {relative(v, X1 - X0):.1e}, one step of its pipeline {relative(latents, X1):.1e}")
     assert relative(v, X1 - X0) < 1e-5 and relative(latents, X1) < 1e-5
