@@ -47,6 +47,20 @@ def make(torch, configs: dict[str, Any], dtype, device: str) -> dict[str, Any]:
     return {name: net.to(dtype).eval() for name, net in nets.items()}
 
 
+def waiting(run, count: int, device: str) -> Call:
+    """A call that waits for the device and reports the device's memory."""
+    if device == "cpu":
+        return Call(run, count, memory=peak_memory)
+    cuda = references().cuda
+
+    def run_and_wait():
+        cuda.reset_peak_memory_stats()
+        run()
+        cuda.synchronize()
+
+    return Call(run_and_wait, count, memory=cuda.max_memory_allocated)
+
+
 class Draw:
     """Inputs for the networks, and calls that wait for the device."""
 
@@ -65,16 +79,7 @@ class Draw:
         return self.torch.ones(batch, length, dtype=self.torch.long, device=self._to["device"])
 
     def call(self, run, count: int = 1) -> Call:
-        if self._to["device"] == "cpu":
-            return Call(run, count, memory=peak_memory)
-        cuda = self.torch.cuda
-
-        def run_and_wait():
-            cuda.reset_peak_memory_stats()
-            run()
-            cuda.synchronize()
-
-        return Call(run_and_wait, count, memory=cuda.max_memory_allocated)
+        return waiting(run, count, self._to["device"])
 
 
 def image(draw: Draw, batch: int) -> Call:

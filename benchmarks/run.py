@@ -4,9 +4,9 @@
     python -m benchmarks.run --suite=gpu
 
 Groups of the CPU suite: sd15 (full size, about 12 GB of memory), flax, kernels (kernels=auto beside kernels=xla),
-gradient (full size, 18 GB), training, pairs, reading, compiling, start. Groups of the GPU suite: image, gradient; in
-bfloat16 with cuDNN attention, against torch.compile. The table goes to stdout and to --out, the seconds of each
-repeat to stderr.
+gradient (full size, 18 GB), training, pairs, reading, compiling, start. Groups of the GPU suite: networks, one-step
+images by batch, the guided teacher, and complete training steps by loss, remat and batch; in bfloat16 with cuDNN
+attention, against torch.compile. The table goes to stdout and to --out, the seconds of each repeat to stderr.
 """
 
 import argparse
@@ -17,23 +17,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.sizes import CARD, Size
 from benchmarks.table import render
 from benchmarks.timing import Row, Side, Spec, compare
-from instaflow_jax.stages.plan.shapes import SD15
 
-CONFIGS = {name: SD15[name] for name in ("unet", "vae", "text_encoder")}
-FLOPS = {"unet": 0.803e12, "vae": 2.51e12, "text_encoder": 0.013e12}  # forward, batch 1, 64×64 latents, 77 tokens
-FULL = {"configs": CONFIGS, "latent": 64}
+CONFIGS = {name: CARD.configs[name] for name in ("unet", "vae", "text_encoder")}
+FLOPS = CARD.flops
+FULL = {"configs": CONFIGS, "latent": CARD.latent}
 STEPS = 25  # solver steps of the guided teacher
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # as launch/env.sh sets it
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "USE_TF": "0",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",  # first runs compile; the groups "compiling" and "warm" turn it on
+}
+SHARED_CARD = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # the peer needs memory too
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Our side, and the peers it is compared with, by name."""
+    """Our side, and the peers it is compared with, by name.
+
+    Attributes:
+      only: beginning of the titles that are run; all without it.
+    """
 
     ours: Spec
     peers: dict[str, Spec]
+    only: str = ""
 
 
 def spec(place: str, **options: Any) -> Spec:
@@ -55,7 +67,7 @@ def cpu(compiled: bool) -> dict[str, Group]:
         ),
         "gradient": Group(
             spec("training.gradient", attention="auto", remat="none", **slope),
-            {"PyTorch": spec("twins.gradient", device="cpu", **slope)},
+            {"PyTorch": spec("twins.gradient", **slope)},
         ),
         "training": Group(
             spec("training.embedded", batch=32, devices=2), {"PyTorch": spec("twins.embedded", batch=32)}
@@ -81,26 +93,30 @@ def cpu(compiled: bool) -> dict[str, Group]:
     return groups
 
 
-def gpu(compiled: bool) -> dict[str, Group]:
-    """The groups for one GPU, bfloat16: latency, throughput by batch, training by batch and remat."""
-    size = FULL | {"batches": [1, 4, 16], "steps": STEPS, "dtype": "bfloat16"}
-    peer = {"device": "cuda", **size}
-    groups = {
-        "image": Group(
-            spec("sd15.ours", flops=FLOPS, attention="auto", **size),
-            {
-                name: spec("peers.pytorch", compiled=how, **peer)
-                for name, how in (("torch.compile", True), ("eager", False))
-            },
-        )
+def gpu(compiled: bool, size: Size = CARD) -> dict[str, Group]:
+    """The groups for one GPU: networks, images by batch, the guided teacher, and training by loss, remat and batch."""
+    peer = "torch.compile" if size.compiled else "PyTorch eager"
+    how = {"device": size.device, "compiled": size.compiled}
+    common = {"latent": size.latent, "dtype": size.dtype}
+    inference = {"configs": {name: size.configs[name] for name in size.flops}, "steps": size.steps, **common}
+
+    def drawing(batch: int, only: str) -> Group:
+        options = inference | {"batches": [batch]}
+        ours = spec("sd15.ours", flops=size.flops, attention="auto", **options)
+        return Group(ours, {peer: spec("peers.pytorch", **how, **options)}, only)
+
+    def training(loss: str, remat: str, batch: int) -> Group:
+        options = {"configs": size.configs, "loss": loss, "remat": remat, "batch": batch, **common}
+        options |= {"crop": size.crop, "margin": size.margin}
+        return Group(spec("training.full", attention="auto", **options), {peer: spec("twins.full", **how, **options)})
+
+    groups = {name: drawing(1, name) for name in ("CLIP text", "UNet", "VAE decoder")}
+    groups |= {name: drawing(batch, name) for batch in size.batches for name in [f"one-step image, batch {batch}"]}
+    groups[f"{size.steps} guided teacher steps"] = drawing(1, f"{size.steps} guided")
+    return groups | {
+        f"{loss} step, remat {remat}, batch {batch}": training(loss, remat, batch)
+        for loss, remat, batch in size.training
     }
-    for remat, batch in (("none", 4), ("none", 16), ("blocks", 16), ("blocks", 64)):
-        slope = {"configs": CONFIGS, "latent": 64, "batch": batch, "dtype": "bfloat16"}
-        groups[f"gradient, remat {remat}, batch {batch}"] = Group(
-            spec("training.gradient", attention="auto", remat=remat, **slope),
-            {"PyTorch": spec("twins.gradient", device="cuda", **slope)},
-        )
-    return groups
 
 
 SUITES = {"cpu": cpu, "gpu": gpu}
@@ -112,18 +128,18 @@ def measure(name: str, group: Group, repeats: int) -> tuple[list[Row], list[str]
     try:
         with Side(dataclasses.replace(group.ours, environment=HUGE_PAGES)) as ours:
             for peer, theirs in group.peers.items():
-                found, ended = against(ours, name, peer, theirs, repeats)
+                found, ended = against(ours, name, peer, theirs, repeats, group.only)
                 rows, failed = rows + found, failed + ended
     except EOFError:
         failed.append(f"{name}: our side ended early")
     return rows, failed
 
 
-def against(ours: Side, name: str, peer: str, theirs: Spec, repeats: int) -> tuple[list[Row], list[str]]:
+def against(ours: Side, name: str, peer: str, theirs: Spec, repeats: int, only: str) -> tuple[list[Row], list[str]]:
     """The rows of one peer, or a line that says that its process ended."""
     try:
         with Side(theirs) as side:
-            rows = compare(ours, side, peer, repeats)
+            rows = compare(ours, side, peer, repeats, only)
     except EOFError:
         return [], [f"{name}: {peer} ended early"]
     return [dataclasses.replace(row, title=label(name, row.title)) for row in rows], []
@@ -175,18 +191,11 @@ def main(arguments: Sequence[str]) -> None:
         groups = choose(SUITES[options.suite](options.compile), options.only)
     except ValueError as error:
         parser.error(str(error))
-    os.environ.update(
-        {
-            "HF_HUB_OFFLINE": "1",
-            "USE_TF": "0",
-            "TRANSFORMERS_VERBOSITY": "error",
-            "JAX_ENABLE_COMPILATION_CACHE": "false",
-        }
-    )  # first runs compile; the groups "compiling" and "warm" turn the cache on
+    os.environ.update(ENVIRONMENT)
     if options.suite == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
     if options.suite == "gpu":
-        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the peer needs memory too
+        os.environ.update(SHARED_CARD)
     if options.huge_pages:
         os.environ.update(HUGE_PAGES)
     rows, failed = [], []

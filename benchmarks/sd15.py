@@ -65,7 +65,8 @@ def image(nets: dict[str, Net], params, flops: dict[str, float], latent: int, ba
     solve = sampling.make_solve(nets["unet"].apply, sampling.Flow(1, 1000), "euler", 1, 1.0)
     generate = jax.jit(sampling.make_generate(nets, solve))
     X0 = noise(rng, batch, latent, latent, nets["unet"].config.in_channels)
-    return call(lambda: generate(params, ids(nets, batch), ids(nets, 1), X0)[0], batch * sum(flops.values()), batch)
+    cost = batch * sum(flops.values())
+    return call(lambda: np.asarray(generate(params, ids(nets, batch), ids(nets, 1), X0)[0]), cost, batch)
 
 
 def teacher(nets: dict[str, Net], params, flops: dict[str, float], latent: int, steps: int, rng) -> Call:

@@ -34,10 +34,13 @@ def machine(suite: str) -> str:
     found = (
         f"{platform.node()}, {os.cpu_count()} cores, {named[0] if named else platform.processor()}, {memory:.0f} GiB"
     )
-    if suite == "gpu":
-        query = ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
-        found += "; " + subprocess.run(query, check=True, capture_output=True, text=True).stdout.strip()
-    return found
+    return f"{found}; {cards()}" if suite == "gpu" else found
+
+
+def cards() -> str:
+    """Names and driver of this machine's NVIDIA cards. Raises OSError if there is no driver."""
+    query = ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    return subprocess.run(query, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def versions() -> str:

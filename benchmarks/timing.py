@@ -143,11 +143,17 @@ def serve(spec: Spec, line: Connection) -> None:
         line.send((time.perf_counter() - start, core_seconds() - cores, calls[title].memory()))
 
 
-def compare(ours: Side, theirs: Side, peer: str, repeats: int) -> list[Row]:
-    """A row per call that both sides have: a first run, then `repeats` in turn. Raises EOFError if a side ends."""
-    return [
-        Row(title, peer, *take_turns((ours, theirs), title, repeats)) for title in ours.titles if title in theirs.titles
-    ]
+def compare(ours: Side, theirs: Side, peer: str, repeats: int, only: str = "") -> list[Row]:
+    """A row per call that both sides have: a first run, then `repeats` in turn.
+
+    Args:
+      only: beginning of the titles that are run.
+
+    Raises:
+      EOFError: a side ended.
+    """
+    titles = [title for title in ours.titles if title in theirs.titles and title.startswith(only)]
+    return [Row(title, peer, *take_turns((ours, theirs), title, repeats)) for title in titles]
 
 
 def take_turns(sides: tuple[Side, Side], title: str, repeats: int) -> tuple[Timing, Timing]:

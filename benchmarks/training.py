@@ -17,18 +17,20 @@ from instaflow_jax.models.clip import CLIPTextModel
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.stages.common.flow_training import read_flow_options
 from instaflow_jax.stages.distill import load_loss
+from instaflow_jax.stages.distill import make_loss as make_distill_loss
 from instaflow_jax.stages.generate.job import compile_program
 from instaflow_jax.stages.generate.stage import read_job
+from instaflow_jax.stages.plan.shapes import make_nets
 from instaflow_jax.stages.reflow import make_loss as make_reflow_loss
 from instaflow_jax.train import loop, losses, optim, state, step
 from instaflow_jax.weights.conventions import NUM_TIMESTEPS
 
 
-def pairs(batch: int, latent: Sequence[int], length: int) -> Batch:
+def pairs(batch: int, latent: Sequence[int], length: int, vocabulary: int = 2000) -> Batch:
     """Random pairs, the same for both sides: float32 latents [batch, *latent] and token ids [batch, length]."""
     rng = np.random.default_rng(0)
     X0, X1 = rng.standard_normal((2, batch, *latent), np.float32)
-    return {"X0": X0, "X1": X1, "ids": rng.integers(1, 2000, (batch, length)).astype(np.int32)}
+    return {"X0": X0, "X1": X1, "ids": rng.integers(1, vocabulary, (batch, length)).astype(np.int32)}
 
 
 def embedded(*, batch: int, devices: int) -> dict[str, Call]:
@@ -77,6 +79,44 @@ def training(loss, config, params, frozen, data: Batch) -> Call:
         return metrics
 
     return call(run, flops, len(data["X0"]))
+
+
+def full(
+    *,
+    configs: dict[str, Any],
+    loss: str,
+    latent: int,
+    batch: int,
+    dtype: str,
+    attention: str,
+    remat: str,
+    crop: int,
+    margin: int,
+) -> dict[str, Call]:
+    """The step of configs/reflow.py:sd15 ("reflow") or distill.py:sd15_lpips ("LPIPS") on networks of random weights.
+
+    Args:
+      configs: "unet", "vae", "text_encoder" and "lpips", their config.json.
+      latent: height and width of the latents.
+      remat: of every network that has a gradient.
+      crop, margin: latents per side that LPIPS compares, and around it.
+    """
+    make, recipe = {
+        "reflow": (make_reflow_loss, reflow.get_config("sd15")),
+        "LPIPS": (make_distill_loss, distill.get_config("sd15_lpips")),
+    }[loss]
+    recipe.unlock().remat.update(dict.fromkeys(recipe.remat, remat))
+    if loss == "LPIPS":
+        recipe.lpips.update({"crop": crop, "margin": margin})
+    nets = make_nets(configs, dtype=jnp.dtype(dtype), attention=attention)
+    function = make(recipe, read_flow_options(recipe), nets)
+    names, length = ("text_encoder", "vae", "lpips"), nets["text_encoder"].config.max_position_embeddings
+    frozen = {name: nets[name].init(jax.random.key(1)) for name in (names if loss == "LPIPS" else names[:1])}
+    frozen["null_ids"] = np.ones((1, length), np.int32)
+    shape = (latent, latent, nets["unet"].config.in_channels)
+    data = pairs(batch, shape, length, nets["text_encoder"].config.vocab_size)
+    params = nets["unet"].init(jax.random.key(0))
+    return {f"{loss} step, remat {remat}, batch {batch}": training(function, recipe, params, frozen, data)}
 
 
 def gradient(

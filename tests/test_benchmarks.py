@@ -12,6 +12,7 @@ import pytest
 from helpers import references, relative
 
 from benchmarks import peers, plans, run, sd15, table, timing, training, twins
+from benchmarks.sizes import DRY
 from benchmarks.timing import Row, Side, Spec, Timing
 from configs import plan as plan_config
 from instaflow_jax import flow, pipeline
@@ -22,33 +23,7 @@ OURS, THEIRS = (
     Timing(0.5, (5.0, 5.0, 6.0), (7.0, 7.0, 9.0), 2**31, 4),
 )
 ROW = Row("a step", "somebody", OURS, THEIRS)
-TINY = {
-    "unet": {
-        "sample_size": 8,
-        "block_out_channels": (32, 32),
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "layers_per_block": 1,
-        "cross_attention_dim": 16,
-        "attention_head_dim": 2,
-    },
-    "vae": {
-        "block_out_channels": (32,),
-        "down_block_types": ("DownEncoderBlock2D",),
-        "up_block_types": ("UpDecoderBlock2D",),
-        "layers_per_block": 1,
-        "sample_size": 8,
-    },
-    "text_encoder": {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_attention_heads": 2,
-        "num_hidden_layers": 1,
-        "vocab_size": 64,
-        "max_position_embeddings": 5,
-        "eos_token_id": 63,
-    },
-}
+TINY = {name: DRY.configs[name] for name in ("unet", "vae", "text_encoder")}
 SIZE = {"configs": TINY, "latent": 8, "batches": [2], "steps": 1, "dtype": "float32"}
 
 
@@ -126,7 +101,7 @@ def test_groups_are_chosen_by_name():
     assert list(run.choose(groups, "flax,sd15")) == ["flax", "sd15"] and run.choose(groups, "") == groups
     with pytest.raises(ValueError, match="--only=sd16: sd16 is not one of sd15"):
         run.choose(groups, "sd16")
-    for suite in (run.cpu(compiled=True), run.gpu(compiled=False)):
+    for suite in (run.cpu(compiled=True), run.gpu(compiled=True)):
         for spec in (spec for group in suite.values() for spec in (group.ours, *group.peers.values())):
             assert (Path(run.__file__).parent / f"{spec.module.split('.')[1]}.py").is_file()
 
@@ -193,8 +168,8 @@ def test_the_twin_computes_the_same_losses():
 
     lpips, params = LPIPS.from_pretrained(pipeline.locate("openmoji"), "lpips")
     a, b = (np.tanh(batch[name][..., :3]).repeat(4, 1).repeat(4, 2) for name in ("X0", "X1"))
-    theirs = twins.make_lpips()(*(torch.tensor(x.transpose(0, 3, 1, 2)) for x in (a, b)))
-    assert relative(jnp.mean(jax.jit(lpips.apply)(params, a, b)), theirs) < 1e-5
+    theirs = twins.load_lpips()(*(torch.tensor(x.transpose(0, 3, 1, 2)) for x in (a, b)))
+    assert relative(jax.jit(lpips.apply)(params, a, b), theirs) < 1e-5
 
 
 # ---------------------------------------------------------------- plans
