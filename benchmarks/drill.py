@@ -1,7 +1,7 @@
 """The GPU drill: what only a card can show, in one run of at most 25 minutes.
 
     launch/gpu_drill.sh [--out=runs/drill] [--minutes=25]     # installs what is missing, then runs this:
-    python -m benchmarks.drill [--out=DIR] [--minutes=25] [--dry_run]
+    python -m benchmarks.drill [--out=DIR] [--minutes=25] [--only=parity,demo] [--dry_run]
     python -m benchmarks.drill --table=DIR/drill.json         # the tables for benchmarks/RESULTS.md
 
 Each part runs in a process of its own with a time limit; one that fails is one line, and the rest goes on. After each
@@ -68,6 +68,15 @@ def parts(dry_run: bool) -> list[Part]:
         *(part for part in groups if part not in telling and not dry_run),
         *(Part(f"{EIGHT}, {name}", "eight", (name,)) for name in programs[1:]),
     ]
+
+
+def choose(found: list[Part], only: str) -> list[Part]:
+    """The parts whose names begin with one of the texts in `only`; "" means all. Raises ValueError if none."""
+    texts, names = only.split(","), [part.name for part in found]
+    for text in texts:
+        if not any(name.startswith(text) for name in names):
+            raise ValueError(f"--only={only}: no part's name begins with {text!r}; they are: {'; '.join(names)}")
+    return [part for part in found if part.name.startswith(tuple(texts))]
 
 
 # ---------------------------------------------------------------- one part
@@ -171,10 +180,10 @@ def slug(name: str) -> str:
 
 def archive(out: Path) -> None:
     """DIR/kept.tar.gz: logs, autotuning results and target configuration, without the demo's models."""
-    kept = sorted(path for path in (out / KEPT).rglob("*") if path.suffix in (".txt", ".textproto", ".pbtxt"))
-    subprocess.run(
-        ["tar", "-czf", out / f"{KEPT}.tar.gz", *(path.relative_to(out) for path in kept)], cwd=out, check=True
-    )
+    kept = [path for path in (out / KEPT).rglob("*") if path.suffix in (".txt", ".textproto", ".pbtxt")]
+    with tarfile.open(out / f"{KEPT}.tar.gz", "w:gz") as file:
+        for path in sorted(kept):
+            file.add(path, path.relative_to(out))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -183,12 +192,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--minutes", type=float, default=25.0, help="no part runs longer than this from the start")
     parser.add_argument("--dry_run", action="store_true", help="on the CPU, with tiny networks")
     parser.add_argument("--table", type=Path, help="only print the tables of this drill.json")
+    parser.add_argument("--only", default="", help="beginnings of the names of parts, separated by commas")
     options = parser.parse_args(arguments)
     if options.table:
         print(drill_table.render(read_json(options.table)))
         return 0
-    todo, size = parts(options.dry_run), "dry" if options.dry_run else "card"
+    size = "dry" if options.dry_run else "card"
     try:
+        todo = choose(parts(options.dry_run), options.only)
         results = drill(todo, options.out.absolute(), size, options.minutes)
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -67,6 +67,8 @@ def timing(size: Size, folder: Path, group: str) -> Result:
     """A group of the GPU suite; "error" if a side ended."""
     rows, failed = run.measure(group, run.gpu(size.compiled, size)[group], size.repeats)
     found = {"rows": [dataclasses.asdict(row) for row in rows]}
+    if not (rows or failed):
+        failed = [f"{group}: the sides have no title in common"]
     return found | ({"error": "; ".join(failed)} if failed else {})
 
 

@@ -33,12 +33,14 @@ def render(results: dict[str, Any]) -> str:
     text += table(SPEED, (cells(row, kind) for row in rows))
     text += table(DEMO, map(demo_cells, entries.get("demo", {}).get("demo", ())))
     text += [entry["table"].strip() for entry in entries.values() if "table" in entry]
-    text += [
-        f"{name} failed after {entry['seconds']:.0f} s: {entry['error']}"
-        for name, entry in entries.items()
-        if "error" in entry
-    ]
+    text += [f"{name}: {outcome(entry)}" for name, entry in entries.items() if "error" in entry]
     return "\n\n".join(text) + "\n"
+
+
+def outcome(entry: Entry) -> str:
+    """How a part ended."""
+    took = f"after {entry['seconds']:.0f} s"
+    return f"failed {took}: {entry['error']}" if "error" in entry else f"done {took}"
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
@@ -79,18 +81,10 @@ def demo_cells(row: dict[str, Any]) -> list[str]:
 
 def summary(entry: Entry) -> list[str]:
     """A few lines about one part."""
-    lines = [
-        f"{row.title}: {pace(row.ours)}, {row.peer} {pace(row.theirs)}, {row.ratio:.2f} ×" for row in read_rows(entry)
-    ]
-    if "parity" in entry:
-        row = entry["parity"]
-        lines.append(
-            f"{row['ours64']:.1e} in fp32, {row['ours_bf16']:.1e} in bf16; PyTorch {row['torch64']:.1e}, {row['torch_bf16']:.1e}"
-        )
+    lines = [f"{r.title}: {pace(r.ours)}, {r.peer} {pace(r.theirs)}, {r.ratio:.2f} ×" for r in read_rows(entry)]
+    if row := entry.get("parity"):
+        lines += [f"fp32: ours {row['ours64']:.1e}, PyTorch {row['torch64']:.1e} from fp64"]
+        lines += [f"bf16: ours {row['ours_bf16']:.1e}, PyTorch {row['torch_bf16']:.1e} from fp64"]
     lines += entry.get("table", "").strip().splitlines()[2:]
     lines += [f"{row['model']}, {row['N']} steps: FD {row['fd_emoji']}" for row in entry.get("demo", ())]
-    return lines + [
-        f"{'failed' if 'error' in entry else 'done'} after {entry['seconds']:.0f} s: {entry.get('error', '')}".rstrip(
-            ": "
-        )
-    ]
+    return [*lines, outcome(entry)]

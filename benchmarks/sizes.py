@@ -103,10 +103,10 @@ DRY = Size(
     dtype="float32",
     batches=(2,),
     steps=2,
-    training=(("LPIPS", "blocks", 2),),
+    training=(("reflow", "none", 2),),
     crop=4,
     margin=1,
-    telling=("one-step image, batch 2", "LPIPS step, remat blocks, batch 2"),
+    telling=("one-step image, batch 2", "reflow step, remat none, batch 2"),
     repeats=1,
     compiled=False,
 )

@@ -8,6 +8,9 @@ VENV=${VENV:-$ROOT/.venv}
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$VENV/compiled}
 # XLA's CPU programs allocate large arrays at each call; in huge pages that takes up to a sixth less time.
 [[ ${GLIBC_TUNABLES:-} == *hugetlb* ]] || export GLIBC_TUNABLES=${GLIBC_TUNABLES:+$GLIBC_TUNABLES:}glibc.malloc.hugetlb=1
+# Of a GPU's memory jax takes 3/4 unless told otherwise; NVIDIA's performance page for jax advises 0.9. No flags for XLA
+# here: those that others set changed no instruction of our compiled programs (docs/hardware.md).
+[ -n "${XLA_PYTHON_CLIENT_MEM_FRACTION:-}" ] || export XLA_CLIENT_MEM_FRACTION=${XLA_CLIENT_MEM_FRACTION:-0.9}
 AGAIN=75 # exit code of a run that was asked to stop: start it again, and it resumes
 if [ ! -x "$VENV/bin/python" ]; then
   "${PYTHON:-python3}" -m venv "$VENV"
