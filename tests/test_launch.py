@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from instaflow_jax import main
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted([*(ROOT / "launch").iterdir(), ROOT / ".ci" / "run"])
+SCRIPTS = sorted([*(p for p in (ROOT / "launch").iterdir() if p.suffix != ".yaml"), ROOT / ".ci" / "run"])
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
@@ -164,6 +164,24 @@ def test_scripts_use_huge_pages_unless_the_environment_says_otherwise(place, giv
     env |= {} if given is None else {"GLIBC_TUNABLES": given}
     command = ["bash", "-c", f'. {ROOT}/launch/env.sh; echo "$GLIBC_TUNABLES"']
     assert subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout == f"{exported}\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "exported"),
+    [
+        ({}, "0.9,"),
+        ({"XLA_CLIENT_MEM_FRACTION": "0.5"}, "0.5,"),
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.6"}, ",0.6"),
+    ],
+)
+def test_jax_may_take_most_of_a_gpus_memory_unless_the_environment_says_otherwise(place, given, exported):
+    """Under one name only: jax refuses both."""
+    env = {name: value for name, value in environment(place).items() if not name.endswith("CLIENT_MEM_FRACTION")}
+    show = 'echo "${XLA_CLIENT_MEM_FRACTION:-},${XLA_PYTHON_CLIENT_MEM_FRACTION:-}"'
+    command = ["bash", "-c", f". {ROOT}/launch/env.sh; {show}"]
+    assert (
+        subprocess.run(command, env=env | given, check=True, capture_output=True, text=True).stdout == f"{exported}\n"
+    )
 
 
 @pytest.fixture
