@@ -20,7 +20,7 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from instaflow_jax.infra import devices
+from instaflow_jax.infra import devices, stores
 
 STAGES = {  # name of a stage → its module in instaflow_jax.stages
     **{name: name for name in ("sample", "reflow", "distill", "progressive")},
@@ -61,23 +61,32 @@ _PROCESS = flags.DEFINE_integer("process", -1, "number of this process, from 0; 
 _CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices", 0, "devices to split the CPU into, e.g. its cores; 0 does not split it", lower_bound=0
 )
-_WORKDIR = flags.DEFINE_string("workdir", "runs", "where the stage writes")
+_WORKDIR = flags.DEFINE_string("workdir", "runs", "where the stage writes: a directory, gs://… or s3://…")
+_CACHE_GB = flags.DEFINE_float(
+    "cache_gb", 100.0, "disk space for what passes to and from buckets, in ~/.cache/instaflow_jax", lower_bound=0.0
+)
 
 
 def run(config: ConfigDict, workdir: str) -> None:
     """Runs the stage `config.stage`, which writes under `workdir`; with `config.check` only makes its checks.
 
+    Args:
+      workdir: a directory, or the address of one in a bucket.
+
     Raises:
       ValueError: there is no such stage, a field of the config is wrong, or an optional package is not installed.
       FileNotFoundError: an input is missing.
+      OSError: a bucket cannot be reached.
     """
     if config.stage not in STAGES:
         raise ValueError(f"config.stage={config.stage!r} is not one of {', '.join(STAGES)}")
     try:
         stage = importlib.import_module(f"instaflow_jax.stages.{STAGES[config.stage]}")
-        if not config.get("check", False):
-            return stage.run(config, workdir)
-        stage.check(config, workdir)
+        check = config.get("check", False)
+        with stores.open_workdir(workdir, write=not check) as directory:
+            if not check:
+                return stage.run(config, directory)
+            stage.check(config, directory)
         print(f"{config.stage}: every check passed; nothing was run", flush=True)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
@@ -96,6 +105,7 @@ def main(argv: list[str]) -> None:
     if _CPU_DEVICES.value:
         jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
     devices.keep_compiled_programs()
+    stores.set_limit(int(_CACHE_GB.value * 1e9))
     try:
         devices.initialize(coordinator=_COORDINATOR.value, processes=_PROCESSES.value, process=_PROCESS.value)
         run(_CONFIG.value, _WORKDIR.value)

@@ -14,7 +14,7 @@ import numpy as np
 
 from instaflow_jax import teacher
 from instaflow_jax.arrays import Params
-from instaflow_jax.infra import files
+from instaflow_jax.infra import files, stores
 from instaflow_jax.models.clip import CLIPTextModel
 from instaflow_jax.models.net import Model, Net
 from instaflow_jax.models.stacked_unet import StackedUNet, stack_net, stack_params
@@ -120,7 +120,12 @@ def latent_shape(nets: Mapping[str, Net]) -> tuple[int, int, int]:
 
 
 def locate(source: str) -> str:
-    """The folder of the embedded model that `source` names, unless `source` is a folder itself; else `source`."""
+    """The folder of the embedded model that `source` names, unless `source` is a folder itself; else `source`.
+
+    What is in a bucket is downloaded first, and the folder is the local copy.
+    """
+    if stores.is_stored(source):
+        return str(stores.local(source))
     embedded = EMBEDDED / source
     return str(embedded) if "/" not in source and embedded.is_dir() and not Path(source).is_dir() else source
 
@@ -187,7 +192,7 @@ def networks(
         raw = hub.read_config(_folder(home, f"{name}/config.json") / name, cls.__name__)
         nets[name] = cls.from_config(raw, **options)
     configs, shapes = ({name: getattr(net, field) for name, net in nets.items()} for field in ("config", "shapes"))
-    params = ldm.read(Path(source).expanduser(), configs, shapes, variant)
+    params = ldm.read(stores.local(source), configs, shapes, variant)
     for name in [name for name in classes if name not in params]:
         warnings.warn(f"{source} has no {name}; that of base={base} is used", stacklevel=2)
         params[name] = _from_folders(home, {name: NETWORKS[name]}, None, options)[name][1]
@@ -220,7 +225,7 @@ def _with_stated_prediction(
     Raises:
       ValueError: the file says that it is a teacher, but `base` is a flow.
     """
-    stated = ldm.prediction_fields(Path(source).expanduser()) if _is_file(source) else {}
+    stated = ldm.prediction_fields(stores.local(source)) if _is_file(source) else {}
     news = {k: v for k, v in stated.items() if (scheduler.get(k) or teacher.DEFAULTS[k]) != v}
     is_flow = scheduler.get("prediction_type") == "flow_prediction"
     is_flow |= scheduler.get("_class_name") == "FlowMatchEulerDiscreteScheduler"
@@ -259,8 +264,8 @@ def _with_delta(pipe: Pipeline, delta: Delta, options: Mapping[str, Any]) -> Pip
 
 def _prediction_type(source: str, base: str) -> str:
     """What the network of a teacher on this machine predicts; "" if that is not known."""
-    stated = ldm.prediction_fields(Path(source).expanduser()) if _is_file(source) else {}
-    path = Path(_home(source, base)).expanduser() / "scheduler" / "scheduler_config.json"
+    stated = ldm.prediction_fields(stores.local(source)) if _is_file(source) else {}
+    path = stores.local(_home(source, base)) / "scheduler" / "scheduler_config.json"
     scheduler = files.read_json(path) if path.is_file() else {"prediction_type": ""}
     kind = ({"prediction_type": "epsilon"} | scheduler | stated)["prediction_type"]
     return "" if kind == "flow_prediction" else kind
@@ -274,7 +279,7 @@ def _home(source: str, base: str) -> str:
     """Where the configs, tokenizer and scheduler are: in `source`, or in `base` if `source` is a single file."""
     if not _is_file(source):
         return locate(source)
-    if not Path(source).expanduser().is_file():
+    if not stores.local(source).is_file():
         raise FileNotFoundError(f"there is no file {source}")
     try:
         _folder(locate(base), "model_index.json")
@@ -288,7 +293,7 @@ def _home(source: str, base: str) -> str:
 
 def _folder(source: str, name: str) -> Path:
     """The local folder of a directory or hub id; from the hub only the file `name` is downloaded."""
-    folder = Path(source).expanduser()
+    folder = stores.local(source)
     return folder if source and folder.is_dir() else hub.snapshot(source, [name])
 
 

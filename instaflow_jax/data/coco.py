@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from instaflow_jax.data import records
-from instaflow_jax.infra import files
+from instaflow_jax.infra import files, stores
 
 HOME = "https://cocodataset.org/#download"
 
@@ -67,7 +67,7 @@ def load(source: str, captions: str, split: str) -> list[Photo]:
                 f"source={source!r}, a directory, needs a file of captions and has no splits; use "
                 f"captions=... and split='', not captions={captions!r} and split={split!r}"
             )
-        photos = _from_directory(Path(source).expanduser(), Path(captions).expanduser())
+        photos = _from_directory(stores.local(source), stores.local(captions))
     if not photos:
         raise ValueError(f"{source} holds no photographs")
     return sorted(photos, key=operator.attrgetter("id"))

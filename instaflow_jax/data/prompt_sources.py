@@ -12,6 +12,7 @@ import numpy as np
 from instaflow_jax.data import records
 from instaflow_jax.data.openmoji.captions import draw
 from instaflow_jax.data.openmoji.drawing import catalogue
+from instaflow_jax.infra import stores
 
 Rows = Iterator[str | None]
 _REPEATS_WITHOUT_TONE = 3  # half of all emoji have a skin tone; this keeps them from dominating
@@ -59,7 +60,7 @@ def files(source: str, column: str) -> Rows:
       ValueError: unknown extension, a file that does not have the format of its extension, or a missing column.
       FileNotFoundError: no such file.
     """
-    path = Path(source).expanduser()
+    path = stores.local(source)
     if path.suffix not in _READERS:
         raise ValueError(
             f"prompts.source={source!r} is unknown; use openmoji, tfds:NAME, or a file ending in {', '.join(_READERS)}"

@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+from instaflow_jax.infra import stores
+
 # One record per chunk, for random access. What we store (PNG, noise, latents) does not compress.
 _OPTIONS = "group_size:1,uncompressed"
 
@@ -121,7 +123,7 @@ def open_prepared(name: str, *, split: str, columns: Collection[str], data_dir: 
 
 def _prepared_directory(name: str, data_dir: str) -> Path:
     """The one directory that holds the set. TFDS's own search by name would import TensorFlow."""
-    root = Path(name).expanduser()
+    root = stores.local(name)
     root = root if root.is_dir() else Path(data_dir).expanduser() / name
     found = sorted(path.parent for path in root.rglob("dataset_info.json"))
     if not found:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
 from instaflow_jax.arrays import Params, PerSample, TokenIds
-from instaflow_jax.infra import files
+from instaflow_jax.infra import files, stores
 from instaflow_jax.models.net import Net
 from instaflow_jax.weights import hub
 
@@ -106,7 +106,7 @@ def read_preprocessor(source: str | Path, subfolder: str, net: Net) -> Preproces
       FileNotFoundError: `source` is neither a directory nor a hub id that can be downloaded, or it has no such file.
       ValueError: the file asks for an unsupported step, or for a size other than the network's.
     """
-    folder = Path(source).expanduser()
+    folder = stores.local(source)
     if not folder.is_dir():
         folder = hub.snapshot(str(source), [f"{subfolder}/{n}" if subfolder else n for n in (FILE, NESTED)])
     path, side = folder / subfolder / FILE, net.config.vision_config.image_size

@@ -3,10 +3,16 @@
 A checkpoint holds five items: params, ema, optimizer (its state and the step), data (the position in it) and config.
 Sampling reads ema only. Beside them, checksums.json holds the SHA-256 of each file, which reading compares; checkpoints
 of version 0.1 have none. A checkpoint gets its final name when it is complete, so an interrupted save is never read.
+
+In a bucket, a checkpoint is complete when it has the object commit_success.txt. Orbax itself writes and reads gs://,
+from all processes, without checksums.json. Elsewhere, which Orbax does not know, one process writes a checkpoint to its
+disk, uploads it as a whole, and downloads it as a whole.
 """
 
 import contextlib
 import logging
+import os
+import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -15,24 +21,27 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from instaflow_jax.arrays import AnyArray, Params
-from instaflow_jax.infra import devices, files
+from instaflow_jax.infra import buckets, devices, files, stores
 from instaflow_jax.infra.files import as_os_error, format_bytes, naming
 from instaflow_jax.infra.messages import first_ten
 
 _INCOMPLETE = "*.orbax-checkpoint-tmp*"
 ITEMS = ("params", "ema", "optimizer", "data", "config")
 Leaves = Mapping[str, AnyArray | jax.ShapeDtypeStruct]
+AnyPath = Path | epath.Path
+_COMMITTED = "commit_success.txt"  # Orbax's name for it
 
 
 class Checkpoints:
     """Saves and restores training states in one directory; files are written in the background.
 
     Args:
-      directory: on a disk that all processes share.
+      directory: on a disk that all processes share, or in the mirror of a bucket.
       keep_last: number of newest checkpoints to keep.
       keep_every: keeps checkpoints at multiples of this step for ever; 0 keeps none.
       verify: whether `restore` reads all files once more to compare their checksums.
@@ -42,13 +51,17 @@ class Checkpoints:
         if keep_last < 1:
             raise ValueError(f"keep_last={keep_last} must be 1 or more: resuming needs the newest checkpoint")
         _quiet_orbax()
-        self._directory, self._verify = Path(directory).absolute(), verify
-        _remove_incomplete(self._directory)
+        check_place(directory)
+        self._local, self._verify, self._keep = Path(directory).absolute(), verify, (keep_last, keep_every)
+        self._directory = _orbax_path(self._local)
+        _remove_incomplete(self._local)
+        if steps := complete_steps(self._local):
+            _fetch(self._local / str(steps[-1]))
         policies = ocp.checkpoint_managers
         keep = [policies.LatestN(keep_last)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(keep),
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._finish),
         )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
         self._size = 0  # bytes of the last checkpoint that was begun
@@ -74,11 +87,12 @@ class Checkpoints:
         with self._explain_errors():
             self._manager.save(step, args=ocp.args.Composite(**arrays, **data), force=True)
 
-    def _write_checksums(self) -> None:
-        """Orbax calls this in the background, before it gives the checkpoint its final name."""
-        if jax.process_index() == 0:
-            for path in self._directory.glob(_INCOMPLETE):
+    def _finish(self) -> None:
+        """Orbax calls this in the background, before it gives the checkpoint its final name on a disk."""
+        if jax.process_index() == 0 and not _is_remote(self._directory):
+            for path in self._local.glob(_INCOMPLETE):
                 files.write_checksums(path, parts=ITEMS)
+                _upload(path, *self._keep)
 
     def check(self) -> None:
         """Raises OSError if writing in the background has failed by now."""
@@ -95,7 +109,7 @@ class Checkpoints:
           FileNotFoundError: there is no checkpoint yet.
           ValueError: a file is damaged, or names, shapes or dtypes differ from those saved.
         """
-        path = _step_path(self._directory, None)
+        path = _step_path(self._local, None)
         if self._verify:
             _check_files(path, ITEMS)
         loaded = {name: _load_arrays(path / name, item) for name, item in _items(like).items()}
@@ -114,6 +128,10 @@ class Checkpoints:
     @contextlib.contextmanager
     def _explain_errors(self) -> Iterator[None]:
         """Turns a failed write into one OSError; the file system raises OSError, tensorstore ValueError."""
+        if _is_remote(self._directory):
+            with buckets.explain(f"write a checkpoint to {self._directory}"):
+                yield
+            return
         try:
             yield
         except (OSError, ValueError) as error:
@@ -121,7 +139,7 @@ class Checkpoints:
                 raise
             raise OSError(
                 f"cannot write a checkpoint of {format_bytes(self._size)} to {self._directory}; the checkpoints of "
-                f"steps {complete_steps(self._directory)} are complete. Free some space and run again: training "
+                f"steps {complete_steps(self._local)} are complete. Free some space and run again: training "
                 f"resumes from the newest. The system reported: {str(error).split(' [')[0]}"
             ) from None
 
@@ -175,8 +193,26 @@ def load_config(directory: str | Path, *, step: int | None) -> dict[str, Any]:
 
 
 def complete_steps(directory: str | Path) -> list[int]:
-    """Steps of the complete checkpoints in a directory, oldest first; incomplete ones have other names."""
-    return sorted(int(path.name) for path in Path(directory).glob("*") if path.name.isdigit())
+    """Steps of the complete checkpoints in a directory, oldest first; incomplete ones have other names or no marker."""
+    found = stores.mirror_of(directory)
+    if found is None:
+        return sorted(int(path.name) for path in Path(directory).glob("*") if path.name.isdigit())
+    names = [name.removeprefix(f"{found[1]}/") for name in found[0].bucket.list(found[1])]
+    return sorted(int(match[1]) for name in names if (match := re.fullmatch(rf"(\d+)/{_COMMITTED}", name)))
+
+
+def has_checkpoints(directory: Path) -> bool:
+    """Whether training has begun in a directory, even if no checkpoint is complete."""
+    return directory.is_dir() or (stores.mirror_of(directory) is not None and bool(complete_steps(directory)))
+
+
+def check_place(directory: str | Path) -> None:
+    """Raises ValueError if several processes would write to a bucket that Orbax cannot write to by itself."""
+    if jax.process_count() > 1 and stores.mirror_of(directory) and not _is_remote(_orbax_path(Path(directory))):
+        raise ValueError(
+            f"{stores.address(directory)}: several processes can save checkpoints only in gs:// or on a disk that they "
+            "share; use such a --workdir"
+        )
 
 
 def check_match(source: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -212,10 +248,53 @@ def _remove_incomplete(directory: Path) -> None:
     if jax.process_index() == 0:
         for path in directory.glob(_INCOMPLETE):
             shutil.rmtree(path, ignore_errors=True)  # the killed process may still be writing
+        _delete_all_but(directory, complete_steps(directory))
     devices.barrier("incomplete checkpoints removed")
 
 
-def _step_path(directory: Path, step: int | None) -> Path:
+def _orbax_path(directory: Path) -> AnyPath:
+    """Where Orbax writes: the address of a gs:// bucket, or a path of this machine."""
+    address = stores.address(directory)
+    if not address.startswith("gs://"):
+        return directory.absolute()
+    os.environ.setdefault("EPATH_USE_TF", "false")  # etils would ask TensorFlow, with its own credentials
+    return epath.Path(address)
+
+
+def _is_remote(path: AnyPath) -> bool:
+    return not isinstance(path, Path)
+
+
+def _fetch(path: Path) -> None:
+    """Downloads a checkpoint that Orbax cannot read where it is."""
+    if not _is_remote(_orbax_path(path)):
+        stores.fetch(path)
+
+
+def _upload(path: Path, keep_last: int, keep_every: int) -> None:
+    """Uploads a checkpoint that has not got its final name yet, and deletes those that are no longer kept."""
+    found = stores.mirror_of(path.parent)
+    if found is None:
+        return
+    mirror, folder = found
+    mirror.upload_folder(path, f"{folder}/{path.name.partition('.')[0]}", _COMMITTED)
+    steps = complete_steps(path.parent)
+    kept = [step for step in steps if step in steps[-keep_last:] or (keep_every and step % keep_every == 0)]
+    _delete_all_but(path.parent, kept)
+
+
+def _delete_all_but(directory: Path, steps: Collection[int]) -> None:
+    """Deletes the other checkpoints of a bucket, their markers first."""
+    found = stores.mirror_of(directory)
+    if found is None:
+        return
+    mirror, folder = found
+    names = [name for name in mirror.bucket.list(folder) if name.removeprefix(f"{folder}/").partition("/")[0].isdigit()]
+    gone = [name for name in names if int(name.removeprefix(f"{folder}/").partition("/")[0]) not in steps]
+    mirror.delete(sorted(gone, key=lambda name: not name.endswith(f"/{_COMMITTED}")))
+
+
+def _step_path(directory: Path, step: int | None) -> AnyPath:
     steps = complete_steps(directory)
     wanted = steps[-1] if step is None and steps else step
     if wanted not in steps:
@@ -223,11 +302,14 @@ def _step_path(directory: Path, step: int | None) -> Path:
             f"{directory} has no checkpoint {'yet' if step is None else f'of step {step}, only of {steps}'}: "
             "train first, or use another workdir"
         )
-    return (directory / str(wanted)).absolute()
+    _fetch(directory / str(wanted))
+    return _orbax_path(directory / str(wanted))
 
 
-def _check_files(path: Path, items: Collection[str]) -> None:
+def _check_files(path: AnyPath, items: Collection[str]) -> None:
     """Compares the checksums of one checkpoint. Raises ValueError naming a damaged file and the newest other step."""
+    if _is_remote(path):
+        return
     damage = files.find_damage(path, parts=items)
     if damage is None:
         return
@@ -258,20 +340,20 @@ def _state(like: PyTree, items: Mapping[str, Leaves]) -> PyTree:
     return type(like)(params=items["params"], ema=items["ema"], **rest)
 
 
-def _saved(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
+def _saved(path: AnyPath) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of a saved item, by name."""
     with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
         found = dict(handler.metadata(path).tree)
     return {name: jax.ShapeDtypeStruct(saved.shape, saved.dtype) for name, saved in found.items()}
 
 
-def _load_arrays(path: Path, like: Leaves) -> Params:
+def _load_arrays(path: AnyPath, like: Leaves) -> Params:
     check_match(str(path), _saved(path), like)
     wanted = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for name, a in like.items()}
     with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
         return handler.restore(path, args=ocp.args.StandardRestore(wanted))
 
 
-def _load_json(path: Path) -> dict[str, Any]:
+def _load_json(path: AnyPath) -> dict[str, Any]:
     with contextlib.closing(ocp.JsonCheckpointHandler()) as handler:
         return handler.restore(path)

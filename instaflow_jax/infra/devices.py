@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxtyping import Array, PyTree
 
 from instaflow_jax.arrays import AnyArray, Key
+from instaflow_jax.infra import stores
 
 AXES = ("data", "fsdp")
 AnyMesh = Mesh | AbstractMesh
@@ -58,9 +59,11 @@ def has_only_the_tpus_compiler() -> bool:
 
 
 def barrier(name: str) -> None:
-    """Waits until every process of the run has reached this call."""
+    """Waits until every process of the run has reached this call; then each sees what the others wrote before it."""
+    stores.sync()
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+        stores.refresh()
 
 
 def make_mesh(*, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:

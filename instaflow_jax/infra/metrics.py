@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from instaflow_jax.infra import stores
 from instaflow_jax.infra.files import naming, write_json, write_text
 
 Scalars = Mapping[str, float | np.floating]
@@ -33,7 +34,7 @@ class Writer:
         """Deletes the scalars after `step`, which the resumed run will write again."""
 
     def flush(self) -> None:
-        """Returns once every scalar written so far is on disk."""
+        """Returns once every scalar written so far is on disk, or in the bucket of the workdir."""
 
     def close(self) -> None:
         """Flushes and releases the files."""
@@ -82,6 +83,7 @@ class DiskWriter(Writer):
             os.fsync(file.fileno())
         for board in self._boards:
             board.flush()
+        stores.sync()
 
     def close(self) -> None:
         self.flush()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from instaflow_jax.infra import stores
 from instaflow_jax.infra.files import read_json
 from instaflow_jax.infra.messages import first_ten
 
@@ -43,7 +44,7 @@ def find(source: str | Path, subfolder: str, layout: Layout, variant: str | None
     Raises:
       FileNotFoundError: there is no such folder, and `source` is not a hub id or the hub cannot provide it.
     """
-    folder = Path(source).expanduser()
+    folder = stores.local(source)
     if folder.is_dir():
         if not (folder / subfolder).is_dir():
             raise FileNotFoundError(f"{folder} has no folder {subfolder!r}; it contains {_listing(folder)}")

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from instaflow_jax.arrays import Params
-from instaflow_jax.infra import files
+from instaflow_jax.infra import files, stores
 from instaflow_jax.weights import port
 
 _KOHYA = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_")}
@@ -73,7 +73,7 @@ def merge(params: Mapping[str, Params], path: str | Path, scale: float) -> dict[
       FileNotFoundError: there is no such file.
       ValueError: the file is not a LoRA, or has keys that are unknown or do not fit; names them.
     """
-    path = Path(path).expanduser()
+    path = stores.local(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no LoRA file {path}")
     merged = {name: dict(weights) for name, weights in params.items()}

@@ -17,7 +17,7 @@ import tokenizers
 from jaxtyping import Int
 from tokenizers import models, normalizers, pre_tokenizers
 
-from instaflow_jax.infra import files
+from instaflow_jax.infra import files, stores
 from instaflow_jax.infra.messages import quote
 from instaflow_jax.weights import hub
 
@@ -135,7 +135,7 @@ class Tokenizer:
 
 
 def _folder(source: str | Path, subfolder: str) -> Path:
-    root = Path(source).expanduser()
+    root = stores.local(source)
     if not root.is_dir():
         prefix = f"{subfolder}/" if subfolder else ""
         root = hub.snapshot(str(source), [prefix + name for name in _FILES])

@@ -13,6 +13,7 @@ from jaxtyping import Int
 from instaflow_jax.data.noise import NAME, checksum, noise
 from instaflow_jax.data.pairs import manifest as pairs_manifest
 from instaflow_jax.data.pairs import store as pairs_store
+from instaflow_jax.infra import stores
 from instaflow_jax.infra.epochs import ShuffledEpochs
 
 Numbers = Sequence[int] | Int[np.ndarray, " B"]  # numbers of pairs
@@ -91,6 +92,8 @@ class Pairs:
 
     def _read(self, shard: int, numbers: list[int]) -> list[bytes]:
         first = shard * self._recipe["shard_size"]
+        if stores.fetch(self._paths[shard]):
+            self._close_deleted()
         try:
             if shard not in self._readers:
                 self._readers[shard] = self._open(str(self._paths[shard]), "readahead_buffer_size:0")
@@ -100,6 +103,11 @@ class Pairs:
                 f"{self._paths[shard]} is damaged ({error}): delete it and start generate again with the "
                 "same config, which makes only this shard"
             ) from error
+
+    def _close_deleted(self) -> None:
+        """Closes the shards that made room in the cache, so that the system frees their space."""
+        for shard in [shard for shard in self._readers if not self._paths[shard].is_file()]:
+            self._readers.pop(shard).close()
 
     def _arrays(self, number: int, fields: Mapping[str, Any]) -> dict[str, np.ndarray]:
         X0 = self._latent(fields["X0"]) if self._recipe["store_noise"] else self._regenerate(number, fields)

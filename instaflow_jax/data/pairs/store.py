@@ -18,7 +18,7 @@ from instaflow_jax.data import records
 from instaflow_jax.data.noise import checksum
 from instaflow_jax.data.pairs import manifest as pairs_manifest
 from instaflow_jax.data.pairs.manifest import MANIFEST, Recipe, shard_count, shard_range
-from instaflow_jax.infra import files
+from instaflow_jax.infra import files, stores
 from instaflow_jax.infra.files import sha256_of_json
 
 NAME, SPLIT = "pairs", "train"
@@ -57,7 +57,7 @@ def serialize(features, recipe: Recipe, *, prompt: str, ids, seed: int, X0, X1) 
 
 
 def write_shard(directory: Path, recipe: Recipe, shard: int, pairs: Iterable[bytes]) -> None:
-    """Writes one shard under a temporary name, renames it when complete, and writes its metadata.
+    """Writes one shard under a temporary name, renames it when complete, writes its metadata, and uploads both.
 
     Raises:
       OSError: the disk is full or broken. The incomplete shard is removed; finished shards are not changed.
@@ -84,6 +84,7 @@ def write_shard(directory: Path, recipe: Recipe, shard: int, pairs: Iterable[byt
         metadata_path(path).unlink(missing_ok=True)  # an earlier file's metadata must not describe this one
         os.replace(temporary, path)
         files.write_checked_json(metadata_path(path), metadata)
+        stores.sync()
     except OSError as error:
         raise OSError(
             f"{error}. {path.name} is not finished, which takes about {files.format_bytes(largest * len(numbers))}; "
@@ -101,7 +102,8 @@ def shard_metadata(directory: Path, recipe: Recipe, shard: int) -> dict[str, Any
       ValueError: the shard was made by another recipe.
     """
     path = shard_path(directory, recipe, shard)
-    if not metadata_path(path).is_file() or not path.is_file():
+    size = stores.size(path)
+    if not metadata_path(path).is_file() or size is None:
         return None
     remedy = "restore the original file, or delete it and start generate again, which makes only this shard"
     metadata = files.read_checked_json(metadata_path(path), _METADATA, remedy=remedy)
@@ -110,7 +112,7 @@ def shard_metadata(directory: Path, recipe: Recipe, shard: int) -> dict[str, Any
             f"{metadata_path(path)}: this shard was made by another recipe (teacher, solver, prompts or seed) "
             f"than {directory / MANIFEST} says; restore the right manifest, or delete the shard"
         )
-    return metadata if path.stat().st_size == metadata["bytes"] else None
+    return metadata if size == metadata["bytes"] else None
 
 
 def finish(directory: Path, recipe: Recipe) -> bool:
@@ -123,6 +125,7 @@ def finish(directory: Path, recipe: Recipe) -> bool:
         return False
     manifest = pairs_manifest.read(directory)
     if manifest.get("shards") != shards or not (directory / "dataset_info.json").is_file():
+        stores.fetch(shard_path(directory, recipe, 0))  # TFDS reads the names of the shards from those that are here
         records.write_metadata(
             directory,
             NAME,
@@ -148,6 +151,7 @@ def verify(directory: Path) -> dict[str, Any]:
     for shard in range(shard_count(recipe)):
         path = shard_path(directory, recipe, shard)
         metadata = shard_metadata(directory, recipe, shard)
+        stores.fetch(path)
         if metadata is None:
             faults.append(f"{path} is missing or incomplete")
         elif files.sha256_of_file(path) != metadata["sha256"]:

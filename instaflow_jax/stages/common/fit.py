@@ -13,8 +13,9 @@ from ml_collections import ConfigDict
 
 from instaflow_jax.arrays import Key, Params
 from instaflow_jax.infra import devices, metrics
-from instaflow_jax.infra.checkpoint import Checkpoints, complete_steps, load_config
+from instaflow_jax.infra.checkpoint import Checkpoints, check_place, complete_steps, load_config
 from instaflow_jax.infra.messages import first_ten
+from instaflow_jax.infra.stores import CHECKPOINTS
 from instaflow_jax.stages.common.ranges import check_ranges
 from instaflow_jax.train import loop, optim
 from instaflow_jax.train import state as train_state
@@ -24,7 +25,6 @@ from instaflow_jax.train.state import TrainState
 from instaflow_jax.train.step import Loss, TrainStep
 
 RESUME = ("auto", "force")
-CHECKPOINTS = "checkpoints"  # folder of a training run
 _FREE = "eval checkpoints remat eval_every tensorboard fsdp attention kernels verify resume check data_dir log_every"
 _FREE += " save_every max_skipped profile_steps batch preview process processes inspect"
 # Settings that change neither the weights nor the pairs they are trained on.
@@ -87,6 +87,7 @@ def check_same_run(options: TrainOptions, directory: Path, chosen: Sequence[str]
       ValueError: listing the fields that differ, unless config.resume is "force".
     """
     folder = directory / CHECKPOINTS
+    check_place(folder)
     steps = complete_steps(folder)
     if not steps or options.resume == "force":
         return

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from instaflow_jax import pipeline
 from instaflow_jax.data import prompt_sources
-from instaflow_jax.infra import files
+from instaflow_jax.infra import files, stores
 from instaflow_jax.infra.messages import quote
 from instaflow_jax.kernels.attention import ATTENTION
 from instaflow_jax.models.net import Net
@@ -244,7 +244,7 @@ def read_prompts(prompts: str) -> list[str]:
       FileNotFoundError: the value ends in .txt and there is no such file.
       ValueError: there is no prompt, or the file is not UTF-8.
     """
-    path = Path(prompts).expanduser()
+    path = stores.local(prompts) if stores.is_address(prompts) else Path(prompts).expanduser()
     if "|" not in prompts and path.suffix.lower() == ".txt":
         if not path.is_file():
             raise FileNotFoundError(f"config.prompts={prompts!r}: no such file")

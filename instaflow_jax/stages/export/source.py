@@ -7,14 +7,14 @@ from typing import Any
 import jax
 
 from instaflow_jax import pipeline, sampling
-from instaflow_jax.infra import checkpoint, devices, files
+from instaflow_jax.infra import checkpoint, devices, files, stores
+from instaflow_jax.infra.stores import CHECKPOINTS
 from instaflow_jax.stages import distill
 from instaflow_jax.stages.common import loading
 from instaflow_jax.stages.common.loading import WeightOptions
 from instaflow_jax.weights.conventions import NUM_TIMESTEPS, scaled
 from instaflow_jax.weights.delta import Delta
 
-CHECKPOINTS = "checkpoints"
 MANIFEST = "export.json"  # marks a directory that this stage wrote, and records the run's config
 WEIGHTS = ("ema", "params")
 
@@ -50,14 +50,15 @@ def load(name: str, weights: str, dynamics: str, options: WeightOptions) -> Sour
     Raises:
       FileNotFoundError, ValueError: the model or run does not exist, or its files are wrong.
     """
-    if (Path(name) / CHECKPOINTS).is_dir():
-        return load_run(Path(name), weights, options)
+    run = _path(name)
+    if checkpoint.has_checkpoints(run / CHECKPOINTS):
+        return load_run(run, weights, options)
     pipe = loading.load(name, options)
     found = sampling.read_dynamics(pipe.scheduler, pipe.index, dynamics)
     if isinstance(found, sampling.Flow):  # the UNet's last convolution absorbs the factor
         pipe = replace_unet(pipe, scaled(pipe.params["unet"], found.factor))
         found = sampling.Flow(1, found.num_timesteps)
-    return Source(name, pipe, found, run_config(name), None, weights)
+    return Source(stores.address(name), pipe, found, run_config(name), None, weights)
 
 
 def load_run(run: Path, weights: str, options: WeightOptions) -> Source:
@@ -78,7 +79,7 @@ def load_run(run: Path, weights: str, options: WeightOptions) -> Source:
     unet = checkpoint.load_weights(run / CHECKPOINTS, weights, mesh, step=step, like=like, verify=options.verify)
     pipe = replace_unet(pipe, jax.device_get(unet))
     loading.check_finite(f"{run / CHECKPOINTS / str(step) / weights}", pipe.params["unet"])
-    return Source(str(run), pipe, sampling.Flow(1, NUM_TIMESTEPS), saved, step, weights)
+    return Source(stores.address(run), pipe, sampling.Flow(1, NUM_TIMESTEPS), saved, step, weights)
 
 
 def load_base_pipeline(run: Path, saved: dict[str, Any], options: WeightOptions) -> pipeline.Pipeline:
@@ -110,13 +111,18 @@ def parents(run: dict[str, Any]) -> list[str]:
 
 def run_config(name: str) -> dict[str, Any]:
     """The resolved config of a run directory, or of the run behind an export; {} if there is none."""
-    for run in (Path(name), Path(name).parent):
+    for run in (_path(name), _path(name).parent):
         if checkpoint.complete_steps(run / CHECKPOINTS):
             return checkpoint.load_config(run / CHECKPOINTS, step=None)
-    manifest = Path(name).parent / MANIFEST
+    manifest = _path(name).parent / MANIFEST
     if not manifest.is_file():
         return {}
     damage = files.find_damage(manifest.parent, parts=(MANIFEST,))
     if damage:
         raise ValueError(f"{damage}; make the export again")
     return files.read_json(manifest)["run"]
+
+
+def _path(name: str) -> Path:
+    """The folder of this machine that `name` stands for."""
+    return stores.local(name) if stores.is_stored(name) else Path(name)

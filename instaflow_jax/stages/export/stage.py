@@ -6,8 +6,10 @@ import jax
 from ml_collections import ConfigDict
 
 from instaflow_jax import sampling
-from instaflow_jax.infra import devices
+from instaflow_jax.infra import devices, stores
+from instaflow_jax.infra.checkpoint import has_checkpoints
 from instaflow_jax.infra.files import atomic_directory, write_checksums, write_json, write_text
+from instaflow_jax.infra.stores import CHECKPOINTS
 from instaflow_jax.models.stacked_unet import StackedUNet
 from instaflow_jax.stages import distill
 from instaflow_jax.stages.common.loading import EXPORT, WeightOptions, read_prompts, read_weight_options
@@ -15,7 +17,7 @@ from instaflow_jax.stages.common.ranges import check_ranges
 from instaflow_jax.stages.export import card as export_card
 from instaflow_jax.stages.export import source as export_source
 from instaflow_jax.stages.export.formats import CONVENTIONS, WRITERS, Options
-from instaflow_jax.stages.export.source import CHECKPOINTS, MANIFEST, Source
+from instaflow_jax.stages.export.source import MANIFEST, Source
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -34,6 +36,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     source = export_source.load(model, config.weights, config.dynamics, weight_options)
     check_formats(options.formats, source)
     if jax.process_index() == 0:
+        stores.replace(target)
         with atomic_directory(target) as directory:
             write(source, directory, options, Path(workdir))
         print(f"wrote {target}: {', '.join(options.formats)}, README.md", flush=True)
@@ -57,7 +60,7 @@ def write(source: Source, directory: Path, options: Options, workdir: Path) -> N
 
 def is_distilled(run: Path) -> bool:
     """Whether a distillation has left anything in `run`."""
-    return (run / CHECKPOINTS).is_dir() or (run / EXPORT / "model_index.json").is_file()
+    return has_checkpoints(run / CHECKPOINTS) or (run / EXPORT / "model_index.json").is_file()
 
 
 def need_distill(config: ConfigDict, workdir: str) -> str:
@@ -66,7 +69,7 @@ def need_distill(config: ConfigDict, workdir: str) -> str:
     if not is_distilled(run):
         print(f"{run} is missing\n→ running distill first", flush=True)
         distill.run(config, workdir)
-    return str(run if (run / CHECKPOINTS).is_dir() else run / EXPORT)
+    return str(run if has_checkpoints(run / CHECKPOINTS) else run / EXPORT)
 
 
 # ---------------------------------------------------------------- checks, before anything is written

@@ -17,7 +17,7 @@ from instaflow_jax.data.pairs import manifest as pairs_manifest
 from instaflow_jax.data.pairs import store as pairs_store
 from instaflow_jax.data.pairs.manifest import Recipe
 from instaflow_jax.data.pairs.reader import Pairs
-from instaflow_jax.infra import devices, files
+from instaflow_jax.infra import devices, files, stores
 from instaflow_jax.infra.progress import Progress
 from instaflow_jax.stages.common.loading import PAIRS, read_solve_options, read_weight_options
 from instaflow_jax.stages.common.ranges import check_ranges
@@ -47,6 +47,8 @@ def run(config: ConfigDict, workdir: str) -> None:
     print(f"{directory}: {len(mine) - len(left)} of {len(mine)} shards are finished", flush=True)
     if left:
         write_shards(job, directory, left, batch=config.batch, preview=config.preview)
+    stores.sync()
+    stores.refresh()  # shards of other processes
     if pairs_store.finish(directory, job.recipe):
         print(f"{directory}: all {job.recipe['count']} pairs are written; check them with --config.inspect=true")
     else:
