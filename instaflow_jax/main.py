@@ -81,9 +81,9 @@ def run(config: ConfigDict, workdir: str) -> None:
     if config.stage not in STAGES:
         raise ValueError(f"config.stage={config.stage!r} is not one of {', '.join(STAGES)}")
     try:
-        stage = importlib.import_module(f"instaflow_jax.stages.{STAGES[config.stage]}")
         check = config.get("check", False)
         with stores.open_workdir(workdir, write=not check) as directory:
+            stage = importlib.import_module(f"instaflow_jax.stages.{STAGES[config.stage]}")
             if not check:
                 return stage.run(config, directory)
             stage.check(config, directory)

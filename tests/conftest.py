@@ -10,6 +10,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("USE_TF", "0")  # transformers imports TensorFlow where it finds it
+os.environ.setdefault("EPATH_USE_TF", "false")  # as a run in a bucket sets it; etils asks only once
 
 from jaxtyping import install_import_hook
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import logging
 import os
 import re
 import socket
@@ -69,12 +70,15 @@ class Bucket:
     def __init__(self, address: str):
         self.address = address.rstrip("/")
         scheme = address.partition("://")[0]
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it logs as an error, it raises as well
         try:
             with explain(f"open {address}"):
                 self._fs, self._root = fsspec.core.url_to_fs(self.address)
         except ImportError as error:
             remedy = f"; use pip install -e '.[{_EXTRAS[scheme]}]'" if scheme in _EXTRAS else ""
             raise ValueError(f"{address} needs a package that is not installed: {error}{remedy}") from error
+        except ValueError as error:
+            raise ValueError(f"{address}: {error}; use gs://…, s3://… or another address that fsspec knows") from error
         self._root = self._root.rstrip("/")
 
     def is_object(self) -> bool:

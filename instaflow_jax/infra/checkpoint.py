@@ -11,7 +11,6 @@ disk, uploads it as a whole, and downloads it as a whole.
 
 import contextlib
 import logging
-import os
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
@@ -257,7 +256,6 @@ def _orbax_path(directory: Path) -> AnyPath:
     address = stores.address(directory)
     if not address.startswith("gs://"):
         return directory.absolute()
-    os.environ.setdefault("EPATH_USE_TF", "false")  # etils would ask TensorFlow, with its own credentials
     return epath.Path(address)
 
 

@@ -220,6 +220,7 @@ def open_workdir(workdir: str, *, write: bool) -> Iterator[str]:
     """
     try:
         if is_address(workdir):
+            os.environ.setdefault("EPATH_USE_TF", "false")  # etils, which Orbax uses, would ask TensorFlow for gs://
             mirror = _open(workdir, _LATER)
             if write:
                 mirror.bucket.check_writable()
