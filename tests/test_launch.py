@@ -299,7 +299,7 @@ def pod(place, ends, *arguments, **more):
 
 REMOTE = (
     "--worker=all --command={setup} && mkdir -p instaflow_jax && tar -xzf instaflow_jax.tgz -C instaflow_jax && "
-    "cd instaflow_jax && bash -c '. launch/env.sh; install tpu,train; stage \"$@\"' stage --processes=0 {arguments} "
+    "cd instaflow_jax && bash -c '. launch/env.sh; install tpu,train,gcs; stage \"$@\"' stage --processes=0 {arguments} "
     "--zone=us-east5-a"
 )
 LIST = "gcloud list --filter=name~/nodes/flow$ --format=value(state) --zone=us-east5-a"

@@ -28,6 +28,8 @@ _CLIENT_ERRORS = (  # errors of the clients that are not OSErrors
     ("gcsfs.retry", "HttpError"),
     ("google.auth.exceptions", "GoogleAuthError"),
 )
+# What gcsfs logs as an error it raises as well; aiobotocore tells where it found credentials.
+_LEVELS = {"gcsfs": logging.CRITICAL, "aiobotocore": logging.WARNING}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,8 @@ class Bucket:
     def __init__(self, address: str):
         self.address = address.rstrip("/")
         scheme = address.partition("://")[0]
-        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it logs as an error, it raises as well
+        for name, level in _LEVELS.items():
+            logging.getLogger(name).setLevel(level)
         try:
             with explain(f"open {address}"):
                 self._fs, self._root = fsspec.core.url_to_fs(self.address)
