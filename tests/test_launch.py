@@ -194,7 +194,7 @@ def place(tmp_path):
     (binaries / "activate").write_text(f"export PATH={binaries}:$PATH\n")
     write_stub(binaries / "python", 'echo "python $*" >> "$LOG"')
     digest = hashlib.sha256((ROOT / "setup.py").read_bytes()).hexdigest()[:16]
-    for extra in ("gpu,train", "tpu,train"):
+    for extra in ("gpu,train", "tpu,train,gcs"):
         (tmp_path / "venv" / f"installed-{extra}-{digest}").touch()
     return tmp_path
 
@@ -299,8 +299,8 @@ def pod(place, ends, *arguments, **more):
 
 REMOTE = (
     "--worker=all --command={setup} && mkdir -p instaflow_jax && tar -xzf instaflow_jax.tgz -C instaflow_jax && "
-    "cd instaflow_jax && bash -c '. launch/env.sh; install tpu,train,gcs; stage \"$@\"' stage --processes=0 {arguments} "
-    "--zone=us-east5-a"
+    "cd instaflow_jax && bash -c '. launch/env.sh; install tpu,train,gcs; stage \"$@\"' stage --processes=0 "
+    "{arguments} --zone=us-east5-a"
 )
 LIST = "gcloud list --filter=name~/nodes/flow$ --format=value(state) --zone=us-east5-a"
 CREATE = "gcloud create flow --accelerator-type=v5p-32 --version=v2-alpha-tpuv5 --spot --zone=us-east5-a"

@@ -28,8 +28,8 @@ _CLIENT_ERRORS = (  # errors of the clients that are not OSErrors
     ("gcsfs.retry", "HttpError"),
     ("google.auth.exceptions", "GoogleAuthError"),
 )
-# What gcsfs logs as an error it raises as well; aiobotocore tells where it found credentials.
-_LEVELS = {"gcsfs": logging.CRITICAL, "aiobotocore": logging.WARNING}
+# What gcsfs logs as an error it raises as well; botocore tells where it found its settings.
+_LEVELS = {"gcsfs": logging.CRITICAL, "aiobotocore": logging.WARNING, "botocore": logging.WARNING}
 
 
 @dataclasses.dataclass(frozen=True)
