@@ -1,4 +1,4 @@
-"""Install with `pip install -e '.[EXTRAS]'`; extras: train, demo, serve, gcs, s3, test, gpu, tpu: `-e '.[gpu,train]'`."""
+"""Install with `pip install -e '.[EXTRAS]'`; extras: train, demo, serve, gcs, s3, test, gpu, tpu: '.[gpu,train]'."""
 
 import re
 from pathlib import Path
