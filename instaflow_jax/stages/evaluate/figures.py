@@ -22,9 +22,11 @@ _SIDE = 96  # pixels that a small image is enlarged to
 _COLOURS = {
     "teacher": "#666666",
     "reflow": "#1f6fb4",
+    "reflow_3": "#2a9d8f",
     "distill": "#d1495b",
     "distill_lpips": "#7b2d8b",
     "direct": "#edae49",
+    "progressive_1": "#8c564b",  # the last round's, for the line of all rounds
 }
 _MARKERS = {"teacher": "s", "reflow": "o", "distill": "D", "distill_lpips": "P", "direct": "X"}
 _LINE = {"linewidth": 2, "markersize": 7}
