@@ -1,5 +1,6 @@
 """Runs and models in buckets: against emulators of Google's and Amazon's stores on this machine, and in memory."""
 
+import contextlib
 import logging
 import os
 import shutil
@@ -45,15 +46,31 @@ def memory():
     store.store.clear()
 
 
+def with_generation(objects):
+    """The emulator's `download` with a header that it lacks, without which tensorstore cannot update an object."""
+    download = objects.download
+
+    def handle(request, response, storage, *rest, **named):
+        names = request.params["bucket_name"], request.params["object_id"]
+        with contextlib.suppress(objects.NotFound):
+            response["x-goog-generation"] = storage.get_file_obj(*names)["generation"]
+        return download(request, response, storage, *rest, **named)
+
+    return handle
+
+
 @pytest.fixture(scope="module")
 def gcs():
     """An emulator of Google's store with the bucket gs://bucket."""
     server = pytest.importorskip("gcp_storage_emulator.server")
     from http.server import ThreadingHTTPServer
 
+    from gcp_storage_emulator.handlers import objects
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server.server, "HTTPServer", ThreadingHTTPServer)
         patch.setattr(ThreadingHTTPServer, "handle_error", lambda *_: None)  # a client that was killed
+        patch.setattr(objects, "download", with_generation(objects))
         port = free_port()
         emulator = server.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
         emulator.start()
