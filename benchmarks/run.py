@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.sizes import CARD, Size
 from benchmarks.table import render
-from benchmarks.timing import Row, Side, Spec, compare
+from benchmarks.timing import Row, Side, Spec, compare, step_title
 
 CONFIGS = {name: CARD.configs[name] for name in ("unet", "vae", "text_encoder")}
 FLOPS = CARD.flops
@@ -114,8 +114,7 @@ def gpu(compiled: bool, size: Size = CARD) -> dict[str, Group]:
     groups |= {name: drawing(batch, name) for batch in size.batches for name in [f"one-step image, batch {batch}"]}
     groups[f"{size.steps} guided teacher steps"] = drawing(1, f"{size.steps} guided")
     return groups | {
-        f"{loss} step, remat {remat}, batch {batch}": training(loss, remat, batch)
-        for loss, remat, batch in size.training
+        step_title(loss, remat, batch): training(loss, remat, batch) for loss, remat, batch in size.training
     }
 
 

@@ -49,6 +49,11 @@ class Call:
     memory: Callable[[], int] = peak_memory
 
 
+def step_title(loss: str, remat: str, batch: int) -> str:
+    """What both sides call a complete training step."""
+    return f"{loss} step, remat {remat}, batch {batch}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """How a side is made: `module.function(**options)`, called in the side's own process, returns its calls by title.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.sd15 import call
-from benchmarks.timing import Call
+from benchmarks.timing import Call, step_title
 from configs import distill, generate, reflow
 from instaflow_jax import pipeline
 from instaflow_jax.arrays import Batch
@@ -116,7 +116,7 @@ def full(
     shape = (latent, latent, nets["unet"].config.in_channels)
     data = pairs(batch, shape, length, nets["text_encoder"].config.vocab_size)
     params = nets["unet"].init(jax.random.key(0))
-    return {f"{loss} step, remat {remat}, batch {batch}": training(function, recipe, params, frozen, data)}
+    return {step_title(loss, remat, batch): training(function, recipe, params, frozen, data)}
 
 
 def gradient(

@@ -8,7 +8,7 @@ import numpy as np
 
 from benchmarks.peers import waiting
 from benchmarks.references import randomize, references
-from benchmarks.timing import Call
+from benchmarks.timing import Call, step_title
 
 ASSETS = Path(__file__).parent.parent / "instaflow_jax" / "assets" / "openmoji"
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
@@ -187,7 +187,7 @@ def full(
                 return reflow_loss(unet, text, pairs, torch.rand(batch, device=device), null_ids, 0.1)
             return lpips_loss(unet, text, vae, lpips, pairs, slice(crop + 2 * margin))
 
-    return {f"{loss} step, remat {remat}, batch {batch}": training(unet, compute, batch, device)}
+    return {step_title(loss, remat, batch): training(unet, compute, batch, device)}
 
 
 def training(unet, loss, batch: int, device: str = "cpu") -> Call:
