@@ -31,17 +31,17 @@ def test_the_dry_run_makes_its_parts_then_has_nothing_left(tmp_path, capsys):
         str(ROOT / "launch" / "gpu_drill.sh"),
         "--dry_run",
         f"--out={tmp_path}",
-        "--only=card,demo,eight",
+        "--only=card,eight",
     ]
     env = os.environ | {"PYTHON": sys.executable}
     done = subprocess.run(command, env=env, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "drill.json").read_text())
-    assert found["size"] == "dry" and list(found["parts"]) == ["card", "demo", "eight devices, reflow_openmoji"]
+    assert found["size"] == "dry" and list(found["parts"]) == ["card", "eight devices, reflow_openmoji"]
     assert found["parts"]["eight devices, reflow_openmoji"]["plan"]["devices"] == 8
-    assert "[3/3] eight devices, reflow_openmoji: at most" in done.stdout and "0 parts failed" in done.stdout
+    assert "[2/2] eight devices, reflow_openmoji: at most" in done.stdout and "0 parts failed" in done.stdout
     assert "| 8 × cpu | dtype float32" in (tmp_path / "drill.md").read_text()
-    assert (tmp_path / "kept.tar.gz").is_file() and (tmp_path / "kept" / "demo" / "log.txt").is_file()
+    assert (tmp_path / "kept.tar.gz").is_file() and (tmp_path / "kept" / "card" / "log.txt").is_file()
     assert drill.main(command[2:]) == 0
     assert capsys.readouterr().out == f"0 parts failed, 0 were not run; {tmp_path / 'drill.json'}\n"
 
