@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.timing import Call, peak_memory
-from instaflow_jax import sampling
+from instaflow_jax import pipeline, sampling
 from instaflow_jax.models.net import Net
 from instaflow_jax.stages.plan.shapes import SD15_SCHEDULER, make_nets
 
@@ -35,7 +35,8 @@ def ours(
       attention, kernels: see `configs/common.py`.
     """
     nets = make_nets(configs, dtype=jnp.dtype(dtype), attention=attention, kernels=kernels)
-    params = jax.block_until_ready({name: net.init(jax.random.key(0)) for name, net in nets.items()})
+    params = {name: net.init(jax.random.key(0)) for name, net in nets.items()}
+    params = jax.block_until_ready(jax.device_put(pipeline.inference_params(nets, params)))  # as the stages do
     rng = np.random.default_rng(0)
     calls = networks(nets, params, flops, latent, rng)
     for batch in batches:

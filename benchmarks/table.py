@@ -1,5 +1,6 @@
 """Rows as a Markdown table, below a line with the machine and all versions."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import os
@@ -44,9 +45,12 @@ def cards() -> str:
 
 
 def versions() -> str:
-    return ", ".join(
-        [f"Python {platform.python_version()}"] + [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
-    )
+    """Of Python and of those packages that are installed."""
+    found = [f"Python {platform.python_version()}"]
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    return ", ".join(found)
 
 
 def render(rows: Sequence[Row], suite: str, repeats: int) -> str:
