@@ -45,6 +45,7 @@ _CARDS = {
     "h200": _Card("NVIDIA H200", **_HOPPER),
 }
 _CARD_COUNTS = (1, 2, 4, 8)
+_CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")  # jax's packages for NVIDIA cards; one is enough
 _LIBTPU = {  # do not look for this machine's TPU, nor warn that there is none; let several processes compile
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -81,11 +82,11 @@ def check(name: str) -> None:
     if name not in names():
         raise ValueError(f"config.target={name!r} is not one of {', '.join(names())} (chips or cards after the hyphen)")
     family = name.rpartition("-")[0]
-    package, extra = ("libtpu", "plan-tpu") if family in _TPUS else ("jax_cuda12_plugin", "gpu")
-    if importlib.util.find_spec(package) is None:
+    packages, extra = (("libtpu",), "plan-tpu") if family in _TPUS else (_CUDA_PLUGINS, "gpu")
+    if not any(importlib.util.find_spec(package) for package in packages):
         raise ValueError(
-            f"config.target={name!r} needs the compiler in the package {package!r}, which is not installed; use pip "
-            f"install -e '.[{extra}]'"
+            f"config.target={name!r} needs the compiler in the package {packages[0]!r}, which is not installed; use "
+            f"pip install -e '.[{extra}]'"
         )
 
 
