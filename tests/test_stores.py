@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -59,6 +60,17 @@ def with_generation(objects):
     return handle
 
 
+def one_at_a_time(handle):
+    """The emulator's `handle` with a lock, because its dictionaries do not stand two requests at once."""
+    lock = threading.Lock()
+
+    def locked(router, method):
+        with lock:
+            handle(router, method)
+
+    return locked
+
+
 @pytest.fixture(scope="module")
 def gcs():
     """An emulator of Google's store with the bucket gs://bucket."""
@@ -68,12 +80,14 @@ def gcs():
     from gcp_storage_emulator.handlers import objects
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(server.server, "HTTPServer", ThreadingHTTPServer)
         patch.setattr(ThreadingHTTPServer, "handle_error", lambda *_: None)  # a client that was killed
         patch.setattr(objects, "download", with_generation(objects))
+        patch.setattr(server.Router, "handle", one_at_a_time(server.Router.handle))
         port = free_port()
         emulator = server.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
-        emulator.start()
+        with pytest.MonkeyPatch.context() as starting:  # connections that stay open need threads
+            starting.setattr(server.server, "HTTPServer", ThreadingHTTPServer)
+            emulator.start()
         for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
             patch.setenv(name, f"http://127.0.0.1:{port}")
         patch.setenv("NO_GCE_CHECK", "true")  # nobody asks for Google's credentials
