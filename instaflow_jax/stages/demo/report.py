@@ -11,6 +11,7 @@ from instaflow_jax import pipeline
 from instaflow_jax.data.openmoji.dataset import ATTRIBUTION
 from instaflow_jax.infra.files import read_json, write_text
 from instaflow_jax.infra.progress import clock_time
+from instaflow_jax.stages.common.paper import TABLE_1
 from instaflow_jax.stages.evaluate import figures
 from instaflow_jax.stages.evaluate import stage as evaluate
 from instaflow_jax.stages.evaluate.models import NO_MODELS
@@ -19,15 +20,15 @@ from instaflow_jax.stages.evaluate.table import COLUMNS, MORE, Column, Row, cell
 PAGE = "report.html"
 LEDGER = "demo.json"  # the settings that the workdir was made with, and the time of each step
 TEMPLATE = pipeline.EMBEDDED / "report.html"
-# The paper's Table 1 (MS COCO 2017, 5,000 captions, A100): model, steps, seconds, FID, CLIP score, and our counterpart.
-PAPER = (
-    ("Stable Diffusion 1.5", 25, 0.88, 20.1, 0.318, ("teacher", 25)),
-    ("2-rectified flow", 25, 0.88, 21.5, 0.315, ("reflow", 25)),
-    ("2-rectified flow", 1, 0.09, 47.0, 0.271, ("reflow", 1)),
-    ("Stable Diffusion 1.4, distilled directly", 1, 0.09, 40.9, 0.255, ("direct", 1)),
-    ("2-rectified flow, distilled (short training)", 1, 0.09, 31.0, 0.285, ("distill", 1)),
-    ("InstaFlow-0.9B: the same, trained for longer", 1, 0.09, 23.4, 0.304, None),
-)
+# A row of the paper's Table 1, its model and N → the model and N of our row that was made in the same way.
+COUNTERPARTS = {
+    ("Stable Diffusion 1.5", 25): ("teacher", 25),
+    ("2-rectified flow", 25): ("reflow", 25),
+    ("2-rectified flow", 1): ("reflow", 1),
+    ("Stable Diffusion 1.4, distilled directly", 1): ("direct", 1),
+    ("2-rectified flow, distilled (short training)", 1): ("distill", 1),
+    ("InstaFlow-0.9B: the same, trained for longer", 1): None,
+}
 HEADLINE = (
     ("teacher", 25, "the teacher in 25 steps"),
     ("teacher", 1, "the teacher in one step"),
@@ -120,12 +121,15 @@ def meanings(columns: Sequence[Column]) -> str:
 
 
 def paper(rows: Sequence[Row]) -> str:
-    """The paper's table; each line also has our row that was made in the same way."""
+    """Rows of the paper's Table 1; each also has our row that was made in the same way."""
     lines = [
         '<tr><th colspan="5">the paper, photographs</th><th colspan="4">here, emoji</th></tr>\n',
         _line("th", ["", "steps", "s / image", "FID", "CLIP", "", "s / image", "FD", "CLIP"]),
     ]
-    for what, N, seconds, fid, clip, counterpart in PAPER:
+    for what, N, seconds, fid, clip in TABLE_1.figures:
+        if (what, N) not in COUNTERPARTS:
+            continue
+        counterpart = COUNTERPARTS[what, N]
         row = find(rows, *counterpart) if counterpart else None
         theirs = [what, N, f"{seconds:.2f}", f"{fid:.1f}", f"{clip:.3f}"]
         ours = [label(row), *(cell(row, column) for column in COLUMNS if column.key in IN_BOTH)] if row else ["–"] * 4

@@ -5,7 +5,6 @@ of steps, and a second one runs models without guidance.
 """
 
 import functools
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,11 +12,12 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from instaflow_jax import flow, sampling, solvers, teacher
+from instaflow_jax import flow, sampling, solvers
 from instaflow_jax.arrays import AnyArray, Latent, PerSample, TokenIds
 from instaflow_jax.infra.runner import BatchedRunner
 from instaflow_jax.solvers import Multistep
 from instaflow_jax.stages.common.loading import check_drawn, name_image
+from instaflow_jax.stages.common.model_measures import make_straightness, median_seconds
 from instaflow_jax.stages.evaluate.models import Model
 
 Solver = tuple[Multistep, Int[AnyArray, ""], Float[AnyArray, ""]]  # a padded table, its number of rows, alpha
@@ -63,24 +63,6 @@ def make_draw(nets: Mapping[str, Any], guided: bool) -> Callable[..., tuple[Arra
     return program
 
 
-def make_straightness(
-    nets: Mapping[str, Any], dynamics: sampling.Dynamics, alpha: float, N: int
-) -> Callable[..., Array]:
-    """`program((params, null_ids), ids, X0) → S` [B] along N Euler steps; a teacher is seen as a flow."""
-
-    def program(fixed, ids, X0):
-        params, null_ids = fixed
-        text, null = sampling.encode_text(nets, params, ids, null_ids)
-        predict = flow.guided(functools.partial(nets["unet"].apply, params["unet"]), text, null, alpha)
-        if isinstance(dynamics, sampling.Flow):
-            table = sampling.solver_table(dynamics, "euler", N)
-        else:
-            predict, table = teacher.teacher_velocity(predict, dynamics), solvers.euler(N)
-        return flow.straightness(solvers.trajectory(predict, table, X0)[1])
-
-    return program
-
-
 class Programs:
     """Runs models on every device of this process, `per_device` rows each a call.
 
@@ -120,8 +102,7 @@ class Programs:
 
     def seconds(self, model: Model, table: Multistep, alpha: float, ids: TokenIds, X0: Latent, repeats: int) -> float:
         """Seconds from token ids and noise to one image in bytes: the median of `repeats` runs."""
-        program, inputs = self._draw_one[alpha > 1], self._inputs(model, table, alpha, ids, X0)
-        return float(np.median([_timed(program, inputs) for _ in range(repeats + 1)][1:]))  # the first run may compile
+        return median_seconds(self._draw_one[alpha > 1], self._inputs(model, table, alpha, ids, X0), repeats)
 
     def _inputs(self, model: Model, table: Multistep, alpha: float, ids: TokenIds, X0: Latent):
         return jax.device_put((model.pipe.params, self._null, make_solver(table, alpha, self._longest), ids, X0))
@@ -133,9 +114,3 @@ def name_rows(model: Model, ids: TokenIds) -> list[str]:
     marks = (model.pipe.tokenizer.bos_id, model.pipe.tokenizer.eos_id, model.pipe.tokenizer.pad_id)
     prompts = ("".join(word.get(int(i), "?") for i in row if i not in marks).replace("</w>", " ") for row in ids)
     return [name_image(prompt.strip(), f"of row {i} of {model.name}") for i, prompt in enumerate(prompts)]
-
-
-def _timed(program: Callable, inputs: tuple) -> float:
-    began = time.perf_counter()
-    np.asarray(program(*inputs)[0])
-    return time.perf_counter() - began
