@@ -1,10 +1,12 @@
 """COCO in both its layouts, and the stage that measures a model on it: from files to the table, killed and resumed."""
 
+import gc
 import io
 import json
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +32,10 @@ from instaflow_jax.data import coco, records
 from instaflow_jax.evals import features
 from instaflow_jax.infra import images
 from instaflow_jax.models.inception import InceptionV3
-from instaflow_jax.stages.evaluate_coco import measures
-from instaflow_jax.stages.evaluate_coco import stage as evaluate_coco
+from instaflow_jax.stages.common import flow_training
+from instaflow_jax.stages.common.paper import TABLES
+from instaflow_jax.stages.evaluate_coco import job, measures, table
+from instaflow_jax.stages.evaluate_coco import rows as coco_rows
 from instaflow_jax.weights.tokenizer import Tokenizer
 
 
@@ -186,6 +190,7 @@ def config(coco_folder, coco_models, **fields):
             "clip": str(coco_models / "clip"),
             "size": 16,
             "batch": 4,
+            "repeats": 1,
             "inception": str(coco_models / "inception.pth"),
         }
     )
@@ -201,12 +206,15 @@ def config(coco_folder, coco_models, **fields):
     return config
 
 
-def results(workdir: Path) -> dict:
-    return json.loads((workdir / "evaluate" / "coco" / "results.json").read_text())["results"]
+def results(workdir: Path, row: str = "") -> dict:
+    """The numbers of the first row, or of that in the folder `row`, without the seconds, which vary."""
+    found = json.loads((workdir / "evaluate" / "coco" / row / "results.json").read_text())["results"]
+    assert found.pop("seconds") > 0
+    return found
 
 
-def drawn_images(workdir: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (workdir / "evaluate" / "coco" / "pictures").iterdir()}
+def drawn_images(workdir: Path, row: str = "") -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (workdir / "evaluate" / "coco" / row / "pictures").iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -288,10 +296,9 @@ def test_a_killed_run_continues_to_the_same_result_in_either_layout(
 
 def test_images_are_reduced_as_photographs_are(coco_models, tmp_path):
     photo = coco.Photo(7, "red apple", "", lambda: True, bytes)
-    options = evaluate_coco.read_options(config(tmp_path, coco_models, size=8))
-    job = evaluate_coco.Job(options, None, [photo], None, {}, tmp_path)
+    options = coco_rows.read_options(config(tmp_path, coco_models, size=8))
     image = np.random.default_rng(0).integers(0, 255, (16, 24, 3), np.uint8)
-    evaluate_coco.write(job, [photo], image[None])
+    job.write(job.Job(options, None, [photo], None, None, {}, tmp_path), [photo], image[None])
     got, _ = images.load_png(tmp_path / "pictures" / "000000000007.png")
     np.testing.assert_array_equal(got, coco.square(Image.fromarray(image), 8))
 
@@ -303,7 +310,7 @@ def test_images_are_reduced_as_photographs_are(coco_models, tmp_path):
         ({"data": {"count": 15}}, ValueError, "15 captions were asked for, but there are only 14"),
         ({"data": {"count": 3}}, ValueError, "config.data.count=3 must be at least 4"),
         ({"data": {"source": "nowhere"}}, FileNotFoundError, "nowhere is missing"),
-        ({"size": 20}, ValueError, "config.size=20 exceeds the model's images of 16×16"),
+        ({"size": 20}, ValueError, "config.size=20 exceeds the images of .*, 16×16"),
         ({"height": 17}, ValueError, "config.height=17 is not divisible"),
         (
             {"inception": "nowhere.pth"},
@@ -317,6 +324,8 @@ def test_images_are_reduced_as_photographs_are(coco_models, tmp_path):
         ({"batch": 0}, ValueError, "config.batch=0"),
         ({"N": 0}, ValueError, "N=0"),
         ({"negative": "a face"}, ValueError, "guidance needs alpha > 1"),
+        ({"extra": "nowhere,N=2"}, FileNotFoundError, "'nowhere' is neither a directory nor a hub id"),
+        ({"extra": "SD,solver=heun,dynamics=teacher"}, ValueError, "sd_N1_alpha1_heun: .* does not fit a teacher"),
     ],
 )
 def test_what_cannot_be_measured_ends_before_anything_is_written(
@@ -325,6 +334,8 @@ def test_what_cannot_be_measured_ends_before_anything_is_written(
     if fields.get("reference") == "WRONG":
         np.savez(tmp_path / "wrong.npz", mu=np.zeros(5), sigma=np.eye(5))
         fields = {"reference": str(tmp_path / "wrong.npz")}
+    if "extra" in fields:
+        fields = {"extra": fields["extra"].replace("SD", str(coco_models / "sd"))}
     with pytest.raises(error, match=words):
         main.run(config(coco_folder, coco_models, **fields), str(tmp_path / "work"))
     assert not (tmp_path / "work").exists()
@@ -432,3 +443,123 @@ def test_an_image_that_is_not_finite_is_neither_written_nor_measured(coco_folder
     with pytest.raises(ValueError, match=r"the image of prompt '.*', seed 0, image \d+ is NaN or infinite"):
         main.run(config(coco_folder, coco_models, model=str(model)), str(tmp_path / "out"))
     assert not list(tmp_path.glob("out/**/*.png")) and not list(tmp_path.glob("out/**/results.json"))
+
+
+# ---------------------------------------------------------------- several rows, and the paper's tables
+
+
+@pytest.mark.parametrize(
+    "extra,words",
+    [
+        ("a/b|", "'': write MODEL, or MODEL,N=25,alpha=1.5"),
+        ("N=4,a/b", "'N=4,a/b': write MODEL"),
+        ("a/b,size=4", "'size=4' is not one of N=…, alpha=…, solver=…, dynamics=…"),
+        ("a/b,25", "'25' is not one of N="),
+        ("a/b,N=1,N=2", "'N=2' is not one of .* each at most once"),
+        ("a/b,N=two", "'N=two' is not like N=25"),
+        ("a/b,N=0", "config.N=0 must be at least 1"),
+        ("a/b,alpha=nan", "config.alpha=nan is not a finite number"),
+        ("a/b,solver=rk4", "'solver=rk4' is not one of auto, euler, heun, dpm_solver, ddim"),
+        ("a/b,dynamics=ode", "'dynamics=ode' is not one of auto, flow, teacher"),
+        ("SD,N=1", "the table has this row already"),
+        ("a/b,N=4|a/b,alpha=1,N=4", "the table has this row already"),
+        ("a/b,N=4|c/A/b/export,N=4", "another row has the folder A_b_N4_alpha1 too"),
+    ],
+)
+def test_a_malformed_extra_is_one_line_before_anything_is_read(extra, words, coco_folder, coco_models, tmp_path):
+    settings = config(coco_folder, coco_models, extra=extra.replace("SD", str(coco_models / "sd")), clip="nowhere")
+    with pytest.raises(ValueError, match=words) as raised:
+        main.run(settings, str(tmp_path / "work"))
+    assert str(raised.value).startswith("config.extra='") and "\n" not in str(raised.value)
+    assert not (tmp_path / "work").exists()
+
+
+def test_an_extra_row_changes_only_what_it_says(coco_folder, coco_models):
+    """The LoRA files and the delta are those of the first row."""
+    settings = config(coco_folder, coco_models, extra="x, N=4, dynamics=teacher|y/export,alpha=2.5", loras="FILE=0.5")
+    settings.delta.custom = "another"
+    first, *others = coco_rows.read(settings)
+    assert first == coco_rows.read_options(settings) and first.weights.loras == (("FILE", 0.5),) and first.weights.delta
+    assert [row.model for row in others] == ["x", "y/export"]
+    assert [(row.solving.N, row.solving.alpha, row.solving.dynamics) for row in others] == [
+        (4, 1.0, "teacher"),
+        (1, 2.5, "flow"),
+    ]
+    assert all(row.weights.loras == () and row.weights.delta is None and row.size == first.size for row in others)
+    assert [coco_rows.folder(row) for row in others] == ["x_N4_alpha1", "y_N1_alpha2.5"]
+
+
+@pytest.mark.slow
+def test_rows_share_references_and_give_what_each_gives_alone_also_when_killed(
+    done, coco_folder, coco_models, small, tmp_path, monkeypatch
+):
+    """A run that is killed while it draws its second row, and continued."""
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    main.run(config(coco_folder, coco_models, N=2, alpha=2.0, dynamics="teacher"), str(alone))
+    model = coco_models / "sd"
+    settings = config(coco_folder, coco_models, extra=f"{model},N=2,alpha=2,dynamics=teacher")
+    row = f"{coco_models.name}_sd_N2_alpha2"
+    save, load, pixels, written, photos = images.save_png, job.load, coco.pixels, [], []
+
+    def dying(path, *rest):
+        if len(written) == COCO_COUNT + 5:
+            raise KeyboardInterrupt
+        written.append(path)
+        save(path, *rest)
+
+    monkeypatch.setattr(images, "save_png", dying)
+    monkeypatch.setattr(coco, "pixels", lambda photo, size: photos.append(photo.id) or pixels(photo, size))
+    with pytest.raises(KeyboardInterrupt):
+        main.run(settings, str(both))
+    assert sorted(photos) == sorted(COCO_IDS) and len(drawn_images(both, row)) == 5
+    assert not (both / "evaluate" / "coco" / "results.md").exists()
+
+    loaded = []
+
+    def load_alone(*arguments):
+        gc.collect()
+        assert all(pipe() is None for pipe in loaded), "two models are in memory"
+        pipe = load(*arguments)
+        loaded.append(weakref.ref(pipe))
+        return pipe
+
+    monkeypatch.setattr(images, "save_png", lambda path, *rest: (written.append(path), save(path, *rest)))
+    monkeypatch.setattr(coco, "pixels", None)  # photographs are not read again
+    monkeypatch.setattr(job, "load", load_alone)
+    main.run(settings, str(both))
+    assert len(loaded) == 3 and len(written) == len(set(written)) == 2 * COCO_COUNT
+    assert results(both) == results(done) and drawn_images(both) == drawn_images(done)
+    assert results(both, row) == results(alone) and drawn_images(both, row) == drawn_images(alone)
+    assert results(both) != results(both, row)
+    text = (both / "evaluate" / "coco" / "results.md").read_text()
+    assert text.count(f"| {model} |") == 3 and f"| {model}, α = 2 | 2 |" in text
+    assert "| Stable Diffusion 1.5 | 25 | 0.88 | 20.1 | 0.318 | paper, A100 |" in text
+
+    recipe = both / "evaluate" / "coco" / row / "recipe.json"
+    recipe.write_text(recipe.read_text().replace('"N": 2', '"N": 3'))
+    with pytest.raises(ValueError, match=rf"config.extra, {row}: .*{row} holds images of another recipe \(N differs\)"):
+        main.run(settings, str(both))
+
+
+@pytest.mark.slow
+def test_straightness_is_that_of_training_for_an_unguided_flow(done, coco_folder, coco_models):
+    """By the program that `reflow` evaluates with."""
+    options = coco_rows.read_options(config(coco_folder, coco_models))
+    ready = job.prepare(options, official(coco_folder), done / "nowhere")
+    program = flow_training.make_straightness(ready.pipe, 25)
+    S = program(ready.pipe.params, ready.ids(ready.photos), ready.noise(ready.photos))
+    assert results(done)["S"] == pytest.approx(float(np.mean(S)), rel=1e-5)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_the_papers_table_stands_above_ours(number):
+    row = {"model": "DIR", "N": 1, "alpha": 1.5, "seconds": 0.0912, "fid": 24.04, "clip_score": 0.2999, "made": 5000}
+    row |= {"S": 0.01, "S_error": 0.001, "clip_score_error": 0.0004, "real": 5000}
+    row |= dict.fromkeys(("kid", "kid_deviation", "precision", "recall"))
+    text = table.page("COCO", [row, row | {"N": 4}], number, "a TPU")
+    assert text.count("| DIR | ") == 2 and "| 0.091 | 0.0100 ± 0.0010 | 24.04 | 0.2999 ± 0.0004 | – | – |" in text
+    lines = [line for line in text.splitlines() if line.endswith("| paper, A100 |")]
+    assert len(lines) == (len(TABLES[number].figures) if number else 0)
+    assert text.count("| DIR, α = 1.5 | 1 | 0.09 | 24.0 | 0.300 | a TPU |") == bool(number)
+    if number == 2:
+        assert "| InstaFlow-0.9B | 1 | – | 13.1 | – | paper, A100 |" in lines

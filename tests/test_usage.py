@@ -44,7 +44,7 @@ PRODUCTS = {
     "distill": ("{output}/export/unet/*.safetensors",),
     "progressive": ("progressive_2/export/unet/*.safetensors", "progressive_1/export/unet/*.safetensors"),
     "evaluate": ("evaluate/table.md", "evaluate/grid.png"),
-    "evaluate_coco": ("evaluate/coco/results.md",),
+    "evaluate_coco": ("evaluate/coco/results.md", "evaluate/coco/*_N25_alpha*/results.json"),
     "export": ("export/orbax", "export/diffusers", "export/stablehlo/draw.py", "export/msgpack", "export/README.md"),
     "serve": (),
     "demo": ("report.html",),
@@ -126,7 +126,9 @@ def smaller(config, world):
     if config.stage == "demo":
         shrink_demo(config, tiny)
     if config.stage == "evaluate_coco":
-        config.update({"model": str(world.sd), "clip": str(world.clip), "size": 16, "batch": 4})
+        config.update({"model": str(world.sd), "clip": str(world.clip), "size": 16, "batch": 4, "repeats": 1})
+        rows = [row.partition(",") for row in config.extra.split("|")]
+        config.extra = "|".join(f"{world.sd},{changes}" for _, _, changes in rows if changes)
         config.data.count = COCO_COUNT
     if config.stage == "plan":
         config.shapes = tiny

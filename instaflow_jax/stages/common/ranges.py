@@ -38,6 +38,7 @@ RANGES: dict[str, tuple[float, float]] = {  # last words of STAGE.BLOCK.FIELD â†
     "evaluate.seed": (0, 2**64 - 3),  # the two seeds after it are used too
     "evaluate_coco.data.count": (4, _INT),  # precision and recall need a third neighbour
     "evaluate.count": (2, _INT),  # a covariance needs two images
+    "evaluate_coco.paper": (0, 2),
     "straightness.count": (2, _INT),
     "points": (2, _INT),
     "port": (0, 2**16 - 1),

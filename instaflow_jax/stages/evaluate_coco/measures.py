@@ -187,30 +187,3 @@ def read_image(path: Path, size: int) -> UInt8[np.ndarray, "size size 3"]:
     if image.shape[:2] != (size, size):
         raise ValueError(f"{path} has {image.shape[1]}×{image.shape[0]} pixels, not {size}×{size}; {remedy}")
     return image
-
-
-def table(title: str, model: Mapping[str, Any], results: Mapping[str, Any]) -> str:
-    """A Markdown table of one row, so that rows of several runs fit under one head.
-
-    Args:
-      model: the cells that say what was measured, by heading.
-      results: from `measure`.
-    """
-
-    def shown(name: str, form: str, factor: float = 1) -> str:
-        return "–" if results[name] is None else format(factor * results[name], form)
-
-    def with_error(name: str, error: str, form: str, factor: float = 1) -> str:
-        return "–" if results[name] is None else f"{shown(name, form, factor)} ± {shown(error, form, factor)}"
-
-    cells = dict(model) | {
-        "FID": shown("fid", ".2f"),
-        "CLIP score": with_error("clip_score", "clip_score_error", ".4f"),
-        "KID × 10³": with_error("kid", "kid_deviation", ".2f", 1e3),
-        "precision": shown("precision", ".3f"),
-        "recall": shown("recall", ".3f"),
-        "images": results["made"],
-        "photographs": shown("real", "d"),
-    }
-    rows = (cells, ["---"] * len(cells), cells.values())
-    return f"{title}\n\n" + "".join("| " + " | ".join(map(str, row)) + " |\n" for row in rows)
