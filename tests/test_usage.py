@@ -78,7 +78,7 @@ def world(tmp_path_factory, coco_folder, coco_models):
         coco_folder / "annotations" / "captions_val.json", root / "COCO" / "annotations" / "captions_val2017.json"
     )
     (root / "pt_inception-2015-12-05-6726825d.pth").touch()
-    return SimpleNamespace(root=root, sd=root / "sd", emoji=make_tiny(root / "emoji"), clip=coco_models / "clip")
+    return SimpleNamespace(root=root, sd=root / "sd", emoji=make_tiny(root / "emoji"), coco=coco_models)
 
 
 def filled_in(words, world, workdir):
@@ -126,9 +126,10 @@ def smaller(config, world):
     if config.stage == "demo":
         shrink_demo(config, tiny)
     if config.stage == "evaluate_coco":
-        config.update({"model": str(world.sd), "clip": str(world.clip), "size": 16, "batch": 4, "repeats": 1})
+        model = str(world.coco / "sd")
+        config.update({"model": model, "clip": str(world.coco / "clip"), "size": 16, "batch": 4, "repeats": 1})
         rows = [row.partition(",") for row in config.extra.split("|")]
-        config.extra = "|".join(f"{world.sd},{changes}" for _, _, changes in rows if changes)
+        config.extra = "|".join(f"{model},{changes}" for _, _, changes in rows if changes)
         config.data.count = COCO_COUNT
     if config.stage == "plan":
         config.shapes = tiny
