@@ -323,6 +323,7 @@ def test_a_straight_flow_has_S_zero():
     assert 0 <= mean < 1e-10 and 0 <= error < 1e-10
 
 
+@pytest.mark.slow
 def test_S_of_a_curved_flow_is_its_analytic_value():
     """dZ/dt = Z gives v = Z0 eᵗ, so S = E Z0² ∫ (e − 1 − eᵗ)² dt = E Z0² (e − 1)(3 − e) / 2."""
     X0 = normal(0, 4000, 2, 2, 4)

@@ -202,6 +202,7 @@ def test_a_flow_with_other_networks_is_refused(run, tiny, no_drawing, tmp_path):
         main.run(configured(tiny), str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_stacked_unet_is_compared_with_its_teacher(tiny, tmp_path):
     pipe = pipeline.load(str(tiny), variant=None, attention="xla")
     flow_pipe = flow_training.as_flow(pipe, pipe.params["unet"])

@@ -284,6 +284,7 @@ def test_params_in_the_released_convention(run, teacher, tmp_path):
     assert again.scheduler == SCHEDULER
 
 
+@pytest.mark.slow
 def test_a_run_of_version_0_1_is_exported(run, teacher, flow, tmp_path):
     """Its saved config has other field names, and lacks `kernels`; it has no checksums."""
     old = Path(shutil.copytree(run, tmp_path / "old"))

@@ -65,6 +65,7 @@ def diffusers_ddim(config, steps):
     return scheduler
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_flow", [False, True])
 def test_a_student_without_error_draws_in_half_the_steps_of_its_teacher(is_flow):
     schedule = teacher.read_schedule({"_class_name": "DDIMScheduler"})

@@ -192,6 +192,7 @@ def test_an_export_lands_whole_and_is_sampled_by_its_address(s3, teacher, tmp_pa
         main.run(config, str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_uploaded_whole(s3, tmp_path, cache):
     """Where Orbax cannot write by itself."""
     state = toy_training.new_state(devices.make_mesh(fsdp=1))

@@ -103,6 +103,7 @@ def test_micro_batches_equal_one_batch(mesh):
         np.testing.assert_allclose(parts_metrics[name], value, rtol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_micro_batches_use_different_keys(mesh):
     def loss(params, frozen, batch, key):
         return jnp.sum(params["up.bias"]) + jax.random.uniform(key), {}
