@@ -2,7 +2,7 @@
 
 import contextlib
 import errno
-import glob
+import functools
 import hashlib
 import json
 import os
@@ -75,7 +75,7 @@ def atomic_write(path: str | Path, size: int | None = None) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = temporary_name(path)
-    remove_stale(path.parent, glob.escape(path.name))
+    _tidy(path.parent)
     try:
         with naming(path, size):
             temporary.touch()
@@ -117,13 +117,15 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
 
 
-def remove_stale(directory: Path, name: str = "*") -> None:
-    """Deletes temporary files that killed processes of this machine left in `directory`.
+@functools.cache
+def _tidy(directory: Path) -> None:
+    """`remove_stale`, once: it lists the directory, which may get thousands of files."""
+    remove_stale(directory)
 
-    Args:
-      name: pattern of the files that they are temporary for.
-    """
-    for path in directory.glob(f".{name}.{socket.gethostname()}.*"):
+
+def remove_stale(directory: Path) -> None:
+    """Deletes temporary files that killed processes of this machine left in `directory`."""
+    for path in directory.glob(f".*.{socket.gethostname()}.*"):
         pid = path.name.rpartition(".")[2]
         if pid.isdigit() and not _is_running(int(pid)):
             path.unlink(missing_ok=True)
