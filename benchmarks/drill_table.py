@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from benchmarks import parity
-from benchmarks.table import gib, pace, seconds
+from benchmarks.table import gib, markdown, pace, seconds
 from benchmarks.timing import Row, Timing
 from instaflow_jax.infra.cost import peak
 
@@ -46,7 +46,7 @@ def outcome(entry: Entry) -> str:
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
     """The table as one text, or nothing without lines."""
     lines = list(lines)
-    return ["\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))] if lines else []
+    return [markdown(head, lines).rstrip("\n")] if lines else []
 
 
 def read_rows(entry: Entry) -> Iterator[Row]:

@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.table import markdown
+
 FSDP = {"v5e-64": 8, "v5p-16": 1, "h100-8": 1, "v5e-8": 8}  # devices that share one copy of the training state
 PRICES = {"h100": 2.5, "v5e": 1.2, "v5p": 4.2}  # assumed dollars for an hour of a device
 
@@ -111,23 +113,21 @@ def plans(rows: list[Row], out: Path) -> list[tuple[Row, dict]]:
 
 def table(rows: list[Row], out: Path) -> str:
     """Fit, memory, bound and compile time of each row."""
-    lines = [
-        "| program | target | settings | fits | arguments GiB | temporaries GiB | bound | MFU at most | compiled in |"
-    ]
-    lines.append("|" + "---|" * 9)
+    head = ("program", "target", "settings", "fits", "arguments GiB", "temporaries GiB", "bound", "MFU at most")
+    lines = []
     for row, plan in plans(rows, out):
         memory, gib = plan["memory"] or {}, 2**30
         size = [f"{memory[name] / gib:.2f}" if memory else "–" for name in ("arguments", "temporaries")]
         fits = f"{'yes' if plan['fits'] else 'no'}, of {plan['available'] / gib:.0f}"
         bound, share = f"{1000 * plan['seconds']['bound']:.3g} ms", f"{100 * plan['mfu_bound']:.0f} %"
-        cells = [row.title, row.target, f"`{' '.join(row.fields)}`", fits, *size, bound, share]
-        lines.append(f"| {' | '.join(cells)} | {plan['compile_seconds']:.0f} s |")
-    return "\n".join(lines) + "\n"
+        settings, compiled = f"`{' '.join(row.fields)}`", f"{plan['compile_seconds']:.0f} s"
+        lines.append([row.title, row.target, settings, fits, *size, bound, share, compiled])
+    return markdown((*head, "compiled in"), lines)
 
 
 def recipe_table(rows: list[Row], out: Path) -> str:
     """Device-days and dollars of the recipe's stages on each target, at the bound."""
-    lines = ["| stage | target | calls | hours | device-days | dollars |", "|" + "---|" * 6]
+    lines = []
     for target in dict.fromkeys(row.target for row in rows if row.recipe):
         found = plans([row for row in rows if row.recipe and row.target == target], out)
         if not found:
@@ -136,9 +136,9 @@ def recipe_table(rows: list[Row], out: Path) -> str:
         total = [(row.title, p["calls"], p["hours"], p["device_days"], p["device_days"] * price) for row, p in found]
         total.append(("together", 0, *(sum(column) for column in zip(*(part[2:] for part in total), strict=True))))
         for title, calls, hours, days, dollars in total:
-            cells = (title, target, f"{calls:,}" if calls else "", f"{hours:.3g}", f"{days:.3g}", f"{dollars:,.0f}")
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+            amounts = f"{hours:.3g}", f"{days:.3g}", f"{dollars:,.0f}"
+            lines.append((title, target, f"{calls:,}" if calls else "", *amounts))
+    return markdown(("stage", "target", "calls", "hours", "device-days", "dollars"), lines)
 
 
 if __name__ == "__main__":

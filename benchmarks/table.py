@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.timing import Row, Timing
@@ -61,8 +61,12 @@ def render(rows: Sequence[Row], suite: str, repeats: int) -> str:
         "Ratio: the peer's median time / ours. Core seconds: CPU time of all\n"
         "cores, and their ratio. Spread: (slowest - fastest) / median.\n\n"
     )
-    lines = [HEAD, ["---"] * len(HEAD), *(cells(row) for row in rows)]
-    return head + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return head + markdown(HEAD, map(cells, rows))
+
+
+def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---"] * len(head), *lines))
 
 
 def cells(row: Row) -> list[str]:
