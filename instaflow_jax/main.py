@@ -63,7 +63,10 @@ _CPU_DEVICES = flags.DEFINE_integer(
 )
 _WORKDIR = flags.DEFINE_string("workdir", "runs", "where the stage writes: a directory, gs://… or s3://…")
 _CACHE_GB = flags.DEFINE_float(
-    "cache_gb", 100.0, "disk space for what passes to and from buckets, in ~/.cache/instaflow_jax", lower_bound=0.0
+    "cache_gb",
+    100.0,
+    "disk space for what passes to and from buckets, in ~/.cache/instaflow_jax/buckets",
+    lower_bound=0.0,
 )
 
 

@@ -311,13 +311,17 @@ def test_pairs_are_read_through_a_cache_that_is_smaller_than_they_are(memory, te
             pairs.batch([5])
 
 
-def test_an_old_mirror_makes_room(memory, cache):
+def test_an_old_mirror_makes_room_and_compiled_programs_stay(memory, cache):
+    compiled = cache / "instaflow_jax" / "compiled" / "program"  # `devices.keep_compiled_programs`
+    compiled.parent.mkdir(parents=True)
+    compiled.write_bytes(b"0" * 100_000)
     memory.pipe({"/b/one/a": b"1" * 100_000, "/b/two/a": b"2" * 100_000})
     with stores.open_workdir("memory://b/one", write=False) as one:
         pass
     stores.set_limit(150_000)
     with stores.open_workdir("memory://b/two", write=False) as two:
         assert (Path(two) / "a").is_file() and not Path(one).exists()
+    assert compiled.is_file()
 
 
 # ---------------------------------------------------------------- refused in one line

@@ -6,10 +6,8 @@ the others are replicated. `fsdp=1` is plain data parallelism.
 
 import importlib.util
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from glob import glob
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxtyping import Array, PyTree
 
 from instaflow_jax.arrays import AnyArray, Key
-from instaflow_jax.infra import stores
+from instaflow_jax.infra import files, stores
 
 AXES = ("data", "fsdp")
 AnyMesh = Mesh | AbstractMesh
@@ -48,8 +46,7 @@ def initialize(*, coordinator: str, processes: int, process: int) -> None:
 def keep_compiled_programs() -> None:
     """Keeps compiled programs in the user's cache folder for the next process, unless JAX has a folder already."""
     if not jax.config.jax_compilation_cache_dir:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(caches / "instaflow_jax" / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(files.user_cache() / "compiled"))
 
 
 def has_only_the_tpus_compiler() -> bool:

@@ -53,6 +53,11 @@ def _room(path: Path, code: int | None, size: int | None) -> str:
     return f"; it takes {format_bytes(size)} and {format_bytes(free)} are free: make room and start again"
 
 
+def user_cache() -> Path:
+    """Where files that can be had again are kept: $XDG_CACHE_HOME/instaflow_jax, by default ~/.cache/instaflow_jax."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "instaflow_jax"
+
+
 def format_bytes(size: int) -> str:
     """A number of bytes as text: "532 bytes", "12.3 kB", "3.4 GB"."""
     if size < 1000:

@@ -325,8 +325,8 @@ def mirror_of(source: str | Path) -> tuple[Mirror, str] | None:
 
 
 def cache() -> Path:
-    """The folder of all mirrors: $XDG_CACHE_HOME/instaflow_jax, by default ~/.cache/instaflow_jax."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "instaflow_jax"
+    """The folder of all mirrors, and of nothing else: what is in it may be deleted to make room."""
+    return files.user_cache() / "buckets"
 
 
 def _claim(address: str) -> tuple[Path, IO]:
