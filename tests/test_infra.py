@@ -99,20 +99,19 @@ def test_a_long_list_is_given_in_part():
     assert messages.first_ten([*"abcdefghijkl"], "; ") == "a; b; c; d; e; f; g; h; i; j and 2 more"
 
 
-def test_stale_files_of_ended_processes_are_deleted(tmp_path):
+def test_the_first_write_into_a_directory_deletes_stale_files_and_later_ones_nothing(tmp_path):
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         pass
-    names = files.temporary_name(tmp_path / "a"), tmp_path / f".a.{files.socket.gethostname()}.{os.getppid()}"
-    other = tmp_path / ".a.another-host.1"
-    stale = tmp_path / f".a.{files.socket.gethostname()}.{ended.pid}"
-    for path in (*names, other, stale, tmp_path / "a"):
+    host = files.socket.gethostname()
+    stale = [tmp_path / f".a.{host}.{pid}" for pid in (ended.pid, os.getpid())]  # our own id may be a used one
+    alive = [tmp_path / f".a.{host}.{os.getppid()}", tmp_path / ".a.another-host.1", tmp_path / "a"]
+    for path in (*stale, *alive):
         path.touch()
-    files.remove_stale(tmp_path)
-    left = sorted([names[1], other, tmp_path / "a"])  # our own id may be reused
-    assert sorted(tmp_path.iterdir()) == left
-    stale.touch()
-    files.write_text(tmp_path / "b", "")  # as does the first write of a process into the directory
-    assert sorted(tmp_path.iterdir()) == sorted([*left, tmp_path / "b"])
+    own = files.temporary_name(tmp_path / "b")
+    own.touch()
+    assert sorted(tmp_path.iterdir()) == sorted([*alive, own])
+    files.write_text(tmp_path / "c", "")  # while `own` is being written
+    assert sorted(tmp_path.iterdir()) == sorted([*alive, own, tmp_path / "c"])
 
 
 def test_json_round_trips_and_errors_name_the_file(tmp_path):

@@ -1,10 +1,6 @@
 """Pairs on disk: reading returns what was written, batches are shuffled as documented, errors name the damage."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -241,17 +237,6 @@ def test_a_shard_without_metadata_is_not_finished(directory):
     pairs_store.metadata_path(pairs_store.shard_path(directory, RECIPE, 1)).unlink()
     assert [pairs_store.shard_metadata(directory, RECIPE, shard) is None for shard in range(3)] == [False, True, False]
     assert not pairs_store.finish(directory, RECIPE)
-
-
-def test_temporary_files_of_dead_processes_are_removed(directory):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    host = socket.gethostname()
-    names = [f".shard.{host}.{dead.pid}", f".shard.{host}.{os.getppid()}", f".shard.elsewhere.{dead.pid}"]
-    for name in names:
-        (directory / name).touch()
-    files.remove_stale(directory)
-    assert [(directory / name).exists() for name in names] == [False, True, True]
 
 
 def test_the_manifest_of_another_teacher_is_refused(directory, tmp_path):

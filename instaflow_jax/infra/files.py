@@ -2,13 +2,13 @@
 
 import contextlib
 import errno
-import functools
 import hashlib
 import json
 import os
 import re
 import shutil
 import socket
+import threading
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,6 @@ def atomic_write(path: str | Path, size: int | None = None) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = temporary_name(path)
-    _tidy(path.parent)
     try:
         with naming(path, size):
             temporary.touch()
@@ -117,19 +116,24 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+_tidied: set[Path] = set()
+_tidying = threading.Lock()
+
+
 def temporary_name(path: Path) -> Path:
-    """A hidden name beside `path` that is unique to this process."""
+    """A hidden name beside `path` that is unique to this process.
+
+    The first name in a directory also deletes the temporary files that killed processes of this machine left there.
+    Files that have this process's id are then from an earlier process with the same id; later they are its own.
+    """
+    with _tidying:
+        if path.parent not in _tidied:
+            _remove_stale(path.parent)
+            _tidied.add(path.parent)
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
 
 
-@functools.cache
-def _tidy(directory: Path) -> None:
-    """`remove_stale`, once: it lists the directory, which may get thousands of files."""
-    remove_stale(directory)
-
-
-def remove_stale(directory: Path) -> None:
-    """Deletes temporary files that killed processes of this machine left in `directory`."""
+def _remove_stale(directory: Path) -> None:
     for path in directory.glob(f".*.{socket.gethostname()}.*"):
         pid = path.name.rpartition(".")[2]
         if pid.isdigit() and not _is_running(int(pid)):

@@ -17,7 +17,7 @@ from instaflow_jax.data.pairs import manifest as pairs_manifest
 from instaflow_jax.data.pairs import store as pairs_store
 from instaflow_jax.data.pairs.manifest import Recipe
 from instaflow_jax.data.pairs.reader import Pairs
-from instaflow_jax.infra import devices, files, stores
+from instaflow_jax.infra import devices, stores
 from instaflow_jax.infra.progress import Progress
 from instaflow_jax.stages.common.loading import PAIRS, read_solve_options, read_weight_options
 from instaflow_jax.stages.common.ranges import check_ranges
@@ -40,7 +40,6 @@ def run(config: ConfigDict, workdir: str) -> None:
     job = read_job(config)
     print(f"{config.prompts.source}: {prompts.describe(job.prompts.report)}", flush=True)
     pairs_manifest.begin(directory, job.recipe, job.about() | {"config": config.to_dict()})
-    files.remove_stale(directory)
     process, count = read_processes(config)
     mine = range(process, pairs_manifest.shard_count(job.recipe), count)
     left = [shard for shard in mine if pairs_store.shard_metadata(directory, job.recipe, shard) is None]
