@@ -29,7 +29,7 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
     config.warm_start = True
     config.eval.N = (1, 2, 4)
     common.pick(VARIANTS, variant)(config)
-    config.alpha = config.pairs.alpha  # guidance of the teacher `config.model` in the first round
+    config.alpha = config.pairs.get_ref("alpha")  # guidance of the teacher `config.model` in the first round
     return config.lock()
 
 

@@ -332,9 +332,14 @@ def shrink_evaluate(config, tiny):
 
 def shrink_demo(config, tiny):
     """The shipped config with small numbers."""
-    for name in ("reflow", "distill", "direct"):
-        shrink_training(config[name], tiny).loop.update({"steps": 2, "save_every": 2})
-    config.reflow.model = config.direct.model = str(tiny)
+    for name in ("reflow", "distill", "direct", "reflow_3", "lpips", "stacked", "progressive"):
+        if name in config:
+            shrink_training(config[name], tiny).loop.update(
+                {"save_every": 2} | ({"steps": 2} if "steps" in config[name].loop else {})
+            )
+    for name in ("reflow", "direct", "reflow_3", "progressive"):
+        if name in config:
+            config[name].model = str(tiny)
     shrink_evaluate(config.evaluate, tiny)
     return config
 

@@ -71,11 +71,11 @@ def test_the_report_is_complete_and_fetches_nothing(run):
 
 
 @pytest.mark.slow
-def test_every_step_has_its_product_and_its_time(run):
+def test_every_step_has_its_product_and_its_time(run, tiny):
     steps = json.loads((run / "demo.json").read_text())["steps"]
-    assert list(steps) == [step.name for step in demo.STEPS]
+    assert list(steps) == [step.name for step in demo.steps(configured(tiny))]
     assert all(entry["seconds"] > 0 and entry["runs"] == 1 for entry in steps.values())
-    assert all((run / step.product).is_file() for step in demo.STEPS)
+    assert all((run / step.product).is_file() for step in demo.steps(configured(tiny)))
 
 
 @pytest.mark.slow
@@ -167,7 +167,51 @@ def test_the_settings_of_every_step_are_checked_first(tiny, tmp_path, fields, wo
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
+def test_full_continues_a_finished_demo_and_reports_what_it_adds(run, tiny, tmp_path, monkeypatch):
+    """Training is replaced by copies of the finished models, and the settings say what would have been trained."""
+    copy, trained = Path(shutil.copytree(run, tmp_path / "copy")), []
+
+    def train(step):
+        def pretend(config, workdir):
+            trained.append(step.name)
+            folder = Path(workdir) / Path(step.product).parent
+            source = "reflow" if step.name == "reflow_3" else "distill"
+            shutil.copytree(copy / source / "export", folder)
+
+        return step._replace(run=pretend) if step.trains else step
+
+    monkeypatch.setattr(demo, "STEPS", tuple(map(train, demo.STEPS)))
+    config = shrink_demo(config_file.get_config("full"), tiny)
+    config.export.formats = ("orbax",)
+    main.run(config, str(copy))
+    assert trained == ["reflow_3", "lpips", "stacked", "progressive"]
+    page = Page((copy / "report.html").read_text())
+    assert len(page.sources) == 5  # with the curve of S
+    for words in (
+        "3-RF, 1 step",
+        "reflow + distil + LPIPS, 1 step",
+        "reflow + distil, stacked, 1 step",
+        "progressive, 1 step",
+        "InstaFlow-1.7B",
+        "2 training steps of batch size 4 by LPIPS, starting from the one-step model, on 8 pairs of 2-RF's own",
+        "2,400 training steps of batch size 4, in rounds for N = [16, 8, 4, 2, 1], starting from the teacher",
+    ):
+        assert words in page.text, words
+
+
+@pytest.mark.slow
+def test_the_lpips_phase_starts_from_the_l2_phase(run, tiny, tmp_path):
+    config = shrink_demo(config_file.get_config("full"), tiny)
+    assert demo.start_from_distilled(config.lpips, str(run)).init_from == str(run / "distill" / "export")
+    assert demo.start_from_distilled(config.lpips, str(tmp_path)).init_from == ""  # to check it before there is one
+
+
 def test_every_step_has_an_expected_time():
-    config = config_file.get_config()
+    config = config_file.get_config("full")
     assert set(config.minutes) == {step.name for step in demo.STEPS}
-    assert config.generate is config.reflow.pairs
+    ordinary = config_file.get_config()
+    assert set(ordinary.minutes) == {step.name for step in demo.steps(ordinary)} < set(config.minutes)
+    assert config.generate is config.reflow.pairs is config.reflow_3.pairs is config.progressive.pairs
+    config.generate.alpha = 2.0
+    assert config.progressive.alpha == 2.0

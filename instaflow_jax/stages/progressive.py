@@ -3,7 +3,6 @@
 The first round also folds the teacher's guidance into one network (arXiv 2210.03142).
 """
 
-import copy
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
@@ -97,7 +96,7 @@ def unfinished(config: ConfigDict, workdir: Path) -> list[Round]:
 
 def configure(config: ConfigDict, workdir: Path, i: int) -> Round:
     """Round i, from 0; its learning rate falls over its own training steps."""
-    alone = copy.deepcopy(config).unlock()
+    alone = config.copy_and_resolve_references().unlock()
     alone.N, alone.loop.steps = config.rounds.N[i], config.rounds.steps[i]
     if alone.schedule.name == "cosine":
         alone.schedule.total_steps = alone.loop.steps

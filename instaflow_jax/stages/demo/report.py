@@ -25,15 +25,22 @@ COUNTERPARTS = {
     ("Stable Diffusion 1.5", 25): ("teacher", 25),
     ("2-rectified flow", 25): ("reflow", 25),
     ("2-rectified flow", 1): ("reflow", 1),
+    ("Stable Diffusion, distilled progressively", 1): ("progressive_1", 1),
+    ("Stable Diffusion, distilled progressively", 2): ("progressive_2", 2),
+    ("Stable Diffusion, distilled progressively", 4): ("progressive_4", 4),
     ("Stable Diffusion 1.4, distilled directly", 1): ("direct", 1),
     ("2-rectified flow, distilled (short training)", 1): ("distill", 1),
     ("InstaFlow-0.9B: the same, trained for longer", 1): None,
+    ("InstaFlow-1.7B: as a Stacked U-Net", 1): ("stacked", 1),
 }
 HEADLINE = (
     ("teacher", 25, "the teacher in 25 steps"),
     ("teacher", 1, "the teacher in one step"),
     ("direct", 1, "distilled directly, one step"),
+    ("progressive_1", 1, "distilled progressively, one step"),
     ("distill", 1, "<b>reflow, then distilled, one step</b>"),
+    ("distill_lpips", 1, "… and then by LPIPS"),
+    ("stacked", 1, "reflow, then distilled into two U-Nets in series, one step"),
 )
 IN_BOTH = ("seconds", "fd_emoji", "clip_score")  # keys of our columns that the paper's table has too, in our order
 
@@ -56,6 +63,7 @@ def write(workdir: Path) -> Path:
         "more_meanings": meanings(MORE),
         "conditions": html.escape(evaluate.conditions(about["config"], about)),
         "paper": paper(rows),
+        "straightness": straightness(directory, rows),
         "few_steps": image(directory / figures.FEW_STEPS),
         "guidance": image(directory / figures.GUIDANCE),
         "trajectories": image(directory / figures.TRAJECTORIES),
@@ -82,6 +90,15 @@ def image(path: Path) -> str:
 
 def find(rows: Sequence[Row], model: str, N: int) -> Row | None:
     return next((row for row in rows if (row["model"], row["N"]) == (model, N)), None)
+
+
+def straightness(directory: Path, rows: Sequence[Row]) -> str:
+    """The curve of S, where there are three points to draw."""
+    if not find(rows, "reflow_3", 1):
+        return ""
+    caption = "S of the teacher (k = 1) and of the k-rectified flows: each reflow makes the paths straighter."
+    source = image(directory / figures.STRAIGHTNESS)
+    return f'<figure><img src="{source}" alt="curve of S"><figcaption>{caption}</figcaption></figure>'
 
 
 def headline(rows: Sequence[Row]) -> str:
@@ -127,10 +144,10 @@ def paper(rows: Sequence[Row]) -> str:
         _line("th", ["", "steps", "s / image", "FID", "CLIP", "", "s / image", "FD", "CLIP"]),
     ]
     for what, N, seconds, fid, clip in TABLE_1.figures:
-        if (what, N) not in COUNTERPARTS:
-            continue
         counterpart = COUNTERPARTS[what, N]
         row = find(rows, *counterpart) if counterpart else None
+        if counterpart and not row:
+            continue  # not a part of this demo
         theirs = [what, N, f"{seconds:.2f}", f"{fid:.1f}", f"{clip:.3f}"]
         ours = [label(row), *(cell(row, column) for column in COLUMNS if column.key in IN_BOTH)] if row else ["–"] * 4
         lines.append(_line("td", [*theirs, *ours]))
@@ -157,11 +174,17 @@ def describe(name: str, settings: dict[str, Any]) -> str:
         return f"{settings['count']:,} images for each row of the table"
     if name == "export":
         return "the one-step model as " + ", ".join(settings["formats"])
-    loss = "" if name == "reflow" else f" by {settings['distance'].upper()}"
-    source = "2-RF" if name == "distill" else "the teacher"
-    pairs = f"{settings['pairs']['count']:,} new pairs from 2-RF" if name == "distill" else "the teacher's pairs"
-    training = f"{settings['loop']['steps']:,} training steps of batch size {settings['batch_size']}{loss}"
-    return f"{training}, starting from {source}, on {pairs}"
+    if name == "progressive":
+        N, rounds = settings["rounds"]["N"], sum(settings["rounds"]["steps"])
+        training = f"{rounds:,} training steps of batch size {settings['batch_size']}, in rounds for N = {list(N)}"
+        return f"{training}, starting from the teacher, on the teacher's pairs"
+    if name == "reflow_3":
+        settings = settings | settings["later"]
+    loss = "" if name.startswith("reflow") else f" by {settings['distance'].upper()}"
+    source = {"reflow": "the teacher", "direct": "the teacher", "lpips": "the one-step model"}.get(name, "2-RF")
+    count, steps = settings["pairs"]["count"], settings["loop"]["steps"]
+    pairs = "the teacher's pairs" if source == "the teacher" else f"{count:,} pairs of 2-RF's own"
+    return f"{steps:,} training steps of batch size {settings['batch_size']}{loss}, starting from {source}, on {pairs}"
 
 
 def machine(found: dict[str, Any]) -> str:

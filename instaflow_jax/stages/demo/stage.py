@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,8 @@ from instaflow_jax import __version__
 from instaflow_jax.data.openmoji import drawing
 from instaflow_jax.infra.files import read_json, write_json
 from instaflow_jax.infra.progress import clock_time
-from instaflow_jax.stages import distill, reflow
+from instaflow_jax.stages import distill, progressive, reflow
+from instaflow_jax.stages.common.loading import EXPORT, has_export
 from instaflow_jax.stages.common.machine import machine
 from instaflow_jax.stages.common.ranges import check_ranges
 from instaflow_jax.stages.demo import report
@@ -38,17 +39,43 @@ class Step(NamedTuple):
     trains: bool
 
 
-STEPS = (
+def start_from_distilled(config: ConfigDict, workdir: str) -> ConfigDict:
+    """A copy of the LPIPS phase's config that starts from the L2 phase's model; from the flow if that is missing."""
+    config, source = config.copy_and_resolve_references().unlock(), Path(workdir) / "distill"
+    config.init_from = str(source / EXPORT) if has_export(source) else ""
+    return config.lock()
+
+
+def run_lpips(config: ConfigDict, workdir: str) -> None:
+    distill.run(start_from_distilled(config, workdir), workdir)
+
+
+def check_lpips(config: ConfigDict, workdir: str) -> None:
+    distill.check(start_from_distilled(config, workdir), workdir)
+
+
+STEPS = (  # those that have no field in the config are left out
     Step("generate", "pairs of noise and image, from the teacher", generate.run, "pairs/dataset_info.json", True),
     Step("reflow", "reflow: straight paths between them (2-RF)", reflow.run, "reflow/export/model_index.json", True),
     Step("distill", "distillation of 2-RF into one step", distill.run, "distill/export/model_index.json", True),
     Step("direct", "distillation without reflow, for comparison", distill.run, "direct/export/model_index.json", True),
+    Step("reflow_3", "reflow of 2-RF's own pairs (3-RF)", reflow.run, "reflow_3/export/model_index.json", True),
+    Step("lpips", "distillation continued by LPIPS", run_lpips, "distill_lpips/export/model_index.json", True),
+    Step("stacked", "distillation of 2-RF into a Stacked U-Net", distill.run, "stacked/export/model_index.json", True),
+    Step(
+        *("progressive", "progressive distillation, for comparison", progressive.run),
+        *("progressive_1/export/model_index.json", True),
+    ),
     Step("evaluate", "evaluation of all models", evaluate.run, "evaluate/results.json", False),
     Step("export", "export of the one-step model", export.run, "export/export.json", False),
 )
 CHECKS: dict[str, Callable[[ConfigDict, str], Any]] = {  # before the first step, when no model may exist yet
     "distill": distill.check,  # and of the steps before it
     "direct": distill.check,
+    "reflow_3": reflow.check,
+    "lpips": check_lpips,
+    "stacked": distill.check,
+    "progressive": progressive.check,
     "evaluate": evaluate.check_fields,
     "export": export.check_fields,
 }
@@ -63,7 +90,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     """
     check(config, workdir)
     with quiet_drawing_warnings():
-        run_all({step.name: config[step.name] for step in STEPS}, dict(config.minutes), Path(workdir))
+        run_all({step.name: config[step.name] for step in steps(config)}, dict(config.minutes), Path(workdir))
 
 
 def check(config: ConfigDict, workdir: str) -> None:
@@ -71,10 +98,15 @@ def check(config: ConfigDict, workdir: str) -> None:
     if jax.process_count() > 1:
         raise ValueError("the demo runs in one process, on all its devices; run without --processes")
     check_ranges(config)
-    settings = {step.name: json.loads(config[step.name].to_json_best_effort()) for step in STEPS}
+    settings = {step.name: json.loads(config[step.name].to_json_best_effort()) for step in steps(config)}
     for step in unfinished(Path(workdir), open_ledger(Path(workdir), settings), settings):
         if step.name in CHECKS:
             CHECKS[step.name](config[step.name], workdir)
+
+
+def steps(settings: Collection[str]) -> list[Step]:
+    """Those of `STEPS` that `settings` has a field for."""
+    return [step for step in STEPS if step.name in settings]
 
 
 def run_all(configs: Mapping[str, ConfigDict], minutes: Mapping[str, float], directory: Path) -> None:
@@ -82,13 +114,13 @@ def run_all(configs: Mapping[str, ConfigDict], minutes: Mapping[str, float], dir
     settings = {name: json.loads(config.to_json_best_effort()) for name, config in configs.items()}
     ledger = open_ledger(directory, settings)
     left = unfinished(directory, ledger, settings)
-    began, total = time.monotonic(), len(STEPS) + 1
+    began, total = time.monotonic(), len(configs) + 1
     plan = "everything is finished"
     if left:
         expected = round(sum(minutes[step.name] for step in left)) or 1
         plan = f"about {expected} minutes on two CPU cores; stop at any time, the same command continues"
     print(f"{directory}: {plan}", flush=True)
-    for number, step in enumerate(STEPS, 1):
+    for number, step in enumerate(steps(configs), 1):
         head = f"[{number}/{total}] {step.does}"
         if step not in left:
             print(f"{head}: finished before, in {clock_time(ledger['steps'][step.name]['seconds'])}", flush=True)
@@ -134,7 +166,7 @@ def open_ledger(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
     path = directory / LEDGER
     new = {"version": __version__, "machine": machine(), "steps": {}}
     ledger = read_json(path) if path.is_file() else new
-    for step in STEPS:
+    for step in steps(settings):
         before = ledger["steps"].get(step.name, {"settings": settings[step.name]})["settings"]
         if step.trains and before != settings[step.name]:
             fields = ", ".join(differing(step.name, before, settings[step.name]))
@@ -161,17 +193,18 @@ def unfinished(directory: Path, ledger: dict[str, Any], settings: dict[str, Any]
     Raises:
       ValueError: a model is missing, but a model that was trained from it exists.
     """
-    done = [is_done(step, directory, ledger, settings) for step in STEPS]
+    wanted = steps(settings)
+    done = [is_done(step, directory, ledger, settings) for step in wanted]
     if all(done):
         return []
     first = done.index(False)
-    for step, finished in zip(STEPS[first:], done[first:], strict=True):
+    for step, finished in zip(wanted[first:], done[first:], strict=True):
         if step.trains and finished:
             raise ValueError(
-                f"{directory / STEPS[first].product} is missing, but {directory / step.product}, which was made "
+                f"{directory / wanted[first].product} is missing, but {directory / step.product}, which was made "
                 "after it, exists: use another --workdir, or delete this one"
             )
-    return list(STEPS[first:])
+    return wanted[first:]
 
 
 def is_done(step: Step, directory: Path, ledger: dict[str, Any], settings: dict[str, Any]) -> bool:

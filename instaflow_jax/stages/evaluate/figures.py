@@ -26,9 +26,10 @@ _COLOURS = {
     "distill": "#d1495b",
     "distill_lpips": "#7b2d8b",
     "direct": "#edae49",
+    "stacked": "#e377c2",
     "progressive_1": "#8c564b",  # the last round's, for the line of all rounds
 }
-_MARKERS = {"teacher": "s", "reflow": "o", "distill": "D", "distill_lpips": "P", "direct": "X"}
+_MARKERS = {"teacher": "s", "reflow": "o", "distill": "D", "distill_lpips": "P", "direct": "X", "stacked": "^"}
 _LINE = {"linewidth": 2, "markersize": 7}
 _DPI = 110
 

@@ -95,7 +95,8 @@ def read_solving(config: ConfigDict, name: str) -> tuple[float, tuple[int, ...]]
     steps = models.count_steps(name)
     if steps:
         return 1.0, (steps,)  # the guidance is in the weights
-    block = config["reflow" if models.count_reflows(name) else name if name in models.FLOWS else "distill"]
+    block = "stacked" if name in models.STACKED else name if name in models.FLOWS else "distill"
+    block = config["reflow" if models.count_reflows(name) else block]
     return float(block.alpha), tuple(block.N)
 
 
