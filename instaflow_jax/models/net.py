@@ -6,11 +6,12 @@ checkpoints a flat dict directly.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -84,7 +85,7 @@ class Net:
     config: Any
     raw_config: dict[str, Any]
     graphdef: Any
-    abstract: dict[str, tuple[tuple, nnx.Variable]]
+    abstract: Mapping[str, tuple[tuple, nnx.Variable]]
     dtype: Any
 
     @property
@@ -191,9 +192,7 @@ class Model(nnx.Module):
         """
         config = cls.Config.from_dict(raw)
         raw = {"_class_name": cls.__name__} | dataclasses.asdict(config) | raw
-        module = nnx.eval_shape(lambda: cls(config, LayerFactory(jnp.dtype(dtype), attention, kernels)))
-        graphdef, state = nnx.split(module)
-        abstract = _named(state, lambda path, variable: (path, variable))
+        graphdef, abstract = _structure(cls, config, LayerFactory(jnp.dtype(dtype), attention, kernels))
         return Net(cls, config, raw, graphdef, abstract, jnp.dtype(dtype))
 
     @classmethod
@@ -226,6 +225,13 @@ class Model(nnx.Module):
         raw = hub.read_config(directory, cls.__name__)
         net = cls.from_config(raw, dtype=dtype, attention=attention, kernels=kernels)
         return net, port.load(directory, net.shapes, cls.layout, variant)
+
+
+@functools.lru_cache(64)
+def _structure(cls: type[Model], config: Config, make: LayerFactory) -> tuple[Any, Mapping[str, tuple]]:
+    """`graphdef` and `abstract` of a `Net`, kept because tracing a large network takes a second."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: cls(config, make)))
+    return graphdef, types.MappingProxyType(_named(state, lambda path, variable: (path, variable)))
 
 
 def _named(state, leaf: Callable) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Only fully qualified Unicode emoji are used: OpenMoji's own extras (brands, inte
 name to prompt with, and skin and hair components are not images by themselves.
 """
 
+import functools
 import io
 import logging
 from pathlib import Path
@@ -26,7 +27,8 @@ def svg_directory() -> Path:
     return Path(str(get_openmoji_svg_data()))
 
 
-def catalogue() -> tuple[list[Emoji], list[str]]:
+@functools.cache
+def catalogue() -> tuple[tuple[Emoji, ...], tuple[str, ...]]:
     """All named emoji in the order of their code points, and the names of those that the group table lacks."""
     from emoji import EMOJI_DATA, STATUS
 
@@ -39,7 +41,7 @@ def catalogue() -> tuple[list[Emoji], list[str]]:
             known.append(parse(hexcode, name, subgroup_of(symbol).name, names))
         except KeyError:
             unknown.append(clean(name))
-    return known, unknown
+    return tuple(known), tuple(unknown)
 
 
 def rasterise(path: Path, size: int) -> UInt8[np.ndarray, "S S 3"]:
