@@ -108,6 +108,17 @@ def test_pairs_of_another_teacher_are_refused(run, teacher):
         flow_training.train_flow(options, run / "x", pipe, pairs, lambda *_: None, {})
 
 
+@pytest.mark.slow
+def test_pairs_that_the_config_would_not_make_are_used_with_a_warning(run, teacher, capsys):
+    pairs = reflow_config(teacher).pairs
+    assert len(need_pairs(pairs, run)) == pairs.count and "warning" not in capsys.readouterr().out
+    before = pairs.count, pairs.alpha
+    pairs.update({"count": 99, "alpha": 2.5})
+    assert len(need_pairs(pairs, run)) == before[0]
+    words = f"config.pairs has count=99 (not {before[0]}), alpha=2.5 (not {before[1]})"
+    assert words in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "fields,words",
     [

@@ -57,6 +57,8 @@ def run(config: ConfigDict, workdir: str) -> None:
 def need_pairs(config: ConfigDict, directory: Path) -> Pairs:
     """Opens the pairs in `directory`/pairs, and first generates those that are missing.
 
+    Complete pairs are used as they are; a line says which settings of `config` they were not made with.
+
     Raises:
       ValueError, FileNotFoundError, OSError: see `run` and `Pairs`.
     """
@@ -70,7 +72,20 @@ def need_pairs(config: ConfigDict, directory: Path) -> Pairs:
         pairs = Pairs(folder)
     recipe = pairs.manifest["recipe"]
     print(f"{len(pairs)} pairs by {recipe['solver']}, N={recipe['N']}, alpha={recipe['alpha']:g}", flush=True)
+    if others := differing(config, recipe):
+        print(f"warning: {folder} is used as it is, though config.pairs has {others}; delete it for others", flush=True)
     return pairs
+
+
+def differing(config: ConfigDict, recipe: Recipe) -> str:
+    """The settings of `config` that pairs of this recipe were not made with, such as "N=8 (not 25)"."""
+    wanted = {name: config[name] for name in ("count", "seed", "N", "alpha", "negative", "solver")}
+    ignored = {("count", 0), ("solver", "auto")}  # these leave the choice to the stage
+    return ", ".join(
+        f"{name}={value!r} (not {recipe[name]!r})"
+        for name, value in wanted.items()
+        if value != recipe[name] and (name, value) not in ignored
+    )
 
 
 def has_pairs(directory: Path) -> bool:
