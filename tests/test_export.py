@@ -468,6 +468,15 @@ def test_the_licence_is_inherited_through_the_runs(model, licence, source, teach
     assert ("OpenMoji" in text) == bool(source)
 
 
+def test_the_card_of_a_flow_of_several_steps_draws_in_as_many(teacher):
+    run = {"stage": "progressive", "N": 4, "model": "openmoji", "pairs": {"model": "openmoji"}}
+    options = export_formats.Options(("diffusers",), "stock", "", "float32")
+    source = export_source.Source("a/progressive_4", teacher, sampling.Flow(1, 1000), run, 1)
+    assert "num_inference_steps=4, guidance_scale=1.0" in export_card.use_diffusers(source, options)
+    source = dataclasses.replace(source, run={"stage": "distill"})
+    assert "num_inference_steps=1, guidance_scale=1.0" in export_card.use_diffusers(source, options)
+
+
 # ---------------------------------------------------------------- damage
 
 

@@ -83,7 +83,9 @@ def stated(name: str) -> str | None:
 def card(source: Source, licence: Licence, options: Options, workdir: Path) -> str:
     """README.md, with the front matter that model hubs read."""
     if isinstance(source.dynamics, sampling.Flow):
-        tags, title = "instaflow, rectified-flow, one-step, jax", "one step"
+        N = flow_steps(source)
+        title = "one step" if N == 1 else f"{N} steps"
+        tags = f"instaflow, rectified-flow, {'one-step, ' if N == 1 else ''}jax"
         summary = "A rectified flow, trained with instaflow_jax, an implementation of "
         summary += "[InstaFlow](https://arxiv.org/abs/2309.06380)."
     else:
@@ -96,6 +98,11 @@ def card(source: Source, licence: Licence, options: Options, workdir: Path) -> s
     if source.run:
         parts += ["## Resolved config", f"```json\n{json.dumps(source.run, indent=1)}\n```"]
     return "\n\n".join(parts) + "\n"
+
+
+def flow_steps(source: Source) -> int:
+    """The number of steps to draw in: that of the round for progressive distillation, else one."""
+    return source.run["N"] if source.run.get("stage") == "progressive" else 1
 
 
 def recipe(source: Source) -> str:
@@ -173,7 +180,7 @@ def use_diffusers(source: Source, options: Options) -> str:
             "timestep is 1000·(1 − t). Use it with the released InstaFlow code or with instaflow_jax; the schedulers "
             "of diffusers do not fit it."
         )
-    call = "num_inference_steps=1, guidance_scale=1.0" if is_flow else "num_inference_steps=25"
+    call = f"num_inference_steps={flow_steps(source)}, guidance_scale=1.0" if is_flow else "num_inference_steps=25"
     code, trust = source.pipe.nets["unet"].module.torch_code, ""
     if code:
         trust = ", trust_remote_code=True"
