@@ -135,7 +135,7 @@ demo direct.distance=l1                                     => config.distance
 demo evaluate.extra=../x                                    => config.extra
 demo export.formats=('onnx',)                               => onnx
 demo distill.kind=flow                                      => distill
-demo:full                                                   => demo.py
+demo:fully                                                  => 'fully'
 """
 
 # Imports the stages once and forks for each command line, which then runs `python -m instaflow_jax.main` to its end.
@@ -147,6 +147,9 @@ for path in pathlib.Path("instaflow_jax/stages").rglob("*.py"):
     if "__init__" not in path.name and "page" not in path.name:
         importlib.import_module(".".join(path.with_suffix("").parts))
 import tensorflow_datasets.core, array_record.python.array_record_module
+from instaflow_jax import pipeline
+from instaflow_jax.data.openmoji.drawing import catalogue
+catalogue(), pipeline.load("openmoji", variant=None, attention="auto")  # the children find what these keep; no device is made
 warnings.simplefilter("ignore", RuntimeWarning)  # JAX warns of forks
 commands, output = json.load(sys.stdin)
 running = {}

@@ -14,6 +14,11 @@ def pipe():
     return pipeline.load("openmoji", variant=None, attention="xla")
 
 
+def encode(pipe, prompts):
+    net, params = pipe.nets["text_encoder"], pipe.params["text_encoder"]
+    return jax.jit(net.apply)(params, pipe.tokenizer(prompts)).last_hidden_state
+
+
 @pytest.fixture(scope="module")
 def schedule(pipe):
     return sampling.read_dynamics(pipe.scheduler, pipe.index, "auto")
@@ -49,12 +54,8 @@ def test_the_refitted_layer_gives_the_old_outputs_for_the_new_inputs():
 def test_velocity_at_noise_starts_as_minus_the_noise(pipe, schedule):
     net, params = pipe.nets["unet"], warm_start.from_teacher(pipe.params["unet"], pipe.nets["unet"], schedule, 1000)
     X0 = sampling.noise(np.arange(8), pipe.latent_shape)
-    text = (
-        pipe.nets["text_encoder"]
-        .apply(pipe.params["text_encoder"], pipe.tokenizer(["red apple"] * 8))
-        .last_hidden_state
-    )
-    v = net.apply(params, X0, flow.timestep(jnp.zeros(8)), text)
+    text = encode(pipe, ["red apple"] * 8)
+    v = jax.jit(net.apply)(params, X0, flow.timestep(jnp.zeros(8)), text)
     assert float(jnp.mean((v + X0) ** 2)) < 0.05  # the teacher predicts pure noise well
 
 
@@ -65,11 +66,8 @@ def test_the_error_on_the_straight_path_falls(pipe, schedule):
     X0 = sampling.noise(np.arange(count), pipe.latent_shape)
     names = ["red apple", "woman astronaut", "house", "cat face"] * (count // 4)
 
-    def encode(prompts):
-        return pipe.nets["text_encoder"].apply(pipe.params["text_encoder"], pipe.tokenizer(prompts)).last_hidden_state
-
-    text = encode(names)
-    predict = flow.guided(lambda x, tau, c: net.apply(pipe.params["unet"], x, tau, c), text, encode([""]), 3.0)
+    text = encode(pipe, names)
+    predict = flow.guided(lambda x, tau, c: net.apply(pipe.params["unet"], x, tau, c), text, encode(pipe, [""]), 3.0)
     X1 = jax.jit(lambda X0: solvers.integrate(predict, solvers.dpm_solver(schedule, 10), X0))(X0)
 
     @jax.jit
@@ -79,7 +77,7 @@ def test_the_error_on_the_straight_path_falls(pipe, schedule):
             v = net.apply(params, flow.interpolate(X0, X1, t), flow.timestep(t), text)
             return jnp.mean((v - flow.velocity_target(X0, X1)) ** 2)
 
-        return jnp.stack([error(t) for t in (0.1, 0.4, 0.6, 0.9)])
+        return jax.lax.map(error, jnp.array([0.1, 0.4, 0.6, 0.9]))
 
     before = errors(pipe.params["unet"])
     after = errors(warm_start.from_teacher(pipe.params["unet"], net, schedule, 1000))
