@@ -149,7 +149,7 @@ for path in pathlib.Path("instaflow_jax/stages").rglob("*.py"):
 import tensorflow_datasets.core, array_record.python.array_record_module
 from instaflow_jax import pipeline
 from instaflow_jax.data.openmoji.drawing import catalogue
-catalogue(), pipeline.load("openmoji", variant=None, attention="auto")  # the children find what these keep; no device is made
+catalogue(), pipeline.load("openmoji", variant=None, attention="auto")  # for the children; this makes no device
 warnings.simplefilter("ignore", RuntimeWarning)  # JAX warns of forks
 commands, output = json.load(sys.stdin)
 running = {}
