@@ -26,7 +26,7 @@ def configured(tiny):
 
 
 @pytest.fixture(scope="module")
-def run(tiny, no_drawing, tmp_path_factory):
+def run(tiny, no_drawing, only_training, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("demo")
     main.run(configured(tiny), str(workdir))
     return workdir

@@ -23,7 +23,9 @@ import helpers
 from configs import demo
 from instaflow_jax import main
 from instaflow_jax.data.openmoji import dataset
+from instaflow_jax.stages.common import flow_training
 dataset.load = lambda *_: helpers.make_emoji()
+flow_training.make_evaluate = lambda *_: lambda ema, path: {}
 config = helpers.shrink_demo(demo.get_config(), sys.argv[1])
 config.generate.update({"count": 16, "shard_size": 4})
 for name in ("reflow", "distill", "direct"):

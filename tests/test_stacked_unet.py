@@ -182,7 +182,7 @@ def test_a_warm_start_converts_each_half(teacher):
 
 
 @pytest.fixture(scope="module")
-def run(teacher, tmp_path_factory):
+def run(only_training, teacher, tmp_path_factory):
     """A workdir with a flow and the Stacked U-Net that was distilled from it."""
     workdir, pipe = tmp_path_factory.mktemp("run"), load(teacher)
     flow_training.export(pipe, random_weights(pipe.nets["unet"]), workdir / "reflow" / "export")

@@ -31,6 +31,7 @@ from helpers import (
 
 from instaflow_jax import main
 from instaflow_jax.evals import features
+from instaflow_jax.stages.common import flow_training
 from instaflow_jax.stages.evaluate_coco import measures as evaluate_coco_measure
 
 BLOCKS = [text for language, text in FENCES if language == "bash" and commands_of(text, MAIN)]
@@ -151,12 +152,13 @@ def smaller_training(config, tiny):
 
 @pytest.fixture
 def quick(monkeypatch, no_drawing):
-    """A small network for Inception, a web page that closes at once, and programs that compile fast."""
+    """A small network for Inception, a web page that closes at once, no grids, and programs that compile fast."""
     from gradio import Blocks
 
     monkeypatch.setattr(features, "load_inception", small_inception)
     monkeypatch.setattr(evaluate_coco_measure, "sha256_of_params", lambda weights: "of the six numbers")
     monkeypatch.setattr(Blocks, "block_thread", lambda page: page.close())
+    monkeypatch.setattr(flow_training, "make_evaluate", lambda *_: lambda ema, path: {})
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
