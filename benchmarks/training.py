@@ -127,7 +127,7 @@ def gradient(
     unet = UNet2DConditionModel.from_config(configs["unet"], **options).with_remat(remat)
     text = CLIPTextModel.from_config(configs["text_encoder"], **options)
     loss = losses.make_reflow_loss(
-        unet, text, prompt_dropout=0.1, num_timesteps=NUM_TIMESTEPS, time="uniform", penalty="squared"
+        unet, text, prompt_dropout=0.1, num_timesteps=NUM_TIMESTEPS, time="uniform", penalty="squared", noise="paired"
     )
     params, length = unet.init(jax.random.key(0)), text.config.max_position_embeddings
     frozen = {"text_encoder": text.init(jax.random.key(1)), "null_ids": np.ones((1, length), np.int32)}

@@ -4,6 +4,7 @@
     python -m instaflow_jax.main --config=configs/reflow.py --workdir=DIR --config.k=3                # and once more
     python -m instaflow_jax.main --config=configs/reflow.py:sd15 --workdir=DIR        # the paper's first stage
     python -m instaflow_jax.main --config=configs/reflow.py:sd15_2 --workdir=DIR      # its second
+    python -m instaflow_jax.main --config=configs/reflow.py:score --workdir=DIR       # for configs/refine.py
 
 Needs nothing: missing pairs are generated first. Writes DIR/reflow/export, which `configs/sample.py` samples from.
 That is the 2-rectified flow. With --config.k=3 its own pairs follow, in DIR/reflow/pairs (`configs/distill.py` uses
@@ -29,7 +30,8 @@ SD_PROMPTS = ("a hyper-realistic photo of a cute cat", "an astronaut riding a ho
 def get_config(variant: str = "openmoji") -> ConfigDict:
     config = training()
     config.stage = "reflow"
-    config.loss = {"time": "uniform", "penalty": "squared"}  # or u_shaped, pseudo_huber
+    config.loss = {"time": "uniform", "penalty": "squared", "noise": "paired"}  # or u_shaped, pseudo_huber, fresh
+    config.output = "reflow"  # folder of the workdir to train in; later reflows add their k
     config.k = 2  # of the k-rectified flow to end with: it takes k − 1 reflows of the teacher
     common.pick(VARIANTS, variant)(config)
     return config.lock()
@@ -77,6 +79,13 @@ def emoji_budget(config: ConfigDict, steps: int) -> None:
     config.eval_every = 600
 
 
+def score(config: ConfigDict) -> None:
+    """The distribution of the pairs' images, for `configs/refine.py`: the same pairs with fresh noise."""
+    openmoji(config)
+    config.loss.noise, config.output = "fresh", "score"
+    config.loop.steps = 400
+
+
 def sd15(config: ConfigDict) -> None:
     """SD 1.5, 70,000 steps of 64; raise `accumulate` on fewer devices than the batch needs."""
     config.model = common.SD15
@@ -96,4 +105,12 @@ def sd15_2(config: ConfigDict) -> None:
     config.loop.steps = 25_000
 
 
-VARIANTS = {"openmoji": openmoji, "sd15": sd15, "sd15_2": sd15_2}
+def sd15_score(config: ConfigDict) -> None:
+    """`score` at SD 1.5's size. How long it has to train is not known: nobody has published this step."""
+    sd15(config)
+    config.loss.noise, config.output = "fresh", "score"
+    config.warm_start = True
+    config.loop.steps = 10_000
+
+
+VARIANTS = {"openmoji": openmoji, "score": score, "sd15": sd15, "sd15_2": sd15_2, "sd15_score": sd15_score}

@@ -31,8 +31,8 @@ def oracle(params, Z, tau, text):
 
 
 def reflow(unet, **changes):
-    options = {"time": "uniform", "penalty": "squared", "prompt_dropout": 0.0, "num_timesteps": 1000} | changes
-    return losses.make_reflow_loss(unet, TEXT, **options)
+    options = {"time": "uniform", "penalty": "squared", "noise": "paired", "prompt_dropout": 0.0} | changes
+    return losses.make_reflow_loss(unet, TEXT, num_timesteps=1000, **options)
 
 
 @pytest.mark.parametrize("time", losses.TIMES)

@@ -35,9 +35,9 @@ def run(config: ConfigDict, workdir: str) -> None:
     """
     options = read_options(config, workdir)
     folder = Path(workdir) / config.pairs_folder
-    if not has_pairs(folder) or (not config.model and not is_trained(workdir)):
+    if not has_pairs(folder) or (not config.model and not reflow.is_trained(config.reflow, workdir)):
         check(config, workdir)
-    source = config.model or need_reflow(config.reflow, workdir)
+    source = config.model or reflow.need(config.reflow, workdir)
     pairs = need_pairs(pairs_config(config, source), folder)
     pipe = stack(config.stacked.to_dict(), loading.load(config.init_from or source, options.weights), options.weights)
     loss, frozen = load_loss(config, options, pipe)
@@ -50,8 +50,9 @@ def check(config: ConfigDict, workdir: str) -> None:
     Raises:
       ValueError, FileNotFoundError: see `run`.
     """
-    options, source, flow = read_options(config, workdir), config.model or str(reflow_export(workdir)), None
-    if not config.model and not is_trained(workdir):
+    options, flow = read_options(config, workdir), None
+    source = config.model or reflow.export_directory(config.reflow, workdir)
+    if not config.model and not reflow.is_trained(config.reflow, workdir):
         flow = reflow.check(config.reflow, workdir)
     recipe = check_pairs(pairs_config(config, source), Path(workdir) / config.pairs_folder, flow)
     pipe = flow if flow and not config.init_from else loading.load(config.init_from or source, options.weights)
@@ -130,25 +131,6 @@ def make_loss(config: ConfigDict, options: flow_training.FlowOptions, nets: Mapp
         prompt_dropout=options.prompt_dropout,
         num_timesteps=NUM_TIMESTEPS,
     )
-
-
-def reflow_export(workdir: str) -> Path:
-    """Where `reflow` writes its flow."""
-    return Path(workdir) / reflow.DIRECTORY / loading.EXPORT
-
-
-def is_trained(workdir: str) -> bool:
-    """Whether `reflow` has written its flow."""
-    return loading.has_export(Path(workdir) / reflow.DIRECTORY)
-
-
-def need_reflow(config: ConfigDict, workdir: str) -> str:
-    """The directory of the flow that `reflow` writes into this workdir; trains it with `config` if it is missing."""
-    source = reflow_export(workdir)
-    if not is_trained(workdir):
-        print(f"{source} is missing\n→ running reflow first", flush=True)
-        reflow.run(config, workdir)
-    return str(source)
 
 
 def load_lpips(dtype: str, *, model: str, trunk: str, heads: str, net: str) -> tuple[Net, Params]:

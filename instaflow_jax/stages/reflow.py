@@ -16,8 +16,6 @@ from instaflow_jax.train import losses
 from instaflow_jax.train.step import Loss
 from instaflow_jax.weights.conventions import NUM_TIMESTEPS
 
-DIRECTORY = "reflow"  # of the 2-rectified flow; see `folder`
-
 
 class Reflow(NamedTuple):
     """One reflow.
@@ -38,9 +36,9 @@ class Reflow(NamedTuple):
 def run(config: ConfigDict, workdir: str) -> None:
     """Trains the flows up to the `config.k`-rectified one, each on the pairs of the model before it.
 
-    The 2-rectified flow is trained in `workdir`/reflow on `workdir`/pairs, the 3-rectified flow in `workdir`/reflow_3
-    on `workdir`/reflow/pairs, and so on. Missing pairs are generated first. An earlier flow that has been exported is
-    used as it is.
+    The 2-rectified flow is trained in `workdir`/reflow (`config.output`) on `workdir`/pairs, the 3-rectified flow in
+    `workdir`/reflow_3 on `workdir`/reflow/pairs, and so on. Missing pairs are generated first. An earlier flow that has
+    been exported is used as it is.
 
     Raises:
       ValueError, FileNotFoundError: a field of the config, the teacher or the pairs are wrong.
@@ -87,7 +85,7 @@ def unfinished(config: ConfigDict, workdir: Path) -> list[Reflow]:
     return [
         configure(config, workdir, k)
         for k in range(2, config.k + 1)
-        if k == config.k or not loading.has_export(workdir / folder(k))
+        if k == config.k or not loading.has_export(workdir / folder(config, k))
     ]
 
 
@@ -96,17 +94,36 @@ def configure(config: ConfigDict, workdir: Path, k: int) -> Reflow:
     alone = copy.deepcopy(config).unlock()  # keeps the references between fields
     del alone.k, alone.later
     if k == 2:
-        return Reflow(alone.lock(), workdir / folder(k), workdir, ())
-    before = workdir / folder(k - 1)
+        return Reflow(alone.lock(), workdir / folder(config, k), workdir, ())
+    before = workdir / folder(config, k - 1)
     alone.update(config.later.copy_and_resolve_references())
     alone.model = alone.pairs.model = str(before / loading.EXPORT)
     alone.update(loading.AS_EXPORTED)
-    return Reflow(alone.lock(), workdir / folder(k), before, ("model", "pairs.model"))
+    return Reflow(alone.lock(), workdir / folder(config, k), before, ("model", "pairs.model"))
 
 
-def folder(k: int) -> str:
+def folder(config: ConfigDict, k: int) -> str:
     """The folder of the workdir that the k-rectified flow is trained in: reflow, reflow_3, reflow_4, ..."""
-    return DIRECTORY if k == 2 else f"{DIRECTORY}_{k}"
+    return config.output if k == 2 else f"{config.output}_{k}"
+
+
+def is_trained(config: ConfigDict, workdir: str) -> bool:
+    """Whether the 2-rectified flow of `config` has been exported."""
+    return loading.has_export(Path(workdir) / folder(config, 2))
+
+
+def need(config: ConfigDict, workdir: str) -> str:
+    """The directory of the 2-rectified flow; trains it with `config` if it is missing."""
+    source = export_directory(config, workdir)
+    if not is_trained(config, workdir):
+        print(f"{source} is missing\n→ running reflow first", flush=True)
+        run(config, workdir)
+    return source
+
+
+def export_directory(config: ConfigDict, workdir: str) -> str:
+    """Where the 2-rectified flow of `config` is, or will be."""
+    return str(Path(workdir) / folder(config, 2) / loading.EXPORT)
 
 
 def read_options(reflow: Reflow) -> flow_training.FlowOptions:

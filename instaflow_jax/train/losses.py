@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from instaflow_jax import flow
 from instaflow_jax.arrays import (
     AnyArray,
+    Batch,
     Context,
     Image,
     Key,
@@ -35,6 +36,7 @@ from instaflow_jax.train.step import Loss, Metrics
 BUCKETS = 4  # intervals of t for which the error is logged separately
 Times = Callable[[Key, int], PerSample]
 Penalty = Callable[[Latent], PerSample]
+Renew = Callable[[Batch, Key], tuple[Batch, Key]]
 Bind = Callable[[Network, Context, NullContext], VelocityAt]
 Distance = Callable[[Mapping[str, Any], Latent, Mapping[str, Any], Key], tuple[Scalar, Metrics]]
 
@@ -75,6 +77,23 @@ TIMES: dict[str, Times] = {"uniform": uniform, "u_shaped": u_shaped}
 PENALTIES: dict[str, Penalty] = {"squared": squared, "pseudo_huber": pseudo_huber}
 
 
+# ---------------------------------------------------------------- the noise of a pair
+
+
+def paired(batch: Batch, key: Key) -> tuple[Batch, Key]:
+    """The pairs as they are, and the key for the rest of the loss."""
+    return batch, key
+
+
+def fresh(batch: Batch, key: Key) -> tuple[Batch, Key]:
+    """The pairs with another X0, independent of X1."""
+    noise_key, key = jax.random.split(key)
+    return {**batch, "X0": jax.random.normal(noise_key, batch["X1"].shape)}, key
+
+
+NOISES: dict[str, Renew] = {"paired": paired, "fresh": fresh}
+
+
 def choose(table: Mapping[str, Any], field: str, name: str) -> Any:
     """The entry called `name`. Raises ValueError, with the choices, if there is none."""
     if name not in table:
@@ -85,23 +104,31 @@ def choose(table: Mapping[str, Any], field: str, name: str) -> Any:
 # ---------------------------------------------------------------- the two losses
 
 
-def make_reflow_loss(unet, text_encoder, *, time: str, penalty: str, prompt_dropout: float, num_timesteps: int) -> Loss:
+def make_reflow_loss(
+    unet, text_encoder, *, time: str, penalty: str, noise: str, prompt_dropout: float, num_timesteps: int
+) -> Loss:
     """Eq. 5: the velocity at a random point of the straight path from X0 to X1 is trained to be X1 − X0.
+
+    With fresh noise this is ordinary flow matching: Xt then has the marginals t X1 + (1 − t) eps with eps independent
+    of X1, so that Xt + (1 − t) v(Xt, t) is the mean of X1 given Xt, which gives the score (Tweedie's formula).
 
     Args:
       unet, text_encoder: networks; `params` are the unet's.
       time: "uniform" or "u_shaped".
       penalty: "squared" or "pseudo_huber".
+      noise: "paired" takes the pair's own X0, "fresh" draws another one at each step.
       prompt_dropout: share of prompts replaced by the empty one, so that guidance stays possible.
       num_timesteps: the network's timestep at noise (`flow.timestep`).
 
     Raises:
-      ValueError: an unknown time or penalty.
+      ValueError: an unknown time, penalty or noise.
     """
     times, measure = choose(TIMES, "time", time), choose(PENALTIES, "penalty", penalty)
+    renew = choose(NOISES, "noise", noise)
     errors = make_errors(unet, text_encoder, prompt_dropout, num_timesteps)
 
     def loss(params, frozen, batch, key):
+        batch, key = renew(batch, key)
         time_key, drop_key = jax.random.split(key)
         t = times(time_key, len(batch["X0"]))
         _, error = errors(params, frozen, batch, t, drop_key)
