@@ -1,8 +1,9 @@
 """Checkpoints; the only file that imports Orbax.
 
-A checkpoint holds five items: params, ema, optimizer (its state and the step), data (the position in it) and config.
-Sampling reads ema only. Beside them, checksums.json holds the SHA-256 of each file, which reading compares; checkpoints
-of version 0.1 have none. A checkpoint gets its final name when it is complete, so an interrupted save is never read.
+A checkpoint holds five items: params, ema, optimizer (its state, the step and whatever else a state has, such as a
+second network), data (the position in it) and config. Sampling reads ema only. Beside them, checksums.json holds the
+SHA-256 of each file, which reading compares; checkpoints of version 0.1 have none. A checkpoint gets its final name
+when it is complete, so an interrupted save is never read.
 
 In a bucket, a checkpoint is complete when it has the object commit_success.txt. Orbax itself writes and reads gs://,
 from all processes, without checksums.json. Elsewhere, which Orbax does not know, one process writes a checkpoint to its
@@ -10,6 +11,7 @@ disk, uploads it as a whole, and downloads it as a whole.
 """
 
 import contextlib
+import dataclasses
 import logging
 import re
 import shutil
@@ -324,17 +326,21 @@ def _check_files(path: AnyPath, items: Collection[str]) -> None:
 
 def _items(state: PyTree) -> dict[str, Leaves]:
     """The array items as flat dictionaries, so that files do not depend on the names of optax's classes."""
-    optimizer = {"step": state.step, "opt_state": state.opt_state}
-    named, _ = jax.tree_util.tree_flatten_with_path(optimizer)
+    named, _ = jax.tree_util.tree_flatten_with_path(_rest(state))
     flat = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in named}
     return {"params": state.params, "ema": state.ema, "optimizer": flat}
+
+
+def _rest(state: PyTree) -> dict[str, PyTree]:
+    """The fields of a state that are not items of their own, by name."""
+    names = [field.name for field in dataclasses.fields(state) if field.name not in ("params", "ema")]
+    return {name: getattr(state, name) for name in names}
 
 
 def _state(like: PyTree, items: Mapping[str, Leaves]) -> PyTree:
     """The inverse of `_items`."""
     leaves = [items["optimizer"][name] for name in _items(like)["optimizer"]]
-    structure = jax.tree.structure({"step": like.step, "opt_state": like.opt_state})
-    rest = jax.tree.unflatten(structure, leaves)
+    rest = jax.tree.unflatten(jax.tree.structure(_rest(like)), leaves)
     return type(like)(params=items["params"], ema=items["ema"], **rest)
 
 

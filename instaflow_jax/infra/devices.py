@@ -117,8 +117,10 @@ def abstract(tree: PyTree, mesh: Mesh) -> PyTree:
     )
 
 
-def gathering(loss: Callable, mesh: Mesh) -> Callable:
-    """`loss(params, ...)` that gathers every parameter before it computes, and splits the gradients into shards again.
+def gathering(loss: Callable, mesh: Mesh, others: Sequence[str] = ()) -> Callable:
+    """`loss(params, frozen, ...)` that gathers parameters before it computes, and splits gradients into shards again.
+
+    `others` names the entries of `frozen` that are parameters of a state too.
 
     Without this the partitioner splits convolutions along their sharded kernels and sends activations between devices.
     """
@@ -135,7 +137,11 @@ def gathering(loss: Callable, mesh: Mesh) -> Callable:
         return (jax.lax.with_sharding_constraint(full, state_sharding(grads, mesh)),)
 
     gather.defvjp(lambda params: (gather(params), None), scatter)
-    return lambda params, *rest: loss(gather(params), *rest)
+
+    def gathered(params, frozen, *rest):
+        return loss(gather(params), {**frozen, **{name: gather(frozen[name]) for name in others}}, *rest)
+
+    return gathered
 
 
 def create_sharded(create: Callable[..., PyTree], mesh: Mesh, *args) -> PyTree:

@@ -1,6 +1,7 @@
 """The training state: step, params, ema and opt_state."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +31,31 @@ class TrainState:
     opt_state: PyTree
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TwoNetworkState(TrainState):
+    """The state of a student and of a second network that is trained beside it.
+
+    Attributes:
+      fake: the second network's state, without a moving average. Its step counts its own updates.
+    """
+
+    fake: PyTree
+
+
 def create(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step. `params` are copied, because the step donates the buffers of a state."""
     params, ema = jax.tree.map(jnp.array, params), jax.tree.map(jnp.array, params)
     return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))
+
+
+def create_two(
+    params: Mapping[str, Params], optimizer: optax.GradientTransformation, fake_optimizer: optax.GradientTransformation
+) -> TwoNetworkState:
+    """The state before the first step of the networks "student" and "fake", see `create`."""
+    student, fake = create(params["student"], optimizer), create(params["fake"], fake_optimizer)
+    fields = {field.name: getattr(student, field.name) for field in dataclasses.fields(student)}
+    return TwoNetworkState(**fields, fake=dataclasses.replace(fake, ema={}))
 
 
 def ema_decay_at(step: Int[Array, ""], decay: float) -> Scalar:
@@ -43,5 +65,8 @@ def ema_decay_at(step: Int[Array, ""], decay: float) -> Scalar:
 
 
 def update_ema(ema: Params, params: Params, decay: Scalar) -> Params:
-    """decay · ema + (1 − decay) · params, written as a step towards params, which is exact where the two are equal."""
-    return jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), ema, params)
+    """decay · ema + (1 − decay) · params, written as a step towards params, which is exact where the two are equal.
+
+    An empty `ema` stays empty, for a network that needs none.
+    """
+    return {name: old + (1 - decay) * (params[name] - old) for name, old in ema.items()}

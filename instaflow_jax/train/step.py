@@ -58,34 +58,57 @@ def make_train_step(
     Raises:
       ValueError: accumulate is below 1.
     """
-    if accumulate < 1:
-        raise ValueError(f"accumulate={accumulate} must be 1 or more: use 1 for no micro-batches")
-    gradient = make_gradient(loss) if accumulate == 1 else make_accumulated_gradient(loss, accumulate)
+    gradient = make_gradients(loss, accumulate)
 
     def update(state: TrainState, frozen: PyTree, batch: Batch, key: Key) -> tuple[TrainState, Metrics]:
-        value, metrics, grads = gradient(state.params, frozen, batch, jax.random.fold_in(key, state.step))
-        old = state.params, state.ema, state.opt_state
-
-        def apply_update():
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-            ema = update_ema(state.ema, params, ema_decay_at(state.step, ema_decay))
-            return (params, ema, opt_state), optax.tree.norm(updates)
-
-        grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
-        # A cond, because for a select XLA would copy the parameters and both moments before it overwrites them.
-        kept, update_norm = jax.lax.cond(finite, apply_update, lambda: (old, jnp.zeros_like(grad_norm)))
-        return TrainState(state.step + 1, *kept), metrics | {
-            "loss": value,
-            "grad_norm": grad_norm,
-            "update_norm": update_norm,
-            "param_norm": optax.tree.norm(kept[0]),
-            "learning_rate": optim.learning_rate(kept[2]),
-            "skipped": 1 - finite.astype(jnp.float32),
-        }
+        found = gradient(state.params, frozen, batch, jax.random.fold_in(key, state.step))
+        return advance(state, optimizer, ema_decay, *found)
 
     return TrainStep(update, accumulate)
+
+
+def advance(
+    state: TrainState,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+    value: Scalar,
+    metrics: Metrics,
+    grads: Params,
+) -> tuple[TrainState, Metrics]:
+    """The state after one gradient, or if that is not finite the old one at the next step; metrics of `TrainStep`."""
+    old = state.params, state.ema, state.opt_state
+
+    def apply_update():
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = update_ema(state.ema, params, ema_decay_at(state.step, ema_decay))
+        return (params, ema, opt_state), optax.tree.norm(updates)
+
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+    # A cond, because for a select XLA would copy the parameters and both moments before it overwrites them.
+    kept, update_norm = jax.lax.cond(finite, apply_update, lambda: (old, jnp.zeros_like(grad_norm)))
+    params, ema, opt_state = kept
+    changed = {"step": state.step + 1, "params": params, "ema": ema, "opt_state": opt_state}
+    return dataclasses.replace(state, **changed), metrics | {
+        "loss": value,
+        "grad_norm": grad_norm,
+        "update_norm": update_norm,
+        "param_norm": optax.tree.norm(params),
+        "learning_rate": optim.learning_rate(opt_state),
+        "skipped": 1 - finite.astype(jnp.float32),
+    }
+
+
+def make_gradients(loss: Loss, accumulate: int) -> Gradient:
+    """The gradient of `loss` over `accumulate` micro-batches.
+
+    Raises:
+      ValueError: accumulate is below 1.
+    """
+    if accumulate < 1:
+        raise ValueError(f"accumulate={accumulate} must be 1 or more: use 1 for no micro-batches")
+    return make_gradient(loss) if accumulate == 1 else make_accumulated_gradient(loss, accumulate)
 
 
 def make_gradient(loss: Loss) -> Gradient:

@@ -1,6 +1,7 @@
 """Around the training loop: the mesh, optimizer, state, metrics and checkpoints that every training stage sets up."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 import optax
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from instaflow_jax.arrays import Key, Params
@@ -29,6 +31,7 @@ _FREE = "eval checkpoints remat eval_every tensorboard fsdp attention kernels ve
 _FREE += " save_every max_skipped profile_steps batch preview process processes inspect"
 # Settings that change neither the weights nor the pairs they are trained on.
 _MAY_DIFFER = re.compile(rf"^loop\.steps$|(^|\.)({_FREE.replace(' ', '|')})(\.|$)")
+Method = tuple[Callable[[PyTree], TrainState], TrainStep]
 Evaluate = Callable[[Params, Path], dict[str, float]]  # (running mean, PNG file to write) → numbers to log
 
 
@@ -158,14 +161,33 @@ def train(
     Raises:
       ValueError, OSError, FloatingPointError: see `loop.train`.
     """
+
+    def make_method(mesh: Mesh) -> Method:
+        optimizer, step = make_step(options, loss, mesh)
+        return functools.partial(train_state.create, optimizer=optimizer), step
+
+    return train_by(make_method, options, directory, init=init, frozen=frozen, batches=batches, evaluate=evaluate)
+
+
+def train_by(
+    make_method: Callable[[Mesh], Method],
+    options: TrainOptions,
+    directory: Path,
+    *,
+    init: PyTree | Callable[[Key], PyTree],
+    frozen: Mapping[str, Any],
+    batches: Batches,
+    evaluate: Evaluate,
+) -> TrainState:
+    """`train` by any method: how to create a state from initial parameters, and its step."""
     mesh = devices.make_mesh(fsdp=options.fsdp)
     devices.check_batch_size("config.batch_size", options.batch_size, mesh, options.accumulate)
-    optimizer, step = make_step(options, loss, mesh)
+    create, step = make_method(mesh)
     init_key, key = jax.random.split(jax.random.key(options.seed))
     if callable(init):
-        state = devices.create_sharded(lambda k: train_state.create(init(k), optimizer), mesh, init_key)
+        state = devices.create_sharded(lambda k: create(init(k)), mesh, init_key)
     else:
-        state = devices.create_sharded(lambda p: train_state.create(p, optimizer), mesh, devices.shard(init, mesh))
+        state = devices.create_sharded(create, mesh, devices.shard(init, mesh))
     writer = metrics.make_writer(directory, tensorboard=options.tensorboard)
     checkpoints = Checkpoints(directory / CHECKPOINTS, **options.checkpoints, verify=options.verify)
     try:
