@@ -313,6 +313,15 @@ def distill_config(teacher, variant="openmoji"):
     return config
 
 
+def refine_config(teacher):
+    """Every term of the losses, and one step in which the student waits."""
+    config = shrink_training(read_config("refine"), teacher)
+    config.update({"regression": 0.25, "adversarial": 0.1})
+    config.fake.update({"updates": 1, "first": 1, "adversarial": 0.1})
+    shrink_training(config.score, teacher).model = str(teacher)
+    return config
+
+
 def progressive_config(teacher):
     config = shrink_training(read_config("progressive"), teacher)
     config.model, config.rounds = str(teacher), {"N": (2, 1), "steps": (4, 4)}

@@ -19,6 +19,7 @@ from instaflow_jax.models.layers import LayerFactory, Remat
 from instaflow_jax.models.transformer import Transformer2DModel
 from instaflow_jax.weights import hub
 
+Middle = Float[AnyArray, "B h w D"]  # features of the middle block
 _OLD_SAMPLE_SIZE = 64  # latents' side that diffusers' pipelines took for files from before version 0.9
 
 
@@ -257,6 +258,22 @@ class UNet2DConditionModel(Remat, net.Model):
           timestep: integer or real; a flow passes 1000·(1−t).
           encoder_hidden_states: text [B, L, cross_attention_dim].
         """
+        return self.with_middle(sample, timestep, encoder_hidden_states)[0]
+
+    def with_middle(self, sample, timestep, encoder_hidden_states) -> tuple[Float[Array, "B H W out"], Middle]:
+        """The network's output, and the features of `middle` on the way to it."""
+        x, skips, time, text = self._encode(sample, timestep, encoder_hidden_states)
+        middle = x.astype(jnp.float32)
+        for block in self.up_blocks:
+            x = block(x, skips, time, text)
+        return self.maybe_checkpoint(self._out)(x), middle
+
+    def middle(self, sample, timestep, encoder_hidden_states) -> Middle:
+        """The features behind the middle block, in float32: what a discriminator looks at."""
+        return self._encode(sample, timestep, encoder_hidden_states)[0].astype(jnp.float32)
+
+    def _encode(self, sample, timestep, encoder_hidden_states):
+        """The features behind the middle block, the skips, and the embeddings of timestep and text."""
         config = self.config
         tau = jnp.broadcast_to(jnp.asarray(timestep), sample.shape[:1])
         sinusoids = timestep_embedding(tau, config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift)
@@ -268,10 +285,7 @@ class UNet2DConditionModel(Remat, net.Model):
         for block in self.down_blocks:
             x, block_skips = block(x, time, text)
             skips += block_skips
-        x = self.mid_block(x, time, text)
-        for block in self.up_blocks:
-            x = block(x, skips, time, text)
-        return self.maybe_checkpoint(self._out)(x)
+        return self.mid_block(x, time, text), skips, time, text
 
     def _out(self, x):
         x = jax.nn.silu(self.conv_norm_out(x)) if hasattr(self, "conv_norm_out") else x

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from instaflow_jax import flow, pipeline, sampling, solvers
@@ -98,10 +99,18 @@ def check(
     train = options.train
     fit.check(train)
     ShuffledEpochs(recipe["count"], batch_size=train.batch_size, seed=train.seed)
+    check_loss(options, recipe, loss, pipe.nets["unet"].shapes, with_text(pipe, frozen))
+
+
+def check_loss(
+    options: FlowOptions, recipe: Mapping[str, Any], loss: Loss, params: PyTree, frozen: Mapping[str, Any]
+) -> None:
+    """Traces a loss of these parameters, arrays or shapes, on pairs of this recipe. Raises as the loss does."""
+    train = options.train
     rows, shape = train.batch_size // train.accumulate, tuple(recipe["latent_shape"])
     latents = jax.ShapeDtypeStruct((rows, *shape), jnp.float16)
     batch = {"X0": latents, "X1": latents, "ids": jax.ShapeDtypeStruct((rows, recipe["tokens"]), jnp.int32)}
-    jax.eval_shape(loss, pipe.nets["unet"].shapes, with_text(pipe, frozen), batch, jax.random.key(0))
+    jax.eval_shape(loss, params, frozen, batch, jax.random.key(0))
 
 
 def check_fit(pipe: pipeline.Pipeline, recipe: Mapping[str, Any]) -> None:

@@ -24,9 +24,9 @@ RANGES: dict[str, tuple[float, float]] = {  # last words of STAGE.BLOCK.FIELD â†
     **dict.fromkeys(("height", "width", "count", "profile_steps", "keep_every", "warmup_steps", "max_shift"), _INDEX),
     **dict.fromkeys(("crop", "margin", "processes", "process", "cleaning.min_chars", "cleaning.max_chars"), _INDEX),
     **dict.fromkeys(("ema_decay", "prompt_dropout", "empty"), _SHARE),
-    **dict.fromkeys(("b1", "b2", "match", "smoothing", "max_zoom"), _BELOW),
+    **dict.fromkeys(("b1", "b2", "match", "smoothing", "max_zoom", "refine.t", "regression"), _BELOW),
     **dict.fromkeys(("alpha", "alphas", "teacher_alpha", "weight_decay", "peak", "schedule.end", "lpips.l2"), _SCALE),
-    **dict.fromkeys(("kl_weight", "l1_weight"), _SCALE),
+    **dict.fromkeys(("kl_weight", "l1_weight", "matching", "adversarial"), _SCALE),
     **dict.fromkeys(("eps", "min_snr"), _POSITIVE),
     "clip": (_TINY, math.inf),  # inf turns clipping off
     "seed": (0, 2**32 - 1),
@@ -40,6 +40,8 @@ RANGES: dict[str, tuple[float, float]] = {  # last words of STAGE.BLOCK.FIELD â†
     "evaluate.count": (2, _INT),  # a covariance needs two images
     "evaluate_coco.paper": (0, 2),
     "straightness.count": (2, _INT),
+    "fake.updates": _COUNT,
+    "fake.first": _INDEX,
     "points": (2, _INT),
     "port": (0, 2**16 - 1),
     "dollars_per_device_hour": _SCALE,

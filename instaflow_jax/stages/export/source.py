@@ -62,12 +62,12 @@ def load(name: str, weights: str, dynamics: str, options: WeightOptions) -> Sour
 
 
 def load_run(run: Path, weights: str, options: WeightOptions) -> Source:
-    """The newest checkpoint of a reflow, distillation or progressive run, in the pipeline it was trained in."""
+    """The newest checkpoint of a run that trained a flow, in the pipeline it was trained in."""
     saved, step = checkpoint.load_config(run / CHECKPOINTS, step=None), checkpoint.complete_steps(run / CHECKPOINTS)[-1]
-    if saved.get("stage") not in ("reflow", "distill", "progressive"):
+    if saved.get("stage") not in ("reflow", "distill", "refine", "progressive"):
         raise ValueError(
-            f"{run} is a run of stage {saved.get('stage')!r}, not of reflow, distill or progressive; pretraining "
-            "writes WORKDIR/export in diffusers layout itself: use that as config.model"
+            f"{run} is a run of stage {saved.get('stage')!r}, not of reflow, distill, refine or progressive; "
+            "pretraining writes WORKDIR/export in diffusers layout itself: use that as config.model"
         )
     if options.loras or options.delta:
         raise ValueError(

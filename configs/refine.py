@@ -1,0 +1,72 @@
+"""Refinement: move the one-step model's distribution onto that of the pairs' images (score distillation, DMD2).
+
+python -m instaflow_jax.main --config=configs/refine.py --workdir=DIR
+python -m instaflow_jax.main --config=configs/refine.py:sd15 --workdir=DIR
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common, reflow
+
+
+def get_config(variant: str = "openmoji") -> ConfigDict:
+    config = reflow.training()
+    config.stage = "refine"
+    config.model = ""  # the one-step model to start from; "" is DIR/distill/export
+    config.real = ""  # the flow that knows the data's score; "" is DIR/score/export, made with config.score if missing
+    config.output = "refine"  # folder of the workdir to train in
+    config.prompt_dropout = 0.0  # because a one-step model is not guided
+    config.t = (0.02, 0.98)  # scores are compared at times between these
+    config.matching = 1.0  # weight of the difference of scores
+    config.regression = 0.0  # share of each batch that regresses the pairs' images from their noise instead
+    config.adversarial = 0.0  # weight of the discriminator's verdict; 0 goes without it
+    # The fake score. updates: for each of the student's. first: steps before the student's first update. adversarial:
+    # weight of the discriminator's loss.
+    config.fake = {"updates": 3, "first": 10, "adversarial": 0.0, "schedule": {}}
+    config.score = reflow.get_config("sd15_score" if variant.startswith("sd15") else "score")
+    config.pairs = config.score.pairs  # the same object
+    config.eval.N = (1, 2, 4)
+    common.pick(VARIANTS, variant)(config)
+    return config.lock()
+
+
+def openmoji(config: ConfigDict) -> None:
+    reflow.emoji_budget(config, steps=300)
+    config.schedule = {"name": "constant", "peak": 3e-5, "warmup_steps": 10}
+    config.fake.schedule = {"name": "constant", "peak": 1e-4, "warmup_steps": 10}
+    config.loop.save_every = 50
+    config.eval_every = 100
+
+
+def sd15(config: ConfigDict) -> None:
+    """DMD2's recipe for SD 1.5 without its discriminator (github.com/tianweiy/DMD2, experiments/sdv1.5).
+
+    From there: batch 2048, one update of the student to ten of the fake score, rate 1e-5 for both, clipping at 10,
+    39,000 updates of the fake score. They start from the teacher and take its score with guidance 1.75; we start from a
+    one-step model, which should need fewer updates: how many is not known. Our own: EMA 0.999, and `first`.
+    """
+    config.dtype = "bfloat16"
+    config.remat.unet = "blocks"
+    config.batch_size, config.accumulate = 2048, 32  # 8 samples per device and micro-batch on 8 devices
+    config.ema_decay = 0.999
+    config.optim.update({"weight_decay": 0.01, "clip": 10.0})
+    config.schedule = {"name": "constant", "peak": 1e-5, "warmup_steps": 0}
+    config.fake.update({"updates": 10, "first": 10, "schedule": {"name": "constant", "peak": 1e-5, "warmup_steps": 0}})
+    config.loop.update({"steps": 3900, "save_every": 100})
+    config.eval_every = 100
+    config.eval.prompts = reflow.SD_PROMPTS
+
+
+def sd15_adversarial(config: ConfigDict) -> None:
+    """DMD2's second phase, with the discriminator: set `config.model` to the DIR/refine/export of the first.
+
+    From there: rate 5e-7 for both, weights 1e-3 and 1e-2. Its number of updates is not in the script.
+    """
+    sd15(config)
+    config.output = "refine_adversarial"
+    config.schedule.peak = config.fake.schedule.peak = 5e-7
+    config.adversarial, config.fake.adversarial = 1e-3, 1e-2
+    config.loop.steps = 500
+
+
+VARIANTS = {"openmoji": openmoji, "sd15": sd15, "sd15_adversarial": sd15_adversarial}

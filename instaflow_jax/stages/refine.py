@@ -1,0 +1,217 @@
+"""Stage `refine`: a one-step generator → a better one, by matching the distribution of the pairs' images (DMD2)."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from instaflow_jax import pipeline, sampling
+from instaflow_jax.data.pairs.reader import PairBatches
+from instaflow_jax.infra import devices
+from instaflow_jax.models.discriminator import make_discriminator
+from instaflow_jax.models.net import Net
+from instaflow_jax.models.unet import UNet2DConditionModel
+from instaflow_jax.stages import reflow
+from instaflow_jax.stages.common import fit, flow_training, loading
+from instaflow_jax.stages.generate.stage import check_pairs, has_pairs, need_pairs
+from instaflow_jax.train import optim, score_distillation
+from instaflow_jax.train import state as train_state
+from instaflow_jax.train.score_distillation import HEAD, Method
+from instaflow_jax.train.step import Loss
+from instaflow_jax.train.two_time_scale import make_two_time_scale_step
+from instaflow_jax.weights.conventions import NUM_TIMESTEPS
+
+STUDENT = "distill"  # folder of the workdir whose export is refined if `config.model` is ""
+
+
+class Losses(NamedTuple):
+    """What trains the two networks.
+
+    Attributes:
+      student, fake: the losses.
+      head: the discriminator; None without adversarial losses.
+    """
+
+    student: Loss
+    fake: Loss
+    head: Net | None
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+    """Trains in `workdir`/`config.output`, from the one-step flow `config.model`, on the prompts and X1 of the pairs.
+
+    First makes what is missing: the real score (if `config.real` is ""), by `reflow` with `config.score`, and the pairs
+    in `workdir`/pairs.
+
+    Raises:
+      ValueError, FileNotFoundError: a field of the config, one of the two flows, or the pairs are wrong.
+      OSError, FloatingPointError: see `train.loop`.
+    """
+    options, directory = read_options(config, workdir), Path(workdir) / config.output
+    if not has_pairs(Path(workdir)) or (not config.real and not reflow.is_trained(config.score, workdir)):
+        check(config, workdir)
+    source, pairs = find_student(config, workdir), need_pairs(config.pairs, Path(workdir))
+    real = load_real(config.real or reflow.need(config.score, workdir), options)
+    pipe = load_student(source, real, options)
+    losses, recipe = make_losses(config, options, pipe.nets, real.nets), pairs.manifest["recipe"]
+    for each in (pipe, real):
+        flow_training.check_fit(each, recipe)
+    state = fit.train_by(
+        functools.partial(make_method, config, options, losses),
+        options.train,
+        directory,
+        init=initial_params(pipe, real, losses.head, options),
+        frozen=flow_training.with_text(pipe, {"real": real.nets["unet"].cast(real.params["unet"])}),
+        batches=PairBatches(pairs, batch_size=options.train.batch_size, seed=options.train.seed),
+        evaluate=flow_training.make_evaluate(options.eval, pipe, tuple(recipe["latent_shape"])),
+    )
+    fit.export_ema(state, lambda ema: flow_training.export(pipe, ema, directory / loading.EXPORT))
+
+
+def check(config: ConfigDict, workdir: str) -> None:
+    """Every check of `run` and of the stages that it would run first, without training or writing anything.
+
+    Raises:
+      ValueError, FileNotFoundError: see `run`.
+    """
+    options, source = read_options(config, workdir), find_student(config, workdir)
+    if config.real or reflow.is_trained(config.score, workdir):
+        real = load_real(config.real or reflow.export_directory(config.score, workdir), options)
+    else:
+        real = reflow.check(config.score, workdir)
+    recipe, pipe = check_pairs(config.pairs, Path(workdir)), load_student(source, real, options)
+    losses, params = make_losses(config, options, pipe.nets, real.nets), real.nets["unet"].shapes
+    flow_training.check_fit(real, recipe)
+    optim.make_schedule(**config.fake.schedule)
+    fake, frozen = with_head(params, losses.head and losses.head.shapes), {"real": params}
+    flow_training.check(options, pipe, recipe, losses.student, {**frozen, "fake": fake})
+    frozen = flow_training.with_text(pipe, {**frozen, "student": pipe.nets["unet"].shapes})
+    flow_training.check_loss(options, recipe, losses.fake, fake, frozen)
+
+
+def read_options(config: ConfigDict, workdir: str) -> flow_training.FlowOptions:
+    """Checks and unpacks the config before anything is loaded. Raises ValueError."""
+    options, t = flow_training.read_flow_options(config), tuple(config.t)
+    if len(t) != 2 or not t[0] < t[1]:
+        raise ValueError(f"config.t={t} must be two times, the smaller one first, as in (0.02, 0.98)")
+    if bool(config.adversarial) != bool(config.fake.adversarial):
+        raise ValueError(
+            f"config.adversarial={config.adversarial:g} and config.fake.adversarial={config.fake.adversarial:g} must "
+            "both be 0, which turns the discriminator off, or neither"
+        )
+    fit.check_same_run(options.train, Path(workdir) / config.output)
+    return options
+
+
+# ---------------------------------------------------------------- the models
+
+
+def find_student(config: ConfigDict, workdir: str) -> str:
+    """The model to refine. Raises FileNotFoundError if it is the workdir's and has not been trained."""
+    directory = Path(workdir) / STUDENT
+    if not config.model and not loading.has_export(directory):
+        raise FileNotFoundError(
+            f"{directory / loading.EXPORT} holds no one-step model to refine: train it with "
+            "--config=configs/distill.py, or name one with --config.model"
+        )
+    return config.model or str(directory / loading.EXPORT)
+
+
+def load_real(source: str, options: flow_training.FlowOptions) -> pipeline.Pipeline:
+    """The real score.
+
+    Raises:
+      ValueError, FileNotFoundError: it cannot be read, or is not a flow as training makes it.
+    """
+    pipe = loading.load(source, dataclasses.replace(options.weights, delta=None, loras=(), weights_variant=""))
+    if not isinstance(flow_training.start_dynamics(pipe), sampling.Flow):
+        raise ValueError(
+            f"the real score {source} is a teacher, but it must be a flow that was trained with fresh noise: use "
+            "config.real='' to train it, or the export of --config=configs/reflow.py:score"
+        )
+    return pipe
+
+
+def load_student(source: str, real: pipeline.Pipeline, options: flow_training.FlowOptions) -> pipeline.Pipeline:
+    """The model to refine. Raises ValueError, FileNotFoundError; also if its text encoder is not the real score's."""
+    pipe = loading.load(source, options.weights)
+    texts = [each.params["text_encoder"] for each in (pipe, real)]
+    if texts[0].keys() != texts[1].keys() or not all(np.array_equal(p, texts[1][name]) for name, p in texts[0].items()):
+        raise ValueError(
+            f"{source} has another text encoder than the real score: refine it with a score that was trained from "
+            "the same teacher (config.score.model, or config.real)"
+        )
+    return pipe
+
+
+def initial_params(
+    pipe: pipeline.Pipeline, real: pipeline.Pipeline, head: Net | None, options: flow_training.FlowOptions
+) -> dict[str, Mapping[str, Any]]:
+    """The student's weights, and the fake score's: the real score's and a new head."""
+    new = jax.device_get(head.init(jax.random.key(options.train.seed))) if head else None
+    student = flow_training.initial_params(pipe, options.warm_start)
+    return {"student": student, "fake": with_head(real.params["unet"], new)}
+
+
+def with_head(params: Mapping[str, Any], head: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The fake score's parameters, or their shapes, with those of its head."""
+    return {**params, **{HEAD + name: value for name, value in (head or {}).items()}}
+
+
+# ---------------------------------------------------------------- the losses and the step
+
+
+def make_losses(
+    config: ConfigDict, options: flow_training.FlowOptions, nets: Mapping[str, Net], real_nets: Mapping[str, Net]
+) -> Losses:
+    """The losses of the student and of the fake score.
+
+    Args:
+      nets: the student's.
+      real_nets: the real score's.
+
+    Raises:
+      ValueError: the real score's network cannot be a discriminator.
+    """
+    student, score = (each["unet"].with_remat(options.remat["unet"]) for each in (nets, real_nets))
+    if config.adversarial and score.module is not UNet2DConditionModel:
+        raise ValueError(
+            f"config.adversarial={config.adversarial:g} needs a U-Net as real score, not {score.module.__name__}: "
+            "use config.adversarial=0 and config.fake.adversarial=0, or another real score"
+        )
+    head = make_discriminator(score) if config.adversarial else None
+    method = Method(student, score, nets["text_encoder"], head, tuple(config.t), options.prompt_dropout, NUM_TIMESTEPS)
+    weights = {name: config[name] for name in ("matching", "regression", "adversarial")}
+    return Losses(
+        score_distillation.make_student_loss(method, **weights),
+        score_distillation.make_fake_loss(method, adversarial=config.fake.adversarial),
+        head,
+    )
+
+
+def make_method(config: ConfigDict, options: flow_training.FlowOptions, losses: Losses, mesh: Mesh) -> fit.Method:
+    """How `fit.train_by` creates the state of both networks, and the step that trains them."""
+    train = options.train
+    optimizer, fake_optimizer = (
+        optim.make_optimizer(optim.make_schedule(**schedule), **train.optim)
+        for schedule in (train.schedule, config.fake.schedule)
+    )
+    step = make_two_time_scale_step(
+        devices.gathering(losses.student, mesh, ("fake",)),
+        devices.gathering(losses.fake, mesh, ("student",)),
+        optimizer,
+        fake_optimizer,
+        ema_decay=train.ema_decay,
+        accumulate=train.accumulate,
+        updates=config.fake.updates,
+        first=config.fake.first,
+        unroll=mesh.devices.flat[0].platform == "cpu",  # where convolutions in a loop are slow
+    )
+    create: Any = functools.partial(train_state.create_two, optimizer=optimizer, fake_optimizer=fake_optimizer)
+    return create, step

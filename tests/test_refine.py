@@ -1,0 +1,403 @@
+"""Refinement by distribution matching: losses where their values are known, the step, and the stage when killed."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toy_training as toy
+from helpers import killed_at, load, normal, refine_config, relative
+
+from instaflow_jax import main, pipeline, sampling
+from instaflow_jax.models.discriminator import Discriminator
+from instaflow_jax.models.unet import UNet2DConditionModel
+from instaflow_jax.stages.common import flow_training
+from instaflow_jax.train import losses, score_distillation, two_time_scale
+from instaflow_jax.train import state as train_state
+from instaflow_jax.train.score_distillation import Method, Noised
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+TEXT = types.SimpleNamespace(
+    apply=lambda params, ids: types.SimpleNamespace(last_hidden_state=jnp.asarray(params)[ids])
+)
+FROZEN = {"text_encoder": normal(9, 16, 3), "null_ids": np.array([[0, 0]])}
+BATCH = {"X0": normal(0, 64, 4, 4, 2), "X1": normal(1, 64, 4, 4, 2), "ids": np.arange(128).reshape(64, 2) % 15 + 1}
+
+
+def method(student, score, head=None):
+    nets = (types.SimpleNamespace(apply=apply) for apply in (student, score))
+    return Method(*nets, TEXT, head and types.SimpleNamespace(apply=head), (0.1, 0.9), 0.0, 1000)
+
+
+# ---------------------------------------------------------------- Gaussians, whose scores are known
+
+DEVIATION = 0.5
+
+
+def at(mean):
+    return {"mean": jnp.float32(mean)}
+
+
+def shift(params, Z, tau, text):
+    """A student whose images are Gaussian with deviation 0.5 and this mean."""
+    return params["mean"] + (DEVIATION - 1) * Z
+
+
+def gaussian_flow(params, Xt, tau, text):
+    """The velocity E[X1 − eps | Xt] of data with this mean and deviation 0.5, in closed form."""
+    mean, t = params["mean"], (1 - tau / 1000)[:, None, None, None]
+    gain = t * DEVIATION**2 / (t**2 * DEVIATION**2 + (1 - t) ** 2)
+    return (mean + gain * (Xt - t * mean) - Xt) / (1 - t)
+
+
+def test_the_gradient_equals_one_written_in_numpy():
+    """DMD, Eq. 7 and 8, for random velocities."""
+    x, eps, v_real, v_fake = (normal(i, 5, 4, 4, 2) for i in range(4))
+    t = np.linspace(0.05, 0.95, 5, dtype=np.float32)
+    Xt, rest = t[:, None, None, None] * x + (1 - t)[:, None, None, None] * eps, (1 - t)[:, None, None, None]
+    noised = Noised(eps, t, Xt, 1000 - 1000 * t)
+    match = jax.jit(jax.value_and_grad(lambda x: score_distillation.match_scores(x, noised, v_real, v_fake)[0]))
+    value, gradient = match(x)
+    real, fake = Xt + rest * v_real, Xt + rest * v_fake
+    want = (fake - real) / np.abs(x - real).mean((1, 2, 3), keepdims=True)
+    assert relative(gradient * x.size, want) < 1e-5
+    np.testing.assert_allclose(value, 0.5 * np.mean(want**2), rtol=1e-5)
+
+
+def test_the_mean_of_a_gaussian_student_moves_to_that_of_the_data():
+    """With the exact fake score, whose mean is the student's."""
+    loss = score_distillation.make_student_loss(method(shift, gaussian_flow), matching=1, regression=0, adversarial=0)
+    mean, target, optimizer = at(-1), at(2), optax.adam(0.1)
+
+    @jax.jit
+    def step(mean, state, key):
+        frozen = FROZEN | {"real": target, "fake": mean}
+        (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(mean, frozen, BATCH, key)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(mean, updates), state, metrics["score_gap"]
+
+    state, gaps = optimizer.init(mean), []
+    for i in range(100):
+        mean, state, gap = step(mean, state, jax.random.key(i))
+        gaps.append(gap)
+    assert abs(mean["mean"] - 2) < 0.1 and gaps[-1] < 0.1 * gaps[0]
+
+
+def test_the_gradient_is_zero_where_the_scores_agree():
+    loss = score_distillation.make_student_loss(method(shift, gaussian_flow), matching=1, regression=0, adversarial=0)
+    frozen = FROZEN | {"real": at(1), "fake": at(1)}
+    (value, _), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(at(1), frozen, BATCH, jax.random.key(0))
+    assert value == 0 and gradient["mean"] == 0
+
+
+def test_the_fake_score_learns_the_students_distribution():
+    """The mean that minimises its loss is that of the student's images, not of the pairs'."""
+    loss = score_distillation.make_fake_loss(method(shift, gaussian_flow), adversarial=0)
+
+    @jax.jit
+    @jax.grad
+    def slope(means, key):
+        return loss(at(means[0]), FROZEN | {"student": at(means[1])}, BATCH, key)[0]
+
+    slopes = [np.mean([slope((mean, 1.5), jax.random.key(i)) for i in range(20)], 0) for mean in (1.4, 1.5, 1.6)]
+    by_fake, by_student = np.transpose(slopes)
+    assert by_fake[0] < -3 * abs(by_fake[1]) and by_fake[2] > 3 * abs(by_fake[1])
+    assert not by_student.any()
+
+
+# ---------------------------------------------------------------- the terms
+
+
+def test_a_share_of_the_batch_regresses_its_own_pairs():
+    seen = []
+
+    def record(params, Z, tau, text):
+        seen.append((Z, tau))
+        return params["mean"] + 0 * Z
+
+    loss = score_distillation.make_student_loss(
+        method(record, gaussian_flow), matching=1, regression=0.25, adversarial=0
+    )
+    frozen = FROZEN | {"real": at(1), "fake": at(2)}
+    value, metrics = loss(at(0.5), frozen, BATCH, jax.random.key(0))
+    (Z, tau), *_ = seen  # without jit
+    np.testing.assert_array_equal(Z[:16], BATCH["X0"][:16])
+    assert not np.any(Z[16:] == BATCH["X0"][16:]) and np.all(tau == 1000)
+    error = np.mean((BATCH["X0"][:16] + 0.5 - BATCH["X1"][:16]) ** 2)
+    np.testing.assert_allclose(metrics["regression"], error, rtol=1e-5)
+    alone = loss(at(0.5), frozen | {"real": at(2)}, BATCH, jax.random.key(0))[0]
+    np.testing.assert_allclose(alone, 0.25 * error, rtol=1e-5)  # the scores agree
+    assert value > alone
+    with pytest.raises(ValueError, match=r"regression=1 must be a share in \[0, 1\)"):
+        score_distillation.make_student_loss(method(record, record), matching=1, regression=1, adversarial=0)
+
+
+def test_the_discriminator_tells_real_from_fake_and_the_student_follows():
+    """Features are the noised images themselves, divided by t; the head is linear."""
+
+    def score(params, Xt, tau, text, method=""):
+        features = Xt / (1 - tau / 1000)[:, None, None, None]
+        return {"": 0 * Xt, "middle": features, "with_middle": (0 * Xt, features)}[method]
+
+    def head(params, features):
+        return params["slope"] * features.mean((1, 2, 3))
+
+    parts = method(lambda params, Z, tau, text: params["mean"] - 0.9 * Z, score, head)
+    fake_loss = score_distillation.make_fake_loss(parts, adversarial=1.0)
+    student_loss = score_distillation.make_student_loss(parts, matching=0, regression=0, adversarial=1.0)
+    params = {"head.slope": jnp.float32(0), "conv.kernel": jnp.float32(0)}
+    batch = BATCH | {"X1": 3 + 0.1 * BATCH["X1"]}
+    student, key = FROZEN | {"student": at(0)}, jax.random.key(0)
+    slope = jax.grad(lambda p: fake_loss(p, student, batch, key)[0])(params)
+    assert slope["head.slope"] < -0.1 and slope["conv.kernel"] == 0  # a descending step makes larger means more real
+    trained = params | {"head.slope": jnp.float32(1)}
+    assert fake_loss(trained, student, batch, key)[1]["accuracy"] > 0.6
+    frozen = FROZEN | {"real": params, "fake": trained}
+    (_, metrics), push = jax.value_and_grad(student_loss, has_aux=True)(at(0), frozen, batch, key)
+    assert push["mean"] < -0.1 and metrics["adversarial"] == pytest.approx(np.log(2), abs=0.1)
+
+
+def test_the_head_takes_any_number_of_positions():
+    head = Discriminator.from_config({"channels": 8, "norm_num_groups": 4})
+    images = [normal(side, 3, side, side, 8) for side in (1, 5)]
+    logits = jax.jit(lambda key: [head.apply(head._init(key), features) for features in images])(jax.random.key(0))
+    assert all(each.shape == (3,) and np.ptp(each) > 0 for each in logits)
+
+
+def test_the_middle_block_is_the_same_with_and_without_the_way_up(teacher):
+    unet, params = UNet2DConditionModel.from_pretrained(teacher, "unet")
+    inputs = normal(0, 2, 4, 4, 4), np.array([1.0, 900.0], np.float32), normal(1, 2, 16, 8)
+    methods = ("with_middle", "middle", "__call__")
+    (out, middle), alone, called = jax.jit(lambda p: [unet.apply(p, *inputs, method=name) for name in methods])(params)
+    np.testing.assert_allclose(middle, alone, rtol=1e-6)
+    np.testing.assert_allclose(out, called, rtol=1e-6)
+    assert middle.shape == (2, 4, 4, 8) and np.ptp(middle) > 0
+
+
+def test_fresh_noise_replaces_the_pairs_own():
+    seen = {}
+
+    def record(params, Z, tau, text):
+        seen.update(Z=Z, t=(1 - tau / 1000)[:, None, None, None])
+        return Z
+
+    options = {"time": "uniform", "penalty": "squared", "prompt_dropout": 0.0, "num_timesteps": 1000}
+    net = types.SimpleNamespace(apply=record)
+    loss = losses.make_reflow_loss(net, TEXT, noise="fresh", **options)
+    value, _ = loss(0.0, FROZEN, BATCH, jax.random.key(0))
+    eps = (seen["Z"] - seen["t"] * BATCH["X1"]) / (1 - seen["t"])
+    assert abs(np.corrcoef(np.ravel(eps), BATCH["X0"].ravel())[0, 1]) < 0.1 and abs(eps.std() - 1) < 0.05
+    np.testing.assert_allclose(value, np.mean((seen["Z"] - (BATCH["X1"] - eps)) ** 2), rtol=1e-4)
+    with pytest.raises(ValueError, match="noise='old' is unknown: use one of paired, fresh"):
+        losses.make_reflow_loss(net, TEXT, noise="old", **options)
+
+
+# ---------------------------------------------------------------- the step of two networks
+
+
+def make_step(updates, first, student_loss=None):
+    """Scalars that move towards each other: the fake towards the student, the student away from the fake."""
+
+    def follow(params, frozen, batch, key):
+        return jnp.square(params["a"] - frozen["student"]["a"]), {"draw": jax.random.uniform(key)}
+
+    def flee(params, frozen, batch, key):
+        return -params["a"] * (1 + frozen["fake"]["a"]), {"draw": jax.random.uniform(key)}
+
+    optimizers = toy.optim.make_optimizer(toy.optim.make_schedule("constant", peak=0.1, warmup_steps=0), **OPTIM)
+    return optimizers, two_time_scale.make_two_time_scale_step(
+        student_loss or flee,
+        follow,
+        optimizers,
+        optimizers,
+        ema_decay=0.5,
+        accumulate=1,
+        updates=updates,
+        first=first,
+        unroll=False,
+    )
+
+
+OPTIM = {"b1": 0.0, "b2": 0.0, "eps": 1e-8, "weight_decay": 0.0, "clip": 1.0}  # each update moves by 0.1
+
+
+def new_state(optimizer):
+    params = {"student": {"a": jnp.float32(1)}, "fake": {"a": jnp.float32(0)}}
+    return train_state.create_two(params, optimizer, optimizer)
+
+
+def test_the_student_waits_and_the_fake_score_is_updated_more_often():
+    optimizer, step = make_step(updates=3, first=2)
+    now, key, update = new_state(optimizer), jax.random.key(0), jax.jit(step.update)
+    rows = []
+    for _ in range(3):
+        now, metrics = update(now, {}, {"x": jnp.zeros(4)}, key)
+        rows.append(metrics)
+    assert [int(now.step), int(now.fake.step)] == [3, 9] and not now.fake.ema
+    np.testing.assert_allclose(now.fake.params["a"], 0.9, rtol=1e-5)  # nine updates of 0.1
+    np.testing.assert_allclose(now.params["a"], 1.1, rtol=1e-5)  # one
+    np.testing.assert_allclose(now.ema["a"], 0.25 * 1 + 0.75 * 1.1, rtol=1e-5)  # decay 3 / 12 at step 2
+    assert [float(row["loss"]) for row in rows[:2]] == [0, 0] and rows[2]["loss"] == pytest.approx(-1.9, rel=1e-5)
+    assert rows[2]["fake_loss"] == pytest.approx(np.mean([0.4**2, 0.3**2, 0.2**2]), rel=1e-4)
+    draws = [float(row[name]) for row in rows for name in ("draw", "fake_draw") if row[name]]
+    assert len(set(draws)) == 4
+
+
+def test_a_student_without_a_finite_gradient_leaves_the_fake_score_to_learn():
+    optimizer, step = make_step(1, 0, lambda params, frozen, batch, key: (params["a"] * jnp.nan, {}))
+    now, metrics = jax.jit(step.update)(new_state(optimizer), {}, {"x": jnp.zeros(4)}, jax.random.key(0))
+    assert metrics["skipped"] == 1 and now.params["a"] == 1 and int(now.step) == 1
+    np.testing.assert_allclose(now.fake.params["a"], 0.1, rtol=1e-5)
+
+
+def test_no_key_is_used_twice():
+    parts = method(shift, gaussian_flow)
+    student = score_distillation.make_student_loss(parts, matching=1, regression=0.25, adversarial=0)
+    fake = score_distillation.make_fake_loss(parts, adversarial=0)
+    frozen = FROZEN | {"real": at(0), "fake": at(0), "student": at(0)}
+    with jax.debug_key_reuse(True):
+        for loss in (student, fake):
+            jax.jit(loss)(at(0), frozen, BATCH, jax.random.key(0))
+
+
+SCRIPT = """
+import functools, json
+import jax, jax.numpy as jnp
+import toy_training as toy
+from instaflow_jax.infra import devices
+from instaflow_jax.train import loop, state, two_time_scale
+
+def student_loss(params, frozen, batch, key):
+    value, metrics = toy.quiet_loss(params, frozen, batch, key)
+    return value + jnp.mean((params["up.kernel"] - frozen["fake"]["up.kernel"]) ** 2), metrics
+
+def fake_loss(params, frozen, batch, key):
+    other = {"data": frozen["data"] + frozen["student"]["up.kernel"][0, :toy.WIDTH]}
+    return toy.quiet_loss(params, other, batch, key)
+
+def advance(mesh, accumulate):
+    step = two_time_scale.make_two_time_scale_step(
+        devices.gathering(student_loss, mesh, ("fake",)), devices.gathering(fake_loss, mesh, ("student",)),
+        toy.optimizer(), toy.optimizer(), ema_decay=0.9, accumulate=accumulate, updates=2, first=1, unroll=False)
+    create = functools.partial(state.create_two, optimizer=toy.optimizer(), fake_optimizer=toy.optimizer())
+    keys = dict(zip(("student", "fake"), jax.random.split(jax.random.key(0))))
+    now = devices.create_sharded(lambda keys: create({n: toy.params(k) for n, k in keys.items()}), mesh, keys)
+    source, key = toy.source(), devices.replicate_key(jax.random.key(1), mesh)
+    frozen = devices.replicate(toy.frozen(), mesh)
+    batch = devices.global_batch(next(source), mesh)
+    compiled = loop.trace_step(step, now, frozen, batch, key, mesh).lower().compile()
+    for _ in range(4):
+        now, metrics = compiled(now, frozen, batch, key)
+        batch = devices.global_batch(next(source), mesh)
+    split = [p.sharding.is_fully_replicated for p in (now.params["up.kernel"], now.fake.params["up.kernel"])]
+    moved = {name: value for part in (now.params, now.fake.params) for name, value in part.items()}
+    sums = {name: float(jnp.sum(p * jnp.arange(p.size).reshape(p.shape) / p.size)) for name, p in moved.items()}
+    return {"metrics": {n: float(v) for n, v in metrics.items()}, "sums": sums, "replicated": split}
+
+one = devices.make_mesh(fsdp=1, devices=jax.devices()[:1])
+print(json.dumps([advance(one, 1), advance(devices.make_mesh(fsdp=4), 1), advance(devices.make_mesh(fsdp=2), 2)]))
+"""
+
+
+@pytest.mark.slow
+def test_sharded_states_equal_those_of_one_device():
+    """Four steps on one device, on FSDP 4, and on FSDP 2 × 2 in two micro-batches."""
+    here = Path(__file__).parent
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": f"{here}:{here.parent}"}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, cwd=here.parent, check=True, stdout=subprocess.PIPE)
+    one, *rest = json.loads(done.stdout.splitlines()[-1])
+    assert one["metrics"]["loss"] > 0 and one["metrics"]["fake_loss"] > 0
+    for other in rest:
+        assert other["replicated"] == [False, False]
+        assert other["metrics"] == pytest.approx(one["metrics"], rel=2e-5, abs=1e-7)
+        assert other["sums"] == pytest.approx(one["sums"], rel=2e-5, abs=1e-5)
+
+
+# ---------------------------------------------------------------- the stage
+
+
+@pytest.fixture(scope="module")
+def run(only_training, teacher, tmp_path_factory):
+    """A workdir whose student and score are the teacher seen as a flow; `refine` has to make pairs."""
+    workdir = tmp_path_factory.mktemp("run")
+    with toy.compile_once(tmp_path_factory.mktemp("compiled")):
+        make_flow(teacher, workdir / "distill")
+        make_flow(teacher, workdir / "score")
+        main.run(refine_config(teacher), str(workdir))
+        yield workdir
+
+
+def make_flow(teacher, directory):
+    pipe = load(teacher)
+    pipeline.save(flow_training.as_flow(pipe, pipe.params["unet"]), directory / "export")
+
+
+def unet(folder):
+    return UNet2DConditionModel.from_pretrained(folder / "export", "unet")[1]
+
+
+@pytest.mark.slow
+def test_refine_trains_the_student_and_exports_a_flow(run):
+    before, after = unet(run / "distill"), unet(run / "refine")
+    assert any(np.any(before[name] != after[name]) for name in before)
+    pipe = load(run / "refine/export")
+    assert sampling.read_dynamics(pipe.scheduler, pipe.index, "auto") == sampling.Flow(1, 1000)
+    rows = [json.loads(line) for line in (run / "refine/metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "loss" in row]
+    assert {"score_gap", "adversarial", "regression", "fake_loss", "fake_accuracy"} <= rows[-1].keys()
+    assert [row["loss"] != 0 for row in rows] == [False, True, True, True]  # the student waits for one step
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_the_same(run, teacher, tmp_path):
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("refine"))
+    with killed_at(3):  # after the checkpoint of step 2
+        main.run(refine_config(teacher), str(tmp_path))
+    assert (tmp_path / "refine/checkpoints/2").is_dir() and not (tmp_path / "refine/export").exists()
+    main.run(refine_config(teacher), str(tmp_path))
+    once, twice = unet(run / "refine"), unet(tmp_path / "refine")
+    assert all(np.array_equal(p, twice[name]) for name, p in once.items())
+    for name in ("metrics.jsonl", "export/unet/diffusion_pytorch_model.safetensors"):
+        assert (run / "refine" / name).read_bytes() == (tmp_path / "refine" / name).read_bytes()
+
+
+BAD = [
+    ({"t": (0.9, 0.1)}, "config.t=(0.9, 0.1) must be two times, the smaller one first"),
+    ({"t": (0.5, 1.0)}, "config.t=(0.5, 1.0) must be from 0 to 0.9999999"),
+    ({"regression": 1.0}, "config.regression=1.0 must be from 0 to"),
+    ({"fake.updates": 0}, "config.fake.updates=0 must be at least 1"),
+    ({"adversarial": 0.0}, "config.adversarial=0 and config.fake.adversarial=0.1 must both be 0"),
+    ({"fake.schedule.name": "linear"}, "schedule='linear' is unknown"),
+    ({"batch_size": 9}, "batch_size=9 must be from 1 to 8, the number of examples"),
+    ({"model": "nowhere"}, "nowhere"),
+    ({"score.loss.noise": "old"}, "noise='old' is unknown"),
+]
+
+
+@pytest.mark.parametrize("fields, words", BAD)
+def test_what_can_be_refused_is_refused_before_anything_is_made(fields, words, teacher, tmp_path):
+    make_flow(teacher, tmp_path / "distill")
+    config = refine_config(teacher)
+    config.update_from_flattened_dict(fields)
+    with pytest.raises((ValueError, FileNotFoundError)) as refused:
+        main.run(config, str(tmp_path))
+    assert words in str(refused.value) and "\n" not in str(refused.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["distill"]
+
+
+def test_a_missing_student_and_a_teacher_as_score_are_refused(teacher, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"distill/export holds no one-step model to refine: train it with"):
+        main.run(refine_config(teacher), str(tmp_path))
+    config = refine_config(teacher)
+    config.model = config.real = str(teacher)
+    with pytest.raises(ValueError, match="is a teacher, but it must be a flow that was trained with fresh noise"):
+        main.run(config, str(tmp_path))
+    assert not list(tmp_path.iterdir())
