@@ -6,18 +6,18 @@
     python -m instaflow_jax.main --config=configs/plan.py:sample_instaflow --config.target=v6e-1
     python -m instaflow_jax.main --config=configs/plan.py:generate_sd15 --config.target=h100-8
 
-The variant is STAGE_VARIANT, a stage and a variant of its config: sample, generate, reflow, distill or progressive (its
-first round). The stage's own fields are `config.program`, e.g. --config.program.batch_size=128. Compiles the program
-that the stage would run, from shapes alone; writes DIR/plan/NAME.json and NAME.md. Needs a compiler: pip install -e
-'.[plan-tpu]' for TPUs, '.[gpu]' for NVIDIA's cards. At SD 1.5's size that takes one to ten minutes and 6 GB of memory
-on two cores.
+The variant is STAGE_VARIANT, a stage and a variant of its config: sample, generate, reflow, distill, refine or
+progressive (its first round). The stage's own fields are `config.program`, e.g. --config.program.batch_size=128.
+Compiles the program that the stage would run, from shapes alone; writes DIR/plan/NAME.json and NAME.md. Needs a
+compiler: pip install -e '.[plan-tpu]' for TPUs, '.[gpu]' for NVIDIA's cards. At SD 1.5's size that takes one to ten
+minutes and 6 GB of memory on two cores.
 """
 
 import importlib
 
 from ml_collections import ConfigDict
 
-STAGES = ("sample", "generate", "reflow", "distill", "progressive")
+STAGES = ("sample", "generate", "reflow", "distill", "refine", "progressive")
 
 
 def get_config(variant: str = "reflow_openmoji") -> ConfigDict:
@@ -29,7 +29,7 @@ def get_config(variant: str = "reflow_openmoji") -> ConfigDict:
     config.program = importlib.import_module(f"configs.{stage}").get_config(name)
     # Networks: sd15, sd15_stacked (InstaFlow-1.7B's), an embedded model, or a directory in diffusers layout, of which
     # only the config.json are read.
-    config.shapes = "openmoji" if name in ("openmoji", "direct", "lpips", "stacked") else "sd15"
+    config.shapes = "openmoji" if name in ("openmoji", "score", "direct", "lpips", "stacked") else "sd15"
     config.target = "v5e-4"  # FAMILY-CHIPS: v4, v5e, v5p, v6e, tpu7x; or CARD-COUNT: a100, h100, h200
     config.optimization_level = "O0"  # of the TPU's compiler, to O3; O0 is several times faster and plans a little more
     config.search = False  # try micro-batches, remat, FSDP and attention, and print the fastest plan that fits

@@ -28,7 +28,7 @@ CHAINED = {stage: set(CHAIN[:i]) for i, stage in enumerate(CHAIN)}
 CHAINED["demo"] |= {"evaluate", "progressive"}
 CHAINED["progressive"] = {"generate"}
 CHAINED["refine"] = {"generate", "reflow"}
-CHAINED["plan"] = {"generate", "reflow", "distill", "progressive"}  # whose programs it compiles
+CHAINED["plan"] = {"generate", "reflow", "distill", "refine", "progressive"}  # whose programs it compiles
 ROOMS = {  # package: where it may be imported
     "flax": ("models/", "weights/port.py"),
     "orbax": ("infra/checkpoint.py",),

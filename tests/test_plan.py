@@ -16,7 +16,7 @@ from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.stages.plan import programs, shapes, stage, targets
 
 PROGRAMS = ("sample_openmoji", "generate_openmoji", "reflow_openmoji", "distill_openmoji", "distill_lpips")
-PROGRAMS += ("progressive_openmoji",)
+PROGRAMS += ("progressive_openmoji", "refine_openmoji")
 
 
 def configured(variant, **fields):
@@ -88,7 +88,8 @@ def test_the_programs_of_the_stages_are_traced_from_shapes(variant):
         config.batch_size = jax.device_count()
     program = programs.trace(config, "openmoji", jax.devices())
     assert isinstance(program.traced, jax.stages.Traced) and program.flops > 1e8
-    expected = {"sample": 1, "generate": -(-4096 // program.rows), "reflow": 1500, "distill": 900, "progressive": 800}
+    expected = {"sample": 1, "generate": -(-4096 // program.rows), "reflow": 1500, "distill": 900}
+    expected |= {"progressive": 800, "refine": read_config("refine").loop.steps}
     assert program.calls == (400 if variant == "distill_lpips" else expected[config.stage])
 
 

@@ -43,7 +43,6 @@ PRODUCTS = {
     "generate": ("pairs/*.array_record*", "pairs/preview.png"),
     "reflow": ("reflow/export/unet/*.safetensors",),
     "distill": ("{output}/export/unet/*.safetensors",),
-    "refine": ("refine/export/unet/*.safetensors",),
     "progressive": ("progressive_2/export/unet/*.safetensors", "progressive_1/export/unet/*.safetensors"),
     "evaluate": ("evaluate/table.md", "evaluate/grid.png"),
     "evaluate_coco": ("evaluate/coco/results.md", "evaluate/coco/*_N25_alpha*/results.json"),
@@ -116,12 +115,11 @@ def smaller(config, world):
             config.model = str(world.sd)  # stands for the hub's
         if config.delta.custom:
             config.delta.origin = str(world.sd)
-    if config.stage in ("reflow", "distill", "refine", "progressive", "export"):
+    if config.stage in ("reflow", "distill", "progressive", "export"):
         training = config.distill if config.stage == "export" else config
         smaller_training(training, tiny)
-        for chained in ("reflow", "score"):
-            if chained in training:
-                smaller_training(training[chained], tiny)
+        if "reflow" in training:
+            smaller_training(training.reflow, tiny)
     if config.stage == "generate":
         config.update({"model": tiny, "count": 8, "shard_size": 8, "batch": 4, "N": 2, "preview": 1})
     if config.stage == "evaluate":

@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from instaflow_jax import pipeline, sampling
@@ -17,7 +18,7 @@ from instaflow_jax.infra import cost, devices
 from instaflow_jax.infra.runner import BatchedRunner
 from instaflow_jax.models.net import Net
 from instaflow_jax.models.stacked_unet import StackedUNet, stack_net
-from instaflow_jax.stages import distill, progressive, reflow
+from instaflow_jax.stages import distill, progressive, refine, reflow
 from instaflow_jax.stages.common import fit, flow_training
 from instaflow_jax.stages.common.loading import (
     latent_shape,
@@ -29,7 +30,8 @@ from instaflow_jax.stages.generate.job import make_latents_function
 from instaflow_jax.stages.plan import shapes
 from instaflow_jax.train import loop
 from instaflow_jax.train import state as train_state
-from instaflow_jax.train import step as train_step
+from instaflow_jax.train.state import TrainState
+from instaflow_jax.train.step import TrainStep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Program:
       unit: what a row is.
       flops: of one call on all devices together, without what is computed twice to save memory.
       sharded: full shapes of the arrays that FSDP splits.
-      rounds: how often a call runs the loop that nearly all of it is: solver steps, or micro-batches.
+      rounds: how often a call runs the loops that nearly all of it is: solver steps, or micro-batches of each update.
     """
 
     traced: jax.stages.Traced
@@ -116,7 +118,6 @@ def _training(config: ConfigDict, model: str, nets: Mapping[str, Net], mesh: Mes
     options = flow_training.read_flow_options(config)
     train = options.train
     devices.check_batch_size("config.program.batch_size", train.batch_size, mesh, train.accumulate)
-    loss = _make_loss(config, model, options, nets)
     frozen = {
         "text_encoder": nets["text_encoder"].shapes,
         "null_ids": jax.ShapeDtypeStruct((1, _tokens(nets)), jnp.int32),
@@ -125,9 +126,10 @@ def _training(config: ConfigDict, model: str, nets: Mapping[str, Net], mesh: Mes
         frozen |= {name: nets[name].shapes for name in ("vae", "lpips")}
     if config.stage == "progressive":
         frozen["teacher"] = nets["unet"].cast(nets["unet"].shapes)
-    optimizer, step = fit.make_step(train, loss, mesh)
-    state = jax.eval_shape(functools.partial(train_state.create, optimizer=optimizer), nets["unet"].shapes)
-    state = devices.abstract(state, mesh)
+    if config.stage == "refine":
+        frozen["real"] = nets["unet"].cast(nets["unet"].shapes)
+    init, create, step = _make_method(config, model, options, nets, mesh)
+    state = devices.abstract(jax.eval_shape(create, init), mesh)
     latent = jax.ShapeDtypeStruct((train.batch_size, *latent_shape(nets, 0, 0)), jnp.float16)
     ids = jax.ShapeDtypeStruct((train.batch_size, _tokens(nets)), jnp.int32)
     inputs = (
@@ -137,17 +139,28 @@ def _training(config: ConfigDict, model: str, nets: Mapping[str, Net], mesh: Mes
     )
     traced = loop.trace_step(step, state, *inputs, mesh)
     flops = loop.count_flops(traced, step, state, *inputs)
-    sharded = tuple(p.shape for p in state.params.values() if not p.sharding.is_fully_replicated)
-    return Program(traced, train.batch_size, train.loop["steps"], "sample", flops, sharded, train.accumulate)
+    params = [*state.params.values(), *(state.fake.params.values() if config.stage == "refine" else ())]
+    sharded = tuple(p.shape for p in params if not p.sharding.is_fully_replicated)
+    rounds = train.accumulate * (config.fake.updates + 1 if config.stage == "refine" else 1)
+    return Program(traced, train.batch_size, train.loop["steps"], "sample", flops, sharded, rounds)
 
 
-def _make_loss(
-    config: ConfigDict, model: str, options: flow_training.FlowOptions, nets: Mapping[str, Net]
-) -> train_step.Loss:
+def _make_method(
+    config: ConfigDict, model: str, options: flow_training.FlowOptions, nets: Mapping[str, Net], mesh: Mesh
+) -> tuple[PyTree, Callable[[PyTree], TrainState], TrainStep]:
+    """Shapes of the initial parameters, how the state is made of them, and the step."""
+    unet = nets["unet"].shapes
+    if config.stage == "refine":
+        losses = refine.make_losses(config, options, nets, nets)
+        fake = refine.with_head(unet, losses.head and losses.head.shapes)
+        return {"student": unet, "fake": fake}, *refine.make_method(config, options, losses, mesh)
     if config.stage == "progressive":
         teacher = sampling.read_dynamics(shapes.read_scheduler(model), {}, "teacher")
-        return progressive.make_loss(config, options, nets, teacher)
-    return {"reflow": reflow, "distill": distill}[config.stage].make_loss(config, options, nets)
+        loss = progressive.make_loss(config, options, nets, teacher)
+    else:
+        loss = {"reflow": reflow, "distill": distill}[config.stage].make_loss(config, options, nets)
+    optimizer, step = fit.make_step(options.train, loss, mesh)
+    return unet, functools.partial(train_state.create, optimizer=optimizer), step
 
 
 def _tokens(nets: Mapping[str, Net]) -> int:
