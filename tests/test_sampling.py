@@ -112,8 +112,7 @@ def released_loop(torch, unet, X0, text, null, N, alpha):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("alpha", [1.0, 1.5])
-@pytest.mark.parametrize("N", [1, 2, 25])
+@pytest.mark.parametrize("N,alpha", [(1, 1.0), (1, 1.5), (2, 1.0), (25, 1.5)])
 def test_flow_equals_the_released_loop(N, alpha, torch, tmp_path):
     from diffusers import UNet2DConditionModel as TorchUNet
 

@@ -27,9 +27,18 @@ _COLOURS = {
     "distill_lpips": "#7b2d8b",
     "direct": "#edae49",
     "stacked": "#e377c2",
+    "stacked_direct": "#bcbd22",
     "progressive_1": "#8c564b",  # the last round's, for the line of all rounds
 }
-_MARKERS = {"teacher": "s", "reflow": "o", "distill": "D", "distill_lpips": "P", "direct": "X", "stacked": "^"}
+_MARKERS = {
+    "teacher": "s",
+    "reflow": "o",
+    "distill": "D",
+    "distill_lpips": "P",
+    "direct": "X",
+    "stacked": "^",
+    "stacked_direct": "<",
+}
 _LINE = {"linewidth": 2, "markersize": 7}
 _DPI = 110
 
@@ -127,7 +136,8 @@ def few_steps(path: Path, rows: Sequence[Row]) -> None:
     axes[0].yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     axes[0].minorticks_off()
     axes[1].set_ylim(0, 100)
-    axes[0].legend(frameon=False, fontsize=9)
+    lines, labels = axes[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     _save(figure, path)
 
 
@@ -165,7 +175,7 @@ def _figure(count: int):
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, count, figsize=(5.2 * count, 4.2), dpi=_DPI, squeeze=False)
+    figure, axes = pyplot.subplots(1, count, figsize=(5.2 * count, 4.2), dpi=_DPI, squeeze=False, layout="constrained")
     for axis in axes[0]:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(color="#dddddd", linewidth=0.6)
@@ -175,7 +185,6 @@ def _figure(count: int):
 def _save(figure, path: Path) -> None:
     from matplotlib import pyplot
 
-    figure.tight_layout()
     content = io.BytesIO()
     figure.savefig(content, format="png")
     files.write_bytes(path, content.getbuffer())
