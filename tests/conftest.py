@@ -53,10 +53,15 @@ def no_drawing():
 
 @pytest.fixture(scope="module")
 def fast_compilation():
-    """Programs that compile fast and run slowly, in all tests of the module after the first that asks for it."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    """Programs that compile fast and run slowly, in all tests of the module after the first that asks for it.
+
+    Also in the processes that these tests start. Not for comparisons with a reference, which are about what users run.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

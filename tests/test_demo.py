@@ -13,6 +13,8 @@ from configs import demo as config_file
 from instaflow_jax import main
 from instaflow_jax.stages.demo import stage as demo
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):

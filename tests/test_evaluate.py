@@ -26,6 +26,8 @@ from instaflow_jax.stages.evaluate.judge import Judge, lookalikes
 from instaflow_jax.stages.evaluate.models import Model
 from instaflow_jax.weights.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):

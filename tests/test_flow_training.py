@@ -20,6 +20,8 @@ from instaflow_jax.stages.common.ranges import check_ranges
 from instaflow_jax.stages.generate.stage import need_pairs
 from instaflow_jax.train import state as train_state
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 
 @pytest.fixture(scope="module")
 def run(teacher, tmp_path_factory):

@@ -30,6 +30,8 @@ from instaflow_jax.stages.generate import stage as generate
 from instaflow_jax.stages.pretrain.diffusion import INDEX
 from instaflow_jax.weights.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 ROOT = Path(__file__).parent.parent
 PROMPTS = ["red apple", "house", "cat face", "a face", "woman astronaut", "rocket", "octopus"]
 COUNT, SHARD = 40, 8

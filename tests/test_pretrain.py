@@ -16,6 +16,8 @@ from instaflow_jax.models.vae import AutoencoderKL
 from instaflow_jax.stages.pretrain import losses, stage
 from instaflow_jax.stages.pretrain.diffusion import repeat_emoji
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 DATA = openmoji.Arrays(*(rows[:8] for rows in make_emoji()))
 
 

@@ -10,7 +10,7 @@ import toy_training as toy
 STEPS = 40
 KILLS = 4
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fast_compilation")]
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,8 @@ from instaflow_jax.infra import images
 from instaflow_jax.stages.serve import models
 from instaflow_jax.stages.serve import stage as serve
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 ROOT = Path(__file__).parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (

@@ -26,6 +26,8 @@ from instaflow_jax.infra import buckets, checkpoint, devices, files, stores
 RUN = """
 import sys
 import test_stores
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 test_stores.run(*sys.argv[1:])
 """
 UNEQUAL = {"speed.jsonl", "checkpoints", "hparams.json"}  # seconds, and Orbax's own files
