@@ -13,7 +13,8 @@ sample:
 
 The first round folds the teacher's guidance into one network and halves the steps at once, at nearly twice the cost of
 a later one. The embedded recipe takes as many training samples as reflow and distillation of the demo, 2,400 × 32.
-Not yet measured.
+Fréchet distance to real emoji at 1 / 2 / 4 steps: 6.7 / 6.7 / 6.6, where reflow and distillation have 3.4 at one step
+(docs/training.md). Not yet measured: `:sd15` (`plan` has compiled its first round).
 """
 
 from ml_collections import ConfigDict
