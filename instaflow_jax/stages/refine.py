@@ -56,9 +56,9 @@ def run(config: ConfigDict, workdir: str) -> None:
     options, directory = read_options(config, workdir), Path(workdir) / config.output
     if not has_pairs(Path(workdir)) or (not config.real and not reflow.is_trained(config.score, workdir)):
         check(config, workdir)
-    source, pairs = find_student(config, workdir), need_pairs(config.pairs, Path(workdir))
+    pairs = need_pairs(config.pairs, Path(workdir))
     real = load_real(config.real or reflow.need(config.score, workdir), options)
-    pipe = load_student(source, real, options)
+    pipe = load_student(options, real)
     losses, recipe = make_losses(config, options, pipe.nets, real.nets), pairs.manifest["recipe"]
     for each in (pipe, real):
         flow_training.check_fit(each, recipe)
@@ -80,12 +80,12 @@ def check(config: ConfigDict, workdir: str) -> None:
     Raises:
       ValueError, FileNotFoundError: see `run`.
     """
-    options, source = read_options(config, workdir), find_student(config, workdir)
+    options = read_options(config, workdir)
     if config.real or reflow.is_trained(config.score, workdir):
-        real = load_real(config.real or reflow.export_directory(config.score, workdir), options)
+        real = load_real(options.train.config["real"], options)
     else:
         real = reflow.check(config.score, workdir)
-    recipe, pipe = check_pairs(config.pairs, Path(workdir)), load_student(source, real, options)
+    recipe, pipe = check_pairs(config.pairs, Path(workdir)), load_student(options, real)
     losses, params = make_losses(config, options, pipe.nets, real.nets), real.nets["unet"].shapes
     flow_training.check_fit(real, recipe)
     optim.make_schedule(**config.fake.schedule)
@@ -96,8 +96,16 @@ def check(config: ConfigDict, workdir: str) -> None:
 
 
 def read_options(config: ConfigDict, workdir: str) -> flow_training.FlowOptions:
-    """Checks and unpacks the config before anything is loaded. Raises ValueError."""
-    options, t = flow_training.read_flow_options(config), tuple(config.t)
+    """Checks and unpacks the config before anything is loaded; the resolved one names the two models to start from.
+
+    Raises:
+      ValueError, FileNotFoundError: naming the field, its value and the rule.
+    """
+    chosen = [name for name in ("model", "real") if not config[name]]
+    resolved = config.copy_and_resolve_references().unlock()
+    resolved.model = find_student(config, workdir)
+    resolved.real = config.real or reflow.export_directory(config.score, workdir)
+    options, t = flow_training.read_flow_options(resolved.lock()), tuple(config.t)
     if len(t) != 2 or not t[0] < t[1]:
         raise ValueError(f"config.t={t} must be two times, the smaller one first, as in (0.02, 0.98)")
     if bool(config.adversarial) != bool(config.fake.adversarial):
@@ -105,7 +113,7 @@ def read_options(config: ConfigDict, workdir: str) -> flow_training.FlowOptions:
             f"config.adversarial={config.adversarial:g} and config.fake.adversarial={config.fake.adversarial:g} must "
             "both be 0, which turns the discriminator off, or neither"
         )
-    fit.check_same_run(options.train, Path(workdir) / config.output)
+    fit.check_same_run(options.train, Path(workdir) / config.output, chosen)
     return options
 
 
@@ -138,8 +146,9 @@ def load_real(source: str, options: flow_training.FlowOptions) -> pipeline.Pipel
     return pipe
 
 
-def load_student(source: str, real: pipeline.Pipeline, options: flow_training.FlowOptions) -> pipeline.Pipeline:
+def load_student(options: flow_training.FlowOptions, real: pipeline.Pipeline) -> pipeline.Pipeline:
     """The model to refine. Raises ValueError, FileNotFoundError; also if its text encoder is not the real score's."""
+    source = options.train.config["model"]
     pipe = loading.load(source, options.weights)
     texts = [each.params["text_encoder"] for each in (pipe, real)]
     if texts[0].keys() != texts[1].keys() or not all(np.array_equal(p, texts[1][name]) for name, p in texts[0].items()):
