@@ -30,8 +30,7 @@ class Method(NamedTuple):
     Attributes:
       student, score: networks; the score's serves as the real and as the fake score.
       text_encoder: of both.
-      head: `models.discriminator`'s network for the score's middle block; None if `adversarial` is False.
-      adversarial: whether the fake score is a discriminator too.
+      head: `models.discriminator`'s network for the score's middle block; None without adversarial losses.
       t: the least and the largest time at which images are compared.
       prompt_dropout: share of prompts replaced by the empty one.
       num_timesteps: the networks' timestep at noise (`flow.timestep`).
