@@ -93,7 +93,7 @@ except SystemExit as end:
         ("--config=configs/sample.py --config.promts=x", "the config has no field 'promts'; did you mean 'prompts'?"),
         ("--config=configs/sample.py --config.delta.scal=1", "no field 'delta.scal'; did you mean 'delta.scale'?"),
         ("--config=configs/sample.py:sd51", "no variant 'sd51'; it has openmoji, sd15"),
-        ("--config=configs/demo.py:sd15", "configs/demo.py has no variants"),
+        ("--config=configs/demo.py:sd15", "no variant 'sd15'; it has openmoji, full"),
         ("--config configs/smple.py", "configs/smple.py: no such file; did you mean 'configs/sample.py'?"),
         ("--workdir=x", "no config is given; use --config=configs/STAGE.py"),
         (
@@ -123,6 +123,13 @@ def test_a_mistake_on_the_command_line_ends_in_one_line(arguments, words, monkey
     with pytest.raises(SystemExit) as end:
         main.parse_flags(sys.argv)
     assert str(end.value.code).startswith("error: ") and words in end.value.code and "\n" not in end.value.code
+
+
+def test_a_variant_of_a_config_without_variants_is_refused(tmp_path):
+    (tmp_path / "own.py").write_text("def get_config():\n    return {}\n")
+    assert main.load_config(str(tmp_path / "own.py")) == {}
+    with pytest.raises(ValueError, match=r"own\.py has no variants; use --config=.*own\.py$"):
+        main.load_config(f"{tmp_path}/own.py:sd15")
 
 
 @pytest.mark.slow
