@@ -126,8 +126,10 @@ def test_a_mistake_on_the_command_line_ends_in_one_line(arguments, words, monkey
 
 
 def test_a_variant_of_a_config_without_variants_is_refused(tmp_path):
-    (tmp_path / "own.py").write_text("def get_config():\n    return {}\n")
-    assert main.load_config(str(tmp_path / "own.py")) == {}
+    (tmp_path / "own.py").write_text(
+        "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict()\n"
+    )
+    assert not main.load_config(str(tmp_path / "own.py"))
     with pytest.raises(ValueError, match=r"own\.py has no variants; use --config=.*own\.py$"):
         main.load_config(f"{tmp_path}/own.py:sd15")
 
