@@ -4,9 +4,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from benchmarks import parity
-from benchmarks.table import gib, markdown, pace, seconds
+from benchmarks.table import gib, pace, seconds
 from benchmarks.timing import Row, Timing
 from instaflow_jax.infra.cost import peak
+from instaflow_jax.infra.messages import markdown_table
 
 SPEED = ("what", "ours", "peer", "the peer's", "ratio", "spread, ours / peer's", "ours, TFLOP/s", "MFU")
 SPEED += ("peak GiB, ours / peer's", "first run, ours / peer's")
@@ -46,7 +47,7 @@ def outcome(entry: Entry) -> str:
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
     """The table as one text, or nothing without lines."""
     lines = list(lines)
-    return [markdown(head, lines).rstrip("\n")] if lines else []
+    return [markdown_table(head, lines).rstrip("\n")] if lines else []
 
 
 def read_rows(entry: Entry) -> Iterator[Row]:

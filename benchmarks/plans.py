@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.table import markdown
+from instaflow_jax.infra.messages import markdown_table
 
 FSDP = {"v5e-64": 8, "v5p-16": 1, "h100-8": 1, "v5e-8": 8}  # devices that share one copy of the training state
 PRICES = {"h100": 2.5, "v5e": 1.2, "v5p": 4.2}  # assumed dollars for an hour of a device
@@ -122,7 +122,7 @@ def table(rows: list[Row], out: Path) -> str:
         bound, share = f"{1000 * plan['seconds']['bound']:.3g} ms", f"{100 * plan['mfu_bound']:.0f} %"
         settings, compiled = f"`{' '.join(row.fields)}`", f"{plan['compile_seconds']:.0f} s"
         lines.append([row.title, row.target, settings, fits, *size, bound, share, compiled])
-    return markdown((*head, "compiled in"), lines)
+    return markdown_table((*head, "compiled in"), lines)
 
 
 def recipe_table(rows: list[Row], out: Path) -> str:
@@ -138,7 +138,7 @@ def recipe_table(rows: list[Row], out: Path) -> str:
         for title, calls, hours, days, dollars in total:
             amounts = f"{hours:.3g}", f"{days:.3g}", f"{dollars:,.0f}"
             lines.append((title, target, f"{calls:,}" if calls else "", *amounts))
-    return markdown(("stage", "target", "calls", "hours", "device-days", "dollars"), lines)
+    return markdown_table(("stage", "target", "calls", "hours", "device-days", "dollars"), lines)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.timing import Row, Timing
+from instaflow_jax.infra.messages import markdown_table
 
 PACKAGES = ("jax", "flax", "torch", "diffusers", "transformers")
 HEAD = (
@@ -61,12 +62,7 @@ def render(rows: Sequence[Row], suite: str, repeats: int) -> str:
         "Ratio: the peer's median time / ours. Core seconds: CPU time of all\n"
         "cores, and their ratio. Spread: (slowest - fastest) / median.\n\n"
     )
-    return head + markdown(HEAD, map(cells, rows))
-
-
-def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---"] * len(head), *lines))
+    return head + markdown_table(HEAD, map(cells, rows))
 
 
 def cells(row: Row) -> list[str]:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs everything and runs the tests on the CPU. Arguments go to pytest, e.g.
-#   launch/test.sh -m "not slow"          # three minutes
+#   launch/test.sh -m "not slow"          # two minutes
 #   launch/test.sh tests/test_flow.py
 # REFERENCES=newest tests with the newest diffusers and transformers, in an environment of its own.
 set -euo pipefail

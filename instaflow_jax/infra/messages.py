@@ -1,6 +1,6 @@
-"""Parts of the messages that people read: quoted texts and lists of names, both kept short."""
+"""Parts of what people read: quoted texts and lists of names, both kept short, and tables."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def quote(text: str) -> str:
@@ -11,3 +11,9 @@ def quote(text: str) -> str:
 def first_ten(names: Sequence[str], separator: str = ", ") -> str:
     """The first ten names, and the number of the rest."""
     return separator.join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Iterable[str]], *, numbers: bool = False) -> str:
+    """A Markdown table; with `numbers` all columns but the first are aligned to the right."""
+    rule = ["---", *(["---:" if numbers else "---"] * (len(head) - 1))]
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, rule, *rows))

@@ -27,6 +27,7 @@ from instaflow_jax.stages.common.loading import (
     name_image,
     read_weight_options,
 )
+from instaflow_jax.stages.common.model_measures import make_straightness
 from instaflow_jax.train import warm_start
 from instaflow_jax.train.step import Loss
 from instaflow_jax.weights.conventions import NUM_TIMESTEPS
@@ -219,7 +220,7 @@ def make_evaluate(options: fit.EvalOptions, pipe: pipeline.Pipeline, shape: tupl
     X0 = sampling.noise(np.tile(np.arange(seeds), len(prompts)), shape)
     tables = [(solvers.pad(sampling.solver_table(FLOW, "euler", N), max(counts)), N) for N in counts]
     draw = jax.jit(make_draw(pipe, options.alpha))
-    straightness = jax.jit(make_straightness(pipe, max(counts)))
+    straightness = jax.jit(make_straightness(pipe.nets, FLOW, 1.0, max(counts)))
     labels = [f"N={N}" if seed == 0 else "" for N in counts for seed in range(seeds)]
     names = [name_image(prompt, seed) for prompt in prompts for seed in range(seeds)]
 
@@ -236,7 +237,7 @@ def make_evaluate(options: fit.EvalOptions, pipe: pipeline.Pipeline, shape: tupl
         scale = max(1, 64 // size[1])
         grid = images.grid(rows, columns=len(labels), row_labels=prompts, column_labels=labels, scale=scale)
         images.save_png(path, grid, {"prompts": "|".join(prompts), "alpha": str(options.alpha)})
-        return {"straightness": float(np.mean(straightness(params, ids, X0)))}
+        return {"straightness": float(np.mean(straightness((params, null_ids), ids, X0)))}
 
     return evaluate
 
@@ -252,15 +253,3 @@ def make_draw(pipe: pipeline.Pipeline, alpha: float) -> Callable:
         return sampling.make_generate(pipe.nets, solve)(params, ids, null_ids, X0)
 
     return draw
-
-
-def make_straightness(pipe: pipeline.Pipeline, N: int) -> Callable:
-    """`straightness(params, ids, X0) → S` [B] of the unguided flow along N Euler steps, per latent dimension."""
-    table = sampling.solver_table(FLOW, "euler", N)
-
-    def straightness(params, ids, X0):
-        text = pipe.nets["text_encoder"].apply(params["text_encoder"], ids).last_hidden_state
-        network = functools.partial(pipe.nets["unet"].apply, params["unet"])
-        return flow.straightness(solvers.trajectory(flow.guided(network, text, text, 1.0), table, X0)[1])
-
-    return straightness

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from instaflow_jax.infra.messages import markdown_table
+
 Row = Mapping[str, Any]
 
 
@@ -92,9 +94,8 @@ def cell(row: Row, column: Column) -> str:
 
 def markdown(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     """A Markdown table with one line per row."""
-    lines = [["", *(column.heading for column in columns)], ["---", *("---:" for _ in columns)]]
-    lines += [[label(row), *(cell(row, column) for column in columns)] for row in rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    lines = ([label(row), *(cell(row, column) for column in columns)] for row in rows)
+    return markdown_table(["", *(column.heading for column in columns)], lines, numbers=True)
 
 
 def page(rows: Sequence[Row], conditions: str) -> str:

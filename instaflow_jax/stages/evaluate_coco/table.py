@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from instaflow_jax.infra.messages import markdown_table
 from instaflow_jax.stages.common import paper
 
 Row = Mapping[str, Any]  # the model, N and alpha of a row, and its results
@@ -70,8 +71,7 @@ def shown(value: float | None, form: str, factor: float = 1) -> str:
 def markdown(lines: Iterable[Mapping[str, str]]) -> str:
     """A Markdown table of lines with the same headings."""
     lines = list(lines)
-    cells = (lines[0], ["---"] * len(lines[0]), *(line.values() for line in lines))
-    return "".join(f"| {' | '.join(row)} |\n" for row in cells)
+    return markdown_table(list(lines[0]), (line.values() for line in lines))
 
 
 def _name(row: Row) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from instaflow_jax import pipeline, sampling
+from instaflow_jax.infra.messages import markdown_table
 from instaflow_jax.models.stacked_unet import StackedUNet
 from instaflow_jax.stages.export.formats import Options
 from instaflow_jax.stages.export.source import Source, parents, run_config
@@ -142,7 +143,7 @@ def data(source: Source) -> str:
 
 
 def table(rows: dict[str, Any]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
+    return markdown_table(["", ""], ((key, str(value)) for key, value in rows.items())).rstrip("\n")
 
 
 def legal(source: Source, licence: Licence) -> str:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from instaflow_jax.data.pairs import manifest as pairs_manifest
 from instaflow_jax.data.pairs import store as pairs_store
 from instaflow_jax.infra import collectives, cost, files
-from instaflow_jax.infra.messages import first_ten
+from instaflow_jax.infra.messages import first_ten, markdown_table
 from instaflow_jax.stages.common.ranges import check_ranges
 from instaflow_jax.stages.plan import programs, targets
 from instaflow_jax.stages.plan.programs import Program
@@ -256,25 +256,26 @@ def table(plans: list[Plan]) -> str:
     """A Markdown table, one row a plan."""
     columns = ("target", "fields", "fits", "arguments GiB", "temporaries GiB", "total GiB", "TFLOP a call")
     columns += ("GB accessed", "bound ms", "MFU at most", "sent MiB", "compiled in s")
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for plan in plans:
-        memory = plan.memory or cost.Memory(0, 0, 0)
-        gib = [f"{size / 2**30:.2f}" if plan.memory else "–" for size in (memory.arguments, memory.temporaries)]
-        cells = [
-            plan.target,
-            ", ".join(f"{name} {value}" for name, value in plan.fields.items()),
-            "yes" if plan.fits else "no",
-            *gib,
-            f"{plan.needed / 2**30:.2f}",
-            f"{plan.flops / 1e12:.4g}",
-            "–" if plan.accessed is None else f"{plan.accessed / 1e9:.1f}",
-            f"{1000 * plan.seconds['bound']:.3g}",
-            f"{100 * plan.mfu:.0f} %",
-            f"{sum(plan.sent.values()) / 2**20:,.0f}",
-            f"{plan.compile_seconds:.0f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return markdown_table(columns, map(cells, plans))
+
+
+def cells(plan: Plan) -> list[str]:
+    """A row of the table."""
+    memory = plan.memory or cost.Memory(0, 0, 0)
+    gib = [f"{size / 2**30:.2f}" if plan.memory else "–" for size in (memory.arguments, memory.temporaries)]
+    return [
+        plan.target,
+        ", ".join(f"{name} {value}" for name, value in plan.fields.items()),
+        "yes" if plan.fits else "no",
+        *gib,
+        f"{plan.needed / 2**30:.2f}",
+        f"{plan.flops / 1e12:.4g}",
+        "–" if plan.accessed is None else f"{plan.accessed / 1e9:.1f}",
+        f"{1000 * plan.seconds['bound']:.3g}",
+        f"{100 * plan.mfu:.0f} %",
+        f"{sum(plan.sent.values()) / 2**20:,.0f}",
+        f"{plan.compile_seconds:.0f}",
+    ]
 
 
 def pair_bytes(config: ConfigDict, model: str) -> int:
