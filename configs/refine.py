@@ -52,7 +52,7 @@ def sd15(config: ConfigDict) -> None:
 
     From there: batch 2048, one update of the student to ten of the fake score, rate 1e-5 for both, clipping at 10,
     39,000 updates of the fake score. They start from the teacher and take its score with guidance 1.75; we start from a
-    one-step model, which should need fewer updates: how many is not known. Our own: EMA 0.999, weight decay and `first`.
+    one-step model, which should need fewer updates: how many is not known. Our own: EMA 0.999, weight decay, `first`.
     """
     config.dtype = "bfloat16"
     config.remat.unet = "blocks"
