@@ -44,7 +44,7 @@ def openmoji() -> ConfigDict:
     config.direct = {"alpha": 1.0, "N": (1,)}
     config.stacked = {"alpha": 1.0, "N": (1,)}  # of every Stacked U-Net
     config.extra = ""  # other folders of the workdir, NAME|NAME, each with export/; evaluated like distill
-    config.judge = "openmoji"  # embedded model or directory with clip/
+    config.judge = "openmoji"  # embedded model or directory with clip/ and lpips/
     config.data_dir = ""  # holds the emoji, or they are drawn there; "" is WORKDIR/data
     config.count = 512  # prompts; a Fréchet distance depends on it
     config.seed = 101  # draws the prompts and the noise; the next two draw other noise

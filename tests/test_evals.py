@@ -10,6 +10,7 @@ from helpers import make_image_processor, normal, randomize, references, relativ
 
 from instaflow_jax import flow, pipeline, solvers
 from instaflow_jax.evals import clip_score, features, frechet, kid, precision_recall, retrieval
+from instaflow_jax.evals.diversity import diversity
 from instaflow_jax.evals.error_bar import mean_and_error
 from instaflow_jax.evals.frechet import Moments
 from instaflow_jax.infra.runner import BatchedRunner
@@ -366,3 +367,19 @@ def test_retrieval_counts_right_neighbours_in_both_directions():
 def test_missing_inception_weights_say_where_to_download_them(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"x\.pth is missing: .*pytorch-fid/releases"):
         features.load_inception(tmp_path / "x.pth")
+
+
+# ---------------------------------------------------------------- diversity
+
+
+def test_diversity_is_the_mean_cosine_distance_within_a_prompt():
+    features, prompts = normal(0, 8, 5), ["flag", "face", "flag", "flag", "face", "animal", "face", "flag"]
+    units = features / np.linalg.norm(features, axis=1, keepdims=True)
+    pairs = [
+        np.mean([1 - units[i] @ units[j] for i in rows for j in rows if i != j]) for rows in ([0, 2, 3, 7], [1, 4, 6])
+    ]
+    assert diversity(features, prompts) == pytest.approx(
+        np.average(pairs, weights=[4, 3]), rel=1e-6
+    )  # one animal has no pair
+    assert diversity(np.repeat(features[:1], 3, 0), ["flag"] * 3) == pytest.approx(0, abs=1e-6)
+    assert np.isnan(diversity(features[:2], ["flag", "face"]))

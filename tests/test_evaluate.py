@@ -75,6 +75,7 @@ def test_it_writes_table_numbers_and_figures(run):
     ]
     for (model, N), row in rows.items():
         keys = ["fd_emoji", "fd_kinds", "fd_teacher", "clip_score", "found", "kid", "precision", "recall"]
+        keys += ["diversity", "fd_trunk", "fd_trunk_kinds"]
         assert all(np.isfinite(row[key]) for key in keys + (["seconds", "fd_latents", "error_names"] if N else [])), row
         assert ("S" in row) == ((model, N) in (("teacher", 3), ("reflow", 2), ("distill", 1)))
     assert rows["real", 0]["found"] == 1.0
@@ -353,6 +354,9 @@ def test_the_judge_finds_real_emoji_and_gives_their_clip_score():
     want = make_clip_score(net)(params, to_pixels(data.images), ids)
     assert scores["clip_score"] == pytest.approx(float(np.mean(want)), abs=1e-6)
     assert judge.scores(judge.real[::-1], wanted)["found"] == 0.0
+    trunk = judge.real_trunk  # the second judge's: the same in any batch, another for each emoji
+    assert trunk.shape == (len(EMOJI_NAMES), 96) and len(np.unique(trunk.round(4), axis=0)) == len(EMOJI_NAMES)
+    np.testing.assert_allclose(judge.trunk_features(data.images[1:3]), trunk[1:3], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -155,6 +155,10 @@ class LPIPS(Remat, Model):
         compare = [self.maybe_checkpoint(functools.partial(_compare, head)) for head in heads]
         return sum(distance(*stage) for distance, *stage in zip(compare, x, y, strict=True))
 
+    def pooled(self, images: Image) -> Float[Array, "B C"]:
+        """Mean over pixels of the last stage, for `images` in [-1, 1]."""
+        return _run(self.features, self.taps, images)[-1].mean((1, 2))
+
 
 def _compare(head: NetLinLayer, x, y) -> PerSample:
     """The distance of one stage's features x and y."""

@@ -1,4 +1,7 @@
-"""The embedded CLIP as a judge: features of images and of names, and whether an image shows its prompt."""
+"""The embedded CLIP as a judge: features of images and of names, and whether an image shows its prompt.
+
+A second judge, the trunk of LPIPS, shares no weights with it and knows no words.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -13,6 +16,7 @@ from instaflow_jax.evals.retrieval import unit
 from instaflow_jax.infra.images import to_pixels
 from instaflow_jax.infra.runner import BatchedRunner
 from instaflow_jax.models.clip import CLIPModel
+from instaflow_jax.models.lpips import LPIPS
 from instaflow_jax.models.net import Net, Params
 from instaflow_jax.stages.common.loading import check_files, check_finite
 from instaflow_jax.weights.tokenizer import Tokenizer
@@ -27,13 +31,16 @@ class Judge:
       data: images and words of all emoji.
       lookalikes: an integer for each emoji; see `lookalikes`.
       real: CLIP's features of each emoji's image, [M, D], not normalised.
+      real_trunk: the trunk's.
       names: CLIP's features of each emoji's full name, [M, D], not normalised.
     """
 
     def __init__(self, source: str, data: openmoji.Arrays):
-        """`source` is a directory or hub id with a clip/ that uses the embedded tokenizer."""
+        """`source` is a directory or hub id with lpips/ and a clip/ that uses the embedded tokenizer."""
         self.data, self.lookalikes = data, lookalikes(data)
         net, self._params = load_clip(source)
+        trunk, self._trunk_params = load_trunk(source)
+        self._trunk = BatchedRunner(functools.partial(trunk.apply, method="pooled"), _PER_DEVICE)
         self._image, self._text = (
             BatchedRunner(functools.partial(net.apply, method=method), _PER_DEVICE)
             for method in ("get_image_features", "get_text_features")
@@ -42,6 +49,14 @@ class Judge:
     def image_features(self, images: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N D"]:
         """CLIP's features of images in bytes."""
         return self._image(self._image.place(self._params), to_pixels(images))
+
+    def trunk_features(self, images: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N C"]:
+        """The trunk's last features, averaged over pixels, of images in bytes."""
+        return self._trunk(self._trunk.place(self._trunk_params), to_pixels(images))
+
+    @functools.cached_property
+    def real_trunk(self) -> Float[np.ndarray, "M C"]:
+        return self.trunk_features(self.data.images)
 
     @functools.cached_property
     def real(self) -> Float[np.ndarray, "M D"]:
@@ -85,6 +100,13 @@ def load_clip(source: str) -> tuple[Net, Params]:
     check_files(source)
     net, params = CLIPModel.from_pretrained(source, "clip")
     check_finite(f"{source}/clip", params)
+    return net, params
+
+
+def load_trunk(source: str) -> tuple[Net, Params]:
+    """The network in `source`/lpips and its weights. Raises as `load_clip` does."""
+    net, params = LPIPS.from_pretrained(source, "lpips")
+    check_finite(f"{source}/lpips", params)
     return net, params
 
 

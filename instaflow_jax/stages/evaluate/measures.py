@@ -15,6 +15,7 @@ from instaflow_jax.data.noise import noise
 from instaflow_jax.data.openmoji.captions import captions
 from instaflow_jax.data.openmoji.dataset import Arrays
 from instaflow_jax.evals import frechet
+from instaflow_jax.evals.diversity import diversity
 from instaflow_jax.evals.error_bar import mean_and_error
 from instaflow_jax.evals.kid import kid
 from instaflow_jax.evals.precision_recall import precision_recall
@@ -28,7 +29,7 @@ from instaflow_jax.stages.evaluate.judge import Judge
 from instaflow_jax.stages.evaluate.models import Model
 from instaflow_jax.stages.evaluate.programs import Programs
 
-_VERSION = 3  # raise it when a measurement changes its meaning, so that cached ones are made again
+_VERSION = 4  # raise it when a measurement changes its meaning, so that cached ones are made again
 _LONGEST = 100  # solver steps that the compiled programs have room for
 _KID_SUBSETS = 20
 
@@ -79,6 +80,7 @@ class Measurements:
         self._chosen = np.random.default_rng(options.seed).choice(len(emoji), count, replace=False)
         words = [captions(emoji[i]) for i in self._chosen]
         names, kinds, shown = [each["full"] for each in words], [each["kind"] for each in words], options.shown_prompts
+        self._kind_words = kinds
         self._names, self._kinds, self._shown = map(teacher.pipe.tokenizer, (names, kinds, list(shown)))
         self._settings = {name: getattr(options, name) for name in ("count", "seed", "judge", "neighbours")} | {
             "version": _VERSION,
@@ -119,7 +121,7 @@ class Measurements:
             reference = _load(self.reference()[0], "latents")
             numbers = self._quality(of_names) | {
                 "fd_latents": frechet.distance(_moments(latents[:count].reshape(count, -1)), reference),
-                "fd_kinds": self._distance(self._judge.image_features(of_kinds)),
+                **self._quality_of_kinds(of_kinds),
                 "error_names": float(error[:count].mean()),
                 "error_kinds": float(error[count:].mean()),
             }
@@ -133,8 +135,8 @@ class Measurements:
 
         def make() -> Record:
             real = self._judge.data.images[self._chosen]
-            numbers = self._quality(self._through_autoencoder(real) if decoded else real)
-            return Record(numbers | {"fd_kinds": numbers["fd_emoji"]}, {})  # they show the prompted kinds too
+            drawn = self._through_autoencoder(real) if decoded else real
+            return Record(self._quality(drawn) | self._quality_of_kinds(drawn), {})  # they show the kinds too
 
         return self._cache.get(self._settings | {"what": "real", "decoded": decoded}, make)
 
@@ -158,11 +160,27 @@ class Measurements:
         precision, recall = precision_recall(real[self._chosen], features, self._options.neighbours)
         return self._judge.scores(features, self._chosen) | {
             "fd_emoji": self._distance(features),
+            "fd_trunk": self._trunk_distance(drawn),
             "fd_teacher": frechet.distance(_moments(features), _load(self.reference()[0], "images")),
             "kid": kid(features, real, subsets=_KID_SUBSETS)[0],
             "precision": precision,
             "recall": recall,
         }
+
+    def _quality_of_kinds(self, drawn: UInt8[np.ndarray, "N H W 3"]) -> dict[str, float]:
+        """What is measured of images of the prompted kinds."""
+        features = self._judge.image_features(drawn)
+        distances = {"fd_kinds": self._distance(features), "fd_trunk_kinds": self._trunk_distance(drawn)}
+        spread = diversity(features, self._kind_words)
+        return distances | ({} if np.isnan(spread) else {"diversity": spread})  # too few prompts
+
+    def _trunk_distance(self, drawn: UInt8[np.ndarray, "N H W 3"]) -> float:
+        """Fréchet distance to all real emoji in the features of LPIPS's trunk."""
+        return frechet.distance(_moments(self._judge.trunk_features(drawn)), self._real_trunk)
+
+    @functools.cached_property
+    def _real_trunk(self) -> frechet.Moments:
+        return _moments(self._judge.real_trunk)
 
     def _distance(self, features: Float[np.ndarray, "N D"]) -> float:
         return frechet.distance(_moments(features), self._real)

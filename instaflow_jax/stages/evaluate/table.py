@@ -65,6 +65,17 @@ MORE = (
         "because reflow may change the map.",
     ),
     Column("error_kinds", "error, kinds", ".3f", "less", "The same for kinds."),
+    Column(
+        *("diversity", "diversity", ".3f", "more"),
+        "Mean cosine distance, by the same CLIP, between images of the same kind from different noise: low where a "
+        "model draws the same image again and again. It should be the teacher's, not more.",
+    ),
+    Column(
+        *("fd_trunk", "FD, trunk", ".2f", "less"),
+        "Fréchet distance to all real emoji in the features of a second judge, the trunk of the embedded LPIPS, which "
+        "was trained to name emoji and shares nothing with CLIP. Training by LPIPS sees it.",
+    ),
+    Column("fd_trunk_kinds", "FD, trunk, kinds", ".2f", "less", "The same for kinds."),
     Column("kid", "KID", ".3f", "less", "Kernel distance to all real emoji, unbiased for small sets."),
     Column(
         *("precision", "precision", ".1%", "more"),
