@@ -9,7 +9,6 @@ import sys
 import weakref
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -34,7 +33,6 @@ from instaflow_jax.data import coco, records
 from instaflow_jax.evals import features
 from instaflow_jax.infra import images
 from instaflow_jax.models.inception import InceptionV3
-from instaflow_jax.stages.common import flow_training
 from instaflow_jax.stages.common.paper import TABLES
 from instaflow_jax.stages.evaluate_coco import job, measures, stage, table
 from instaflow_jax.stages.evaluate_coco import rows as coco_rows
@@ -551,16 +549,6 @@ def test_rows_share_references_and_give_what_each_gives_alone_also_when_killed(
     recipe.write_text(recipe.read_text().replace('"N": 2', '"N": 3'))
     with pytest.raises(ValueError, match=rf"config.extra, {row}: .*{row} holds images of another recipe \(N differs\)"):
         main.run(settings, str(both))
-
-
-@pytest.mark.slow
-def test_straightness_is_that_of_training_for_an_unguided_flow(done, coco_folder, coco_models):
-    """By the program that `reflow` evaluates with."""
-    options = coco_rows.read_options(config(coco_folder, coco_models))
-    ready = job.prepare(options, official(coco_folder), done / "nowhere")
-    program = jax.jit(flow_training.make_straightness(ready.pipe, 25))
-    S = program(ready.pipe.params, ready.ids(ready.photos), ready.noise(ready.photos))
-    assert results(done)["S"] == pytest.approx(float(np.mean(S)), rel=1e-5)
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])

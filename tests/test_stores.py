@@ -22,12 +22,12 @@ from instaflow_jax import main
 from instaflow_jax.data.pairs.reader import Pairs
 from instaflow_jax.infra import buckets, checkpoint, devices, files, stores
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 # Makes pairs and trains the toy in one workdir.
 RUN = """
 import sys
 import test_stores
-
-pytestmark = pytest.mark.usefixtures("fast_compilation")
 test_stores.run(*sys.argv[1:])
 """
 UNEQUAL = {"speed.jsonl", "checkpoints", "hparams.json"}  # seconds, and Orbax's own files
