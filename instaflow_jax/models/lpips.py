@@ -121,15 +121,26 @@ class NetLinLayer(nnx.Module):
         return self.model[1](x)
 
 
-class LPIPS(Remat, Model):
+class Trunk(Model):
+    """torchvision's `features`, which LPIPS and the classifier share."""
+
+    def __init__(self, config: TrunkConfig, factory: LayerFactory):
+        layers, self.taps = _trunk(config, factory)
+        self.features = nnx.List(layers)
+
+    def pooled(self, images: Image) -> Float[Array, "B C"]:
+        """Mean over pixels of the last stage, for `images` in [-1, 1]."""
+        return _run(self.features, self.taps, images)[-1].mean((1, 2))
+
+
+class LPIPS(Remat, Trunk):
     """Perceptual distance between the images of each pair."""
 
     Config = TrunkConfig
     layout = hub.Layout("model", ignore=(r"^classifier\.",))  # torchvision's files contain the classifier too
 
     def __init__(self, config: TrunkConfig, factory: LayerFactory):
-        layers, self.taps = _trunk(config, factory)
-        self.features = nnx.List(layers)
+        super().__init__(config, factory)
         for i, width in enumerate(config.widths):
             setattr(self, f"lin{i}", NetLinLayer(width))
 
@@ -155,10 +166,6 @@ class LPIPS(Remat, Model):
         compare = [self.maybe_checkpoint(functools.partial(_compare, head)) for head in heads]
         return sum(distance(*stage) for distance, *stage in zip(compare, x, y, strict=True))
 
-    def pooled(self, images: Image) -> Float[Array, "B C"]:
-        """Mean over pixels of the last stage, for `images` in [-1, 1]."""
-        return _run(self.features, self.taps, images)[-1].mean((1, 2))
-
 
 def _compare(head: NetLinLayer, x, y) -> PerSample:
     """The distance of one stage's features x and y."""
@@ -172,20 +179,15 @@ def _unit(x):
     return x / (jnp.where(dead, 0.0, jnp.sqrt(jnp.where(dead, 1.0, square))) + 1e-10)
 
 
-class VGGClassifier(Model):
+class VGGClassifier(Trunk):
     """A trunk with pooling and a linear head, for pretraining a trunk; LPIPS takes its `features.*` unchanged."""
 
     Config = ClassifierConfig
     layout = hub.Layout("model")
 
     def __init__(self, config: ClassifierConfig, factory: LayerFactory):
-        layers, self.taps = _trunk(config, factory)
-        self.features = nnx.List(layers)
+        super().__init__(config, factory)
         self.classifier = factory.linear(config.widths[-1], config.num_classes)
-
-    def pooled(self, images: Image) -> Float[Array, "B C"]:
-        """Mean over pixels of the last stage, for `images` in [-1, 1]."""
-        return _run(self.features, self.taps, images)[-1].mean((1, 2))
 
     def __call__(self, images: Image) -> Float[Array, "B K"]:
         """Logits of `images` with values in [-1, 1]."""

@@ -38,8 +38,7 @@ class Judge:
     def __init__(self, source: str, data: openmoji.Arrays):
         """`source` is a directory or hub id with lpips/ and a clip/ that uses the embedded tokenizer."""
         self.data, self.lookalikes = data, lookalikes(data)
-        net, self._params = load_clip(source)
-        trunk, self._trunk_params = load_trunk(source)
+        (net, self._params), (trunk, self._trunk_params) = load_networks(source)
         self._trunk = BatchedRunner(functools.partial(trunk.apply, method="pooled"), _PER_DEVICE)
         self._image, self._text = (
             BatchedRunner(functools.partial(net.apply, method=method), _PER_DEVICE)
@@ -91,23 +90,19 @@ class Judge:
         return self.lookalikes[found] == self.lookalikes[wanted]
 
 
-def load_clip(source: str) -> tuple[Net, Params]:
-    """The network in `source`/clip and its weights.
+def load_networks(source: str) -> list[tuple[Net, Params]]:
+    """The networks in `source`/clip and `source`/lpips, and their weights.
 
     Raises:
-      ValueError, FileNotFoundError: there is none, or one of its files is wrong.
+      ValueError, FileNotFoundError: one is missing, or one of its files is wrong.
     """
     check_files(source)
-    net, params = CLIPModel.from_pretrained(source, "clip")
-    check_finite(f"{source}/clip", params)
-    return net, params
-
-
-def load_trunk(source: str) -> tuple[Net, Params]:
-    """The network in `source`/lpips and its weights. Raises as `load_clip` does."""
-    net, params = LPIPS.from_pretrained(source, "lpips")
-    check_finite(f"{source}/lpips", params)
-    return net, params
+    found = []
+    for network, folder in ((CLIPModel, "clip"), (LPIPS, "lpips")):
+        net, params = network.from_pretrained(source, folder)
+        check_finite(f"{source}/{folder}", params)
+        found.append((net, params))
+    return found
 
 
 def lookalikes(data: openmoji.Arrays) -> Int[np.ndarray, " M"]:

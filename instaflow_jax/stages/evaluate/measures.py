@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -49,6 +49,13 @@ class Options:
     shown_prompts: tuple[str, ...]
     path_prompt: str
     path_points: int
+
+
+class Looked(NamedTuple):
+    """Both judges' features of the same images."""
+
+    clip: Float[np.ndarray, "N D"]
+    trunk: Float[np.ndarray, "N C"]
 
 
 class Measurements:
@@ -119,9 +126,9 @@ class Measurements:
             is_first, latents = model is first[0] and (N, alpha) == first[1:], latents[: 2 * count]
             error = np.square(latents - (latents if is_first else self.row(*first)[0].arrays["latents"]))
             reference = _load(self.reference()[0], "latents")
-            numbers = self._quality(of_names) | {
+            numbers = self._quality(self._look(of_names)) | {
                 "fd_latents": frechet.distance(_moments(latents[:count].reshape(count, -1)), reference),
-                **self._quality_of_kinds(of_kinds),
+                **self._quality_of_kinds(self._look(of_kinds)),
                 "error_names": float(error[:count].mean()),
                 "error_kinds": float(error[count:].mean()),
             }
@@ -135,8 +142,8 @@ class Measurements:
 
         def make() -> Record:
             real = self._judge.data.images[self._chosen]
-            drawn = self._through_autoencoder(real) if decoded else real
-            return Record(self._quality(drawn) | self._quality_of_kinds(drawn), {})  # they show the kinds too
+            looked = self._look(self._through_autoencoder(real) if decoded else real)
+            return Record(self._quality(looked) | self._quality_of_kinds(looked), {})  # they show the kinds too
 
         return self._cache.get(self._settings | {"what": "real", "decoded": decoded}, make)
 
@@ -155,28 +162,29 @@ class Measurements:
 
         return self._cache.get(self._settings | {"what": "reference", "N": N}, make)
 
-    def _quality(self, drawn: UInt8[np.ndarray, "N H W 3"]) -> dict[str, float]:
-        features, real = self._judge.image_features(drawn), self._judge.real
+    def _look(self, drawn: UInt8[np.ndarray, "N H W 3"]) -> Looked:
+        return Looked(self._judge.image_features(drawn), self._judge.trunk_features(drawn))
+
+    def _quality(self, looked: Looked) -> dict[str, float]:
+        features, real = looked.clip, self._judge.real
         precision, recall = precision_recall(real[self._chosen], features, self._options.neighbours)
         return self._judge.scores(features, self._chosen) | {
             "fd_emoji": self._distance(features),
-            "fd_trunk": self._trunk_distance(drawn),
+            "fd_trunk": frechet.distance(_moments(looked.trunk), self._real_trunk),
             "fd_teacher": frechet.distance(_moments(features), _load(self.reference()[0], "images")),
             "kid": kid(features, real, subsets=_KID_SUBSETS)[0],
             "precision": precision,
             "recall": recall,
         }
 
-    def _quality_of_kinds(self, drawn: UInt8[np.ndarray, "N H W 3"]) -> dict[str, float]:
+    def _quality_of_kinds(self, looked: Looked) -> dict[str, float]:
         """What is measured of images of the prompted kinds."""
-        features = self._judge.image_features(drawn)
-        distances = {"fd_kinds": self._distance(features), "fd_trunk_kinds": self._trunk_distance(drawn)}
-        spread = diversity(features, self._kind_words)
+        distances = {
+            "fd_kinds": self._distance(looked.clip),
+            "fd_trunk_kinds": frechet.distance(_moments(looked.trunk), self._real_trunk),
+        }
+        spread = diversity(looked.clip, self._kind_words)
         return distances | ({} if np.isnan(spread) else {"diversity": spread})  # too few prompts
-
-    def _trunk_distance(self, drawn: UInt8[np.ndarray, "N H W 3"]) -> float:
-        """Fréchet distance to all real emoji in the features of LPIPS's trunk."""
-        return frechet.distance(_moments(self._judge.trunk_features(drawn)), self._real_trunk)
 
     @functools.cached_property
     def _real_trunk(self) -> frechet.Moments:

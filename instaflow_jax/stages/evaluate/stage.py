@@ -69,8 +69,7 @@ def check_fields(config: ConfigDict, workdir: str) -> None:
     check_ranges(config)
     for name in models.split_extra(config.extra):
         models.is_there(Path(workdir), name)
-    judge.load_clip(pipeline.locate(config.judge))
-    judge.load_trunk(pipeline.locate(config.judge))
+    judge.load_networks(pipeline.locate(config.judge))
 
 
 def folders(config: ConfigDict, workdir: Path) -> tuple[str, ...]:
