@@ -50,13 +50,8 @@ def full(config: ConfigDict) -> None:
     config.lpips = distill.get_config("lpips")  # starts from what `config.distill` trained
     config.stacked = distill.get_config("stacked")
     config.progressive = progressive.get_config()
-    added = (config.reflow_3, config.lpips, config.stacked, config.progressive)
-    for block in added:
-        block.unlock()
     config.reflow_3.k, config.reflow_3.pairs = 3, config.generate
     config.reflow_3.later.pairs = config.lpips.pairs = config.stacked.pairs = config.distill.pairs
     config.lpips.reflow = config.stacked.reflow = config.reflow
     config.progressive.pairs, config.progressive.alpha = config.generate, config.generate.get_ref("alpha")
-    for block in added:
-        block.lock()
     config.minutes.update({"reflow_3": 6.5, "lpips": 4.5, "stacked": 9, "progressive": 18, "evaluate": 9})
