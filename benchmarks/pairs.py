@@ -23,6 +23,7 @@ from instaflow_jax.data.noise import NAME, noise
 from instaflow_jax.data.pairs import manifest as pairs_manifest
 from instaflow_jax.data.pairs import store as pairs_store
 from instaflow_jax.data.pairs.reader import PairBatches, Pairs
+from instaflow_jax.infra import devices
 from instaflow_jax.train import losses, optim, state, step
 
 BATCH = 64
@@ -109,9 +110,9 @@ def step_rate(pipe: pipeline.Pipeline) -> float:
         num_timesteps=1000,
         **config.loss,
     )
-    update = jax.jit(
-        step.make_train_step(loss, optimizer, ema_decay=config.ema_decay, accumulate=1).update, donate_argnums=0
-    )
+    mesh = devices.make_mesh(fsdp=1)
+    train_step = step.make_train_step(loss, optimizer, mesh, ema_decay=config.ema_decay, accumulate=1)
+    update = jax.jit(train_step.update, donate_argnums=0)
     frozen = {"text_encoder": pipe.params["text_encoder"], "null_ids": pipe.tokenizer([""])}
     X0 = np.stack([noise(0, i, pipe.latent_shape) for i in range(BATCH)]).astype(np.float32)
     batch = {"X0": X0, "X1": X0[::-1].copy(), "ids": np.repeat(pipe.tokenizer([PROMPT]), BATCH, 0)}

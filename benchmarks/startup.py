@@ -83,6 +83,7 @@ def programs(jax) -> dict:
     from benchmarks.training import pairs
     from configs import reflow
     from instaflow_jax import pipeline, sampling
+    from instaflow_jax.infra import devices
     from instaflow_jax.train import losses, optim, state, step
 
     pipe = pipeline.load("openmoji", variant=None, attention="xla")
@@ -105,7 +106,8 @@ def programs(jax) -> dict:
             num_timesteps=1000,
             **config.loss,
         )
-        update = step.make_train_step(loss, optimizer, ema_decay=config.ema_decay, accumulate=1).update
+        mesh = devices.make_mesh(fsdp=1)
+        update = step.make_train_step(loss, optimizer, mesh, ema_decay=config.ema_decay, accumulate=1).update
         frozen = {"text_encoder": pipe.params["text_encoder"], "null_ids": null}
         return jax.jit(update).lower(now, frozen, data, jax.random.key(0))
 

@@ -61,7 +61,7 @@ def training(loss, config, params, frozen, data: Batch) -> Call:
     """Steps of `train.loop`'s own program, each from the state that the previous one returned."""
     mesh = parallel.make_mesh(fsdp=1)
     optimizer = optim.make_optimizer(optim.make_schedule(**config.schedule), **config.optim)
-    update = step.make_train_step(loss, optimizer, ema_decay=config.ema_decay, accumulate=1)
+    update = step.make_train_step(loss, optimizer, mesh, ema_decay=config.ema_decay, accumulate=1)
     now = parallel.shard(state.create(params, optimizer), mesh)
     inputs = (
         parallel.replicate(frozen, mesh),

@@ -16,6 +16,7 @@ import toy_training as toy
 from helpers import killed_at, load, normal, refine_config, relative
 
 from instaflow_jax import main, pipeline, sampling
+from instaflow_jax.infra import devices
 from instaflow_jax.models.discriminator import Discriminator
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.stages.common import flow_training
@@ -219,6 +220,7 @@ def make_step(updates, first, student_loss=None):
         follow,
         optimizers,
         optimizers,
+        devices.make_mesh(fsdp=1),
         ema_decay=0.5,
         accumulate=1,
         updates=updates,
@@ -285,6 +287,7 @@ def train_toys(workdir, steps):
         fake_loss,
         optimizer,
         optimizer,
+        devices.make_mesh(fsdp=1),
         ema_decay=0.9,
         accumulate=1,
         updates=2,
@@ -326,8 +329,8 @@ def fake_loss(params, frozen, batch, key):
 
 def advance(mesh, accumulate):
     step = two_time_scale.make_two_time_scale_step(
-        devices.gathering(student_loss, mesh, ("fake",)), devices.gathering(fake_loss, mesh, ("student",)),
-        toy.optimizer(), toy.optimizer(), ema_decay=0.9, accumulate=accumulate, updates=2, first=1, unroll=False)
+        student_loss, fake_loss, toy.optimizer(), toy.optimizer(), mesh, ema_decay=0.9, accumulate=accumulate,
+        updates=2, first=1, unroll=False)
     create = functools.partial(state.create_two, optimizer=toy.optimizer(), fake_optimizer=toy.optimizer())
     keys = dict(zip(("student", "fake"), jax.random.split(jax.random.key(0))))
     now = devices.create_sharded(lambda keys: create({n: toy.params(k) for n, k in keys.items()}), mesh, keys)

@@ -24,7 +24,7 @@ def mesh():
 
 
 def one_step(loss, accumulate=1):
-    return step.make_train_step(loss, toy.optimizer(), ema_decay=0.99, accumulate=accumulate)
+    return step.make_train_step(loss, toy.optimizer(), devices.make_mesh(fsdp=1), ema_decay=0.99, accumulate=accumulate)
 
 
 def some_batch():

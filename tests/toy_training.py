@@ -69,7 +69,7 @@ def run(workdir, steps, *, fsdp=1, accumulate=1, **changed):
     writer = metrics.make_writer(workdir, tensorboard=False)
     checkpoints = checkpoint.Checkpoints(Path(workdir) / "checkpoints", keep_last=2, keep_every=0)
     arguments = {
-        "step": step.make_train_step(loss, optimizer(), ema_decay=0.99, accumulate=accumulate),
+        "step": step.make_train_step(loss, optimizer(), mesh, ema_decay=0.99, accumulate=accumulate),
         "state": new_state(mesh),
         "frozen": frozen(),
         "batches": source(),

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 OPERATIONS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+GRADIENT_SIZE = 2**14  # elements; smaller sums are of scalars, biases and norms
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (.*?) ([a-z][\w-]*)\((.*)$")
@@ -147,19 +148,19 @@ def sent_by_operation(collectives: Iterable[Collective]) -> dict[str, float]:
     return total
 
 
-def unexpected(collectives: Iterable[Collective], sharded: Iterable[tuple[int, ...]], rounds: int) -> list[str]:
+def unexpected(collectives: Iterable[Collective], sharded: Iterable[tuple[int, ...]], updates: int) -> list[str]:
     """The collectives that neither data parallelism nor FSDP explains, one line each.
 
-    Gradients and scalars are reduced; sharded parameters may be gathered twice per micro-batch (forward and backward).
-    Everything else moves activations or state.
+    In each update, gradients and scalars are reduced, and sharded parameters may be gathered twice (forward and
+    backward). More than that repeats it in every micro-batch; everything else moves activations or state.
 
     Args:
       sharded: full shapes of the sharded parameters; empty for data parallelism.
-      rounds: micro-batches per step.
+      updates: updates per step, of however many micro-batches.
     """
     allowed = Counter()
     for shape in sharded:
-        allowed[_bare(shape)] += 2 * rounds
+        allowed[_bare(shape)] += 2 * updates
     lines = []
     for c in collectives:
         line = f"{c.times} × {c.operation} of {c.dtype}{list(c.shape)} among {c.group}"
@@ -167,7 +168,9 @@ def unexpected(collectives: Iterable[Collective], sharded: Iterable[tuple[int, .
             allowed[_bare(c.shape)] -= c.times
             if allowed[_bare(c.shape)] < 0:
                 lines.append(line)
-        elif c.operation in ("all-to-all", "collective-permute"):
+        elif c.operation in ("all-to-all", "collective-permute") or (
+            c.times > updates and math.prod(c.shape) >= GRADIENT_SIZE
+        ):
             lines.append(line)
     return lines
 

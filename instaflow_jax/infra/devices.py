@@ -117,29 +117,25 @@ def abstract(tree: PyTree, mesh: Mesh) -> PyTree:
     )
 
 
-def gathering(loss: Callable, mesh: Mesh, others: Sequence[str] = ()) -> Callable:
-    """`loss(params, frozen, ...)` that gathers parameters before it computes, and splits gradients into shards again.
+def gathering(gradient: Callable, mesh: Mesh, others: Sequence[str] = ()) -> Callable:
+    """`gradient(params, frozen, batch, key)` that gathers parameters before it computes and scatters what it found.
 
-    `others` names the entries of `frozen` that are parameters of a state too.
+    It serves for the sum over all micro-batches, so that each step gathers and scatters once. `others` names the
+    entries of `frozen` that are parameters of a state too. `gradient` returns (value, metrics, gradients).
 
     Without this the partitioner splits convolutions along their sharded kernels and sends activations between devices.
     """
     if mesh.shape["fsdp"] == 1:
-        return loss
+        return gradient
 
-    @jax.custom_vjp
-    def gather(params: PyTree) -> PyTree:
-        return jax.lax.with_sharding_constraint(params, replicated(mesh))
+    def gather(tree: PyTree) -> PyTree:
+        return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
-    def scatter(_: None, grads: PyTree) -> tuple[PyTree]:
+    def gathered(params, frozen, batch, key):
+        frozen = {**frozen, **{name: gather(frozen[name]) for name in others}}
+        value, metrics, grads = gradient(gather(params), frozen, batch, key)
         # Replicate first: a sharded gradient would make the partitioner shard the convolutions' activations as well.
-        full = jax.lax.with_sharding_constraint(grads, replicated(mesh))
-        return (jax.lax.with_sharding_constraint(full, state_sharding(grads, mesh)),)
-
-    gather.defvjp(lambda params: (gather(params), None), scatter)
-
-    def gathered(params, frozen, *rest):
-        return loss(gather(params), {**frozen, **{name: gather(frozen[name]) for name in others}}, *rest)
+        return value, metrics, jax.lax.with_sharding_constraint(gather(grads), state_sharding(grads, mesh))
 
     return gathered
 

@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 
 from instaflow_jax import pipeline, sampling
 from instaflow_jax.data.pairs.reader import PairBatches
-from instaflow_jax.infra import devices
 from instaflow_jax.models.discriminator import make_discriminator
 from instaflow_jax.models.net import Net
 from instaflow_jax.models.unet import UNet2DConditionModel
@@ -212,10 +211,11 @@ def make_method(config: ConfigDict, options: flow_training.FlowOptions, losses: 
         for schedule in (train.schedule, config.fake.schedule)
     )
     step = make_two_time_scale_step(
-        devices.gathering(losses.student, mesh, ("fake",)),
-        devices.gathering(losses.fake, mesh, ("student",)),
+        losses.student,
+        losses.fake,
         optimizer,
         fake_optimizer,
+        mesh,
         ema_decay=train.ema_decay,
         accumulate=train.accumulate,
         updates=config.fake.updates,

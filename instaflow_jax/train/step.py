@@ -5,14 +5,16 @@ them.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from instaflow_jax.arrays import Batch, Key, Params, Scalar
+from instaflow_jax.infra import devices
 from instaflow_jax.train import optim
 from instaflow_jax.train.state import TrainState, ema_decay_at, update_ema
 
@@ -45,20 +47,21 @@ class TrainStep:
 
 
 def make_train_step(
-    loss: Loss, optimizer: optax.GradientTransformation, *, ema_decay: float, accumulate: int
+    loss: Loss, optimizer: optax.GradientTransformation, mesh: Mesh, *, ema_decay: float, accumulate: int
 ) -> TrainStep:
     """Builds the step for one loss.
 
     Args:
       loss: a mean over the examples of the batch.
       optimizer: from `optim.make_optimizer`.
+      mesh: of the state and of the batch.
       ema_decay: decay of the EMA after its ramp (`state.ema_decay_at`).
       accumulate: number of micro-batches whose gradients are averaged.
 
     Raises:
       ValueError: accumulate is below 1.
     """
-    gradient = make_gradients(loss, accumulate)
+    gradient = make_gradients(loss, accumulate, mesh)
 
     def update(state: TrainState, frozen: PyTree, batch: Batch, key: Key) -> tuple[TrainState, Metrics]:
         found = gradient(state.params, frozen, batch, jax.random.fold_in(key, state.step))
@@ -100,30 +103,30 @@ def advance(
     }
 
 
-def make_gradients(loss: Loss, accumulate: int) -> Gradient:
-    """The gradient of `loss` over `accumulate` micro-batches.
+def make_gradients(loss: Loss, accumulate: int, mesh: Mesh, others: Sequence[str] = ()) -> Gradient:
+    """The gradient of `loss` over `accumulate` micro-batches, by parameters that are split over the mesh.
+
+    `others` names the entries of `frozen` that are split like the parameters.
 
     Raises:
       ValueError: accumulate is below 1.
     """
     if accumulate < 1:
         raise ValueError(f"accumulate={accumulate} must be 1 or more: use 1 for no micro-batches")
-    return make_gradient(loss) if accumulate == 1 else make_accumulated_gradient(loss, accumulate)
+    total = devices.gathering(make_sum(loss, accumulate), mesh, others)
+
+    def mean(params, frozen, batch, key):
+        return jax.tree.map(lambda a: a / accumulate, total(params, frozen, batch, key))
+
+    return mean
 
 
-def make_gradient(loss: Loss) -> Gradient:
-    """A function that returns the loss, its metrics and its gradient with respect to params."""
+def make_sum(loss: Loss, count: int) -> Gradient:
+    """The sum over `count` micro-batches, run one after the other, of the loss, its metrics and its gradient."""
 
     def gradient(params, frozen, batch, key):
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, frozen, batch, key)
         return value, metrics, grads
-
-    return gradient
-
-
-def make_accumulated_gradient(loss: Loss, count: int) -> Gradient:
-    """Like `make_gradient`, averaged over `count` micro-batches that run one after the other to save memory."""
-    gradient = make_gradient(loss)
 
     def accumulated(params, frozen, batch, key):
         def add(total, part):
@@ -133,10 +136,9 @@ def make_accumulated_gradient(loss: Loss, count: int) -> Gradient:
         parts = split_batch(batch, count), jax.random.split(key, count)
         first = jax.eval_shape(lambda parts: gradient(params, frozen, *jax.tree.map(lambda a: a[0], parts)), parts)
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), first)
-        total, _ = jax.lax.scan(add, zeros, parts)
-        return jax.tree.map(lambda a: a / count, total)
+        return jax.lax.scan(add, zeros, parts)[0]
 
-    return accumulated
+    return gradient if count == 1 else accumulated
 
 
 def split_batch(batch: Batch, count: int) -> Batch:

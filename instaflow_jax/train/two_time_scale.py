@@ -8,6 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from instaflow_jax.arrays import Batch, Key
@@ -20,6 +21,7 @@ def make_two_time_scale_step(
     fake_loss: Loss,
     optimizer: optax.GradientTransformation,
     fake_optimizer: optax.GradientTransformation,
+    mesh: Mesh,
     *,
     ema_decay: float,
     accumulate: int,
@@ -33,6 +35,7 @@ def make_two_time_scale_step(
       student_loss: of the student's parameters; frozen["fake"] holds the fake score's.
       fake_loss: of the fake score's parameters; frozen["student"] holds the student's.
       optimizer, fake_optimizer: of each network.
+      mesh: of the state and of the batch.
       ema_decay: of the student's moving average.
       accumulate: number of micro-batches of each update.
       updates: of the fake score in each step, 1 or more.
@@ -46,7 +49,8 @@ def make_two_time_scale_step(
     Raises:
       ValueError: accumulate is below 1.
     """
-    student_gradient, fake_gradient = make_gradients(student_loss, accumulate), make_gradients(fake_loss, accumulate)
+    student_gradient = make_gradients(student_loss, accumulate, mesh, ("fake",))
+    fake_gradient = make_gradients(fake_loss, accumulate, mesh, ("student",))
 
     def update(state: TwoNetworkState, frozen: PyTree, batch: Batch, key: Key) -> tuple[TwoNetworkState, Metrics]:
         student_key, fake_key = jax.random.split(jax.random.fold_in(key, state.step))

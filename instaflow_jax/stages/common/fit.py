@@ -214,7 +214,7 @@ def make_step(options: TrainOptions, loss: Loss, mesh: Mesh) -> tuple[optax.Grad
     """The optimizer and the step that `train` runs."""
     optimizer = optim.make_optimizer(optim.make_schedule(**options.schedule), **options.optim)
     return optimizer, train_step.make_train_step(
-        devices.gathering(loss, mesh), optimizer, ema_decay=options.ema_decay, accumulate=options.accumulate
+        loss, optimizer, mesh, ema_decay=options.ema_decay, accumulate=options.accumulate
     )
 
 
