@@ -5,6 +5,7 @@
     python -m instaflow_jax.main --config=configs/reflow.py:sd15 --workdir=DIR        # the paper's first stage
     python -m instaflow_jax.main --config=configs/reflow.py:sd15_2 --workdir=DIR      # its second
     python -m instaflow_jax.main --config=configs/reflow.py:score --workdir=DIR       # for configs/refine.py
+    python -m instaflow_jax.main --config=configs/reflow.py:diffusion --workdir=DIR   # a teacher with straight paths
 
 Needs nothing: missing pairs are generated first. Writes DIR/reflow/export, which `configs/sample.py` samples from.
 That is the 2-rectified flow. With --config.k=3 its own pairs follow, in DIR/reflow/pairs (`configs/distill.py` uses
@@ -30,7 +31,8 @@ SD_PROMPTS = ("a hyper-realistic photo of a cute cat", "an astronaut riding a ho
 def get_config(variant: str = "openmoji") -> ConfigDict:
     config = training()
     config.stage = "reflow"
-    config.loss = {"time": "uniform", "penalty": "squared", "noise": "paired"}  # or u_shaped, pseudo_huber, fresh
+    config.path = "flow"  # or sd: keep the teacher's head and schedule, for a Stable Diffusion of straight paths
+    config.loss = {"time": "uniform", "penalty": "squared", "noise": "paired"}  # or those of train/losses.py
     config.output = "reflow"  # folder of the workdir to train in; later reflows add their k
     config.k = 2  # of the k-rectified flow to end with: it takes k − 1 reflows of the teacher
     common.pick(VARIANTS, variant)(config)
@@ -86,6 +88,13 @@ def score(config: ConfigDict) -> None:
     config.loop.steps = 400
 
 
+def diffusion(config: ConfigDict) -> None:
+    """Rectified diffusion (arXiv 2410.07303): the product is a teacher, which DDIM samples in few steps."""
+    openmoji(config)
+    config.path, config.loss.penalty, config.output = "sd", "elementwise_huber", "diffusion"
+    config.warm_start = False  # the head stays as it is
+
+
 def sd15(config: ConfigDict) -> None:
     """SD 1.5, 70,000 steps of 64; raise `accumulate` on fewer devices than the batch needs."""
     config.model = common.SD15
@@ -113,4 +122,14 @@ def sd15_score(config: ConfigDict) -> None:
     config.loop.steps = 10_000
 
 
-VARIANTS = {"openmoji": openmoji, "score": score, "sd15": sd15, "sd15_2": sd15_2, "sd15_score": sd15_score}
+def sd15_diffusion(config: ConfigDict) -> None:
+    """`diffusion` at SD 1.5's size, with that paper's settings: rate 5e-6, weight decay 1e-3, 200,000 steps of 128."""
+    sd15(config)
+    config.path, config.loss.penalty, config.output = "sd", "elementwise_huber", "diffusion"
+    config.batch_size = 128
+    config.optim.weight_decay, config.schedule.peak = 1e-3, 5e-6
+    config.loop.steps = 200_000
+
+
+VARIANTS = {"openmoji": openmoji, "score": score, "diffusion": diffusion, "sd15": sd15, "sd15_2": sd15_2}
+VARIANTS |= {"sd15_score": sd15_score, "sd15_diffusion": sd15_diffusion}

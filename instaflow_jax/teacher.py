@@ -33,6 +33,11 @@ DEFAULTS = MappingProxyType(
         "final_sigmas_type": "zero",
     }
 )
+# Those that decide abar.
+NOISE_FIELDS = (
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule"),
+    *("trained_betas", "rescale_betas_zero_snr"),
+)
 # The values a file may have. Fields of solvers that are not here are listed so that a file with them is refused.
 SUPPORTED = MappingProxyType(
     {

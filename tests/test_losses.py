@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import normal, relative
 
-from instaflow_jax import flow
+from instaflow_jax import flow, teacher
 from instaflow_jax.models.lpips import LPIPS
 from instaflow_jax.models.vae import AutoencoderKL
 from instaflow_jax.train import losses
@@ -33,6 +33,45 @@ def oracle(params, Z, tau, text):
 def reflow(unet, **changes):
     options = {"time": "uniform", "penalty": "squared", "noise": "paired", "prompt_dropout": 0.0} | changes
     return losses.make_reflow_loss(unet, TEXT, num_timesteps=1000, **options)
+
+
+def diffusion(unet, prediction_type, **changes):
+    options = {"time": "uniform", "penalty": "squared", "noise": "paired", "prompt_dropout": 0.0} | changes
+    schedule = teacher.read_schedule(SD | {"prediction_type": prediction_type})
+    return losses.make_diffusion_loss(unet, TEXT, schedule, **options)
+
+
+SD = {"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_rectified_diffusion_is_the_error_of_the_data_that_diffusers_predicts(prediction_type):
+    """Its network sees what diffusers' scheduler adds noise to, with the pair's own noise."""
+    import torch
+    from diffusers import DDIMScheduler
+
+    seen = {}
+
+    def some(params, x, tau, text):
+        seen.update(x=x, tau=tau, text=text)
+        return jnp.sin(3 * x)
+
+    value, _ = diffusion(net(some), prediction_type)(0.0, FROZEN, BATCH, jax.random.key(3))
+    tau = np.array(seen["tau"])
+    assert tau.min() >= 0 and tau.max() < 1000 and tau.std() > 200
+    np.testing.assert_array_equal(seen["text"], FROZEN["text_encoder"][BATCH["ids"]])
+    scheduler = DDIMScheduler.from_config(SD | {"prediction_type": prediction_type, "clip_sample": False})
+    scheduler.set_timesteps(1000)
+    X0, X1, x = (torch.tensor(np.array(a, np.float32)) for a in (BATCH["X0"], BATCH["X1"], seen["x"]))
+    assert relative(x.numpy(), scheduler.add_noise(X1, X0, torch.tensor(tau)).numpy()) < 1e-5
+    guessed = torch.stack([scheduler.step(torch.sin(3 * x[i]), int(t), x[i])[1] for i, t in enumerate(tau)])
+    assert float(value) == pytest.approx(float(((guessed - X1) ** 2).mean()), rel=1e-5)
+
+
+def test_rectified_diffusion_is_zero_where_the_noise_is_known():
+    known = diffusion(net(lambda params, x, tau, text: BATCH["X0"] + params), "epsilon", penalty="elementwise_huber")
+    assert known(0.0, FROZEN, BATCH, jax.random.key(0))[0] < 1e-5
+    assert known(0.5, FROZEN, BATCH, jax.random.key(0))[0] > 0.1
 
 
 @pytest.mark.parametrize("time", losses.TIMES)

@@ -4,9 +4,10 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import killed_at, reflow_config
+import torch
+from helpers import killed_at, load, reflow_config, relative
 
-from instaflow_jax import main
+from instaflow_jax import main, sampling, solvers
 from instaflow_jax.infra.checkpoint import load_config
 from instaflow_jax.models.unet import UNet2DConditionModel
 
@@ -46,6 +47,51 @@ def test_a_second_reflow_that_was_killed_ends_the_same(killed, teacher, tmp_path
     assert all(np.array_equal(p, twice[name]) for name, p in once.items())
     assert any(np.any(p != once[name]) for name, p in first.items())
     assert all(np.array_equal(p, first[name]) for name, p in unet(killed / "reflow").items())
+
+
+@pytest.mark.slow
+def test_a_reflow_that_keeps_the_head_makes_a_teacher_for_one_step_of_ddim(killed, teacher, tmp_path):
+    from diffusers import DDIMScheduler
+
+    shutil.copytree(killed / "pairs", tmp_path / "pairs")
+    config = reflow_config(teacher)
+    config.path = "sd"
+    main.run(config, str(tmp_path))
+    pipe, before = (load(folder) for folder in (tmp_path / "reflow" / "export", teacher))
+    assert any(np.any(p != before.params["unet"][name]) for name, p in pipe.params["unet"].items())
+    assert pipe.index["_class_name"] == before.index["_class_name"]
+    schedule = sampling.read_dynamics(pipe.scheduler, pipe.index, "auto")
+    np.testing.assert_array_equal(schedule.abar, sampling.read_dynamics(before.scheduler, before.index, "auto").abar)
+
+    theirs = DDIMScheduler.from_pretrained(tmp_path / "reflow" / "export" / "scheduler")
+    theirs.set_timesteps(1)
+    table = sampling.solver_table(schedule, "ddim", 1)
+    assert theirs.timesteps.tolist() == table.tau.tolist() == [999]
+    x, out = np.full((1, 1, 1, 1), 0.3, np.float32), np.full((1, 1, 1, 1), -0.2, np.float32)
+    drawn = solvers.integrate(lambda x, tau: out, solvers.pad(table, 1), x)
+    assert relative(np.array(drawn), theirs.step(torch.tensor(out), 999, torch.tensor(x)).prev_sample.numpy()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "changed,message",
+    [
+        ({"path": "sdd"}, "config.path='sdd' is not one of flow, sd"),
+        ({"path": "sd", "k": 3}, "config.k=3 needs config.path='flow'"),
+    ],
+)
+def test_a_path_that_cannot_be_trained_is_refused(changed, message, teacher, tmp_path):
+    config = reflow_config(teacher)
+    config.update(changed)
+    with pytest.raises(ValueError, match=message):
+        main.run(config, str(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_flow_has_no_head_to_keep(killed, tmp_path):
+    config = reflow_config(str(killed / "reflow" / "export"))
+    config.path = "sd"
+    with pytest.raises(ValueError, match=r"config\.path='sd' trains a teacher's own head, but config\.model="):
+        main.run(config, str(tmp_path))
 
 
 @pytest.mark.slow

@@ -3,11 +3,11 @@
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from instaflow_jax import pipeline
+from instaflow_jax import pipeline, sampling, teacher
 from instaflow_jax.models.net import Net
 from instaflow_jax.stages.common import fit, flow_training, loading
 from instaflow_jax.stages.common.ranges import check_ranges
@@ -15,6 +15,8 @@ from instaflow_jax.stages.generate.stage import check_pairs, has_pairs, need_pai
 from instaflow_jax.train import losses
 from instaflow_jax.train.step import Loss
 from instaflow_jax.weights.conventions import NUM_TIMESTEPS
+
+PATHS = ("flow", "sd")  # what `config.path` may be
 
 
 class Reflow(NamedTuple):
@@ -52,8 +54,11 @@ def run(config: ConfigDict, workdir: str) -> None:
     for reflow in left:
         options, pairs = read_options(reflow), need_pairs(reflow.config.pairs, reflow.source)
         pipe = loading.load(reflow.config.model, options.weights)
-        loss = make_loss(reflow.config, options, pipe.nets)
-        flow_training.train_flow(options, reflow.directory, pipe, pairs, loss, {})
+        loss, dynamics = (
+            make_loss(reflow.config, options, pipe.nets, pipe.scheduler),
+            trained_dynamics(reflow.config, pipe),
+        )
+        flow_training.train_flow(options, reflow.directory, pipe, pairs, loss, {}, dynamics)
 
 
 def check(config: ConfigDict, workdir: str) -> pipeline.Pipeline:
@@ -70,7 +75,8 @@ def check(config: ConfigDict, workdir: str) -> pipeline.Pipeline:
         options = read_options(reflow)
         recipe = check_pairs(reflow.config.pairs, reflow.source, flow)
         pipe = flow or loading.load(reflow.config.model, options.weights)
-        flow_training.check(options, pipe, recipe, make_loss(reflow.config, options, pipe.nets), {})
+        trained_dynamics(reflow.config, pipe)
+        flow_training.check(options, pipe, recipe, make_loss(reflow.config, options, pipe.nets, pipe.scheduler), {})
         flow = flow_training.as_flow(pipe, pipe.params["unet"])
     return flow
 
@@ -79,9 +85,13 @@ def unfinished(config: ConfigDict, workdir: Path) -> list[Reflow]:
     """The reflows that are left to run, in order; the last one is always among them.
 
     Raises:
-      ValueError: a number of the config is out of its range.
+      ValueError: a number of the config is out of its range, `config.path` is unknown, or it forbids a second reflow.
     """
     check_ranges(config)
+    if config.path not in PATHS:
+        raise ValueError(f"config.path={config.path!r} is not one of {', '.join(PATHS)}")
+    if config.path == "sd" and config.k > 2:
+        raise ValueError(f"config.k={config.k} needs config.path='flow'; with 'sd' a second reflow is not supported")
     return [
         configure(config, workdir, k)
         for k in range(2, config.k + 1)
@@ -133,12 +143,24 @@ def read_options(reflow: Reflow) -> flow_training.FlowOptions:
     return options
 
 
-def make_loss(config: ConfigDict, options: flow_training.FlowOptions, nets: Mapping[str, Net]) -> Loss:
-    """The loss of `config.loss`. Raises ValueError for an unknown choice."""
-    return losses.make_reflow_loss(
-        nets["unet"].with_remat(options.remat["unet"]),
-        nets["text_encoder"],
-        prompt_dropout=options.prompt_dropout,
-        num_timesteps=NUM_TIMESTEPS,
-        **config.loss,
-    )
+def make_loss(
+    config: ConfigDict,
+    options: flow_training.FlowOptions,
+    nets: Mapping[str, Net],
+    scheduler: Mapping[str, Any],
+) -> Loss:
+    """The loss of `config.path` and `config.loss`. Raises ValueError for an unknown choice."""
+    networks = nets["unet"].with_remat(options.remat["unet"]), nets["text_encoder"]
+    chosen = {**config.loss, "prompt_dropout": options.prompt_dropout}
+    if config.path == "sd":
+        return losses.make_diffusion_loss(*networks, teacher.read_schedule(scheduler), **chosen)
+    return losses.make_reflow_loss(*networks, num_timesteps=NUM_TIMESTEPS, **chosen)
+
+
+def trained_dynamics(config: ConfigDict, pipe: pipeline.Pipeline) -> sampling.Dynamics:
+    """What `config.path` makes of the network. Raises ValueError if it keeps a head that the model does not have."""
+    if config.path == "flow":
+        return flow_training.FLOW
+    if isinstance(flow_training.start_dynamics(pipe), sampling.Flow):
+        raise ValueError(f"config.path='sd' trains a teacher's own head, but config.model={config.model!r} is a flow")
+    return teacher.read_schedule(flow_training.straight_scheduler(pipe.scheduler))

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from instaflow_jax import flow
+from instaflow_jax import flow, teacher
 from instaflow_jax.arrays import (
     AnyArray,
     Batch,
@@ -73,8 +73,17 @@ def pseudo_huber(error: Latent) -> PerSample:
     return (jnp.sqrt(jnp.sum(error**2, axis=(1, 2, 3)) + c**2) - c) / d**0.5
 
 
+def elementwise_huber(error: Latent) -> PerSample:
+    """Mean over the latent dimensions of √(e² + c²) − c with c = 0.001 (arXiv 2410.07303)."""
+    return jnp.mean(jnp.sqrt(error**2 + 1e-6) - 1e-3, axis=(1, 2, 3))
+
+
 TIMES: dict[str, Times] = {"uniform": uniform, "u_shaped": u_shaped}
-PENALTIES: dict[str, Penalty] = {"squared": squared, "pseudo_huber": pseudo_huber}
+PENALTIES: dict[str, Penalty] = {
+    "squared": squared,
+    "pseudo_huber": pseudo_huber,
+    "elementwise_huber": elementwise_huber,
+}
 
 
 # ---------------------------------------------------------------- the noise of a pair
@@ -115,7 +124,7 @@ def make_reflow_loss(
     Args:
       unet, text_encoder: networks; `params` are the unet's.
       time: "uniform" or "u_shaped".
-      penalty: "squared" or "pseudo_huber".
+      penalty: "squared", "pseudo_huber" or "elementwise_huber".
       noise: "paired" takes the pair's own X0, "fresh" draws another one at each step.
       prompt_dropout: share of prompts replaced by the empty one, so that guidance stays possible.
       num_timesteps: the network's timestep at noise (`flow.timestep`).
@@ -132,6 +141,43 @@ def make_reflow_loss(
         time_key, drop_key = jax.random.split(key)
         t = times(time_key, len(batch["X0"]))
         _, error = errors(params, frozen, batch, t, drop_key)
+        return jnp.mean(measure(error)), buckets(t, squared(error))
+
+    return loss
+
+
+def make_diffusion_loss(
+    unet, text_encoder, schedule: teacher.Schedule, *, time: str, penalty: str, noise: str, prompt_dropout: float
+) -> Loss:
+    """Rectified diffusion (arXiv 2410.07303): Eq. 5 for a network that keeps its teacher's head and noise schedule.
+
+    The network sees x = α X1 + σ X0 with the pair's own noise. In the flow's variable x / (α + σ) that is the same
+    straight line; the error is that of the predicted X1, (1 − t) times the velocity's. Where it is 0, the network's
+    ODE is solved by one DDIM step.
+
+    Args:
+      schedule: the teacher's.
+      time: "uniform" or "u_shaped", over the schedule's timesteps from noise to data.
+      unet, text_encoder, penalty, noise, prompt_dropout: as for `make_reflow_loss`.
+
+    Raises:
+      ValueError: an unknown time, penalty or noise.
+    """
+    times, measure = choose(TIMES, "time", time), choose(PENALTIES, "penalty", penalty)
+    renew = choose(NOISES, "noise", noise)
+    alpha, sigma = teacher.alpha_sigma(teacher.positive_abar(schedule))
+    t_of, T = jnp.asarray(alpha / (alpha + sigma), jnp.float32), len(alpha)
+
+    def loss(params, frozen, batch, key):
+        batch, key = renew(batch, key)
+        time_key, drop_key = jax.random.split(key)
+        X0, X1 = batch["X0"].astype(jnp.float32), batch["X1"].astype(jnp.float32)
+        tau = T - 1 - jnp.floor(times(time_key, len(X0)) * T).astype(jnp.int32)
+        t = t_of[tau]
+        text = encode(text_encoder, frozen, batch["ids"], prompt_dropout, drop_key)
+        velocity_at = teacher.make_velocity_at(lambda x, tau: unet.apply(params, x, tau, text), schedule)
+        v = velocity_at(flow.interpolate(X0, X1, t), t, tau)
+        error = (1 - t)[:, None, None, None] * (v - flow.velocity_target(X0, X1))
         return jnp.mean(measure(error)), buckets(t, squared(error))
 
     return loss
@@ -179,12 +225,17 @@ def make_errors(unet, text_encoder, prompt_dropout: float, num_timesteps: int) -
 
     def errors(params, frozen, batch, t: PerSample, key: Key) -> tuple[Latent, Latent]:
         X0, X1 = batch["X0"].astype(jnp.float32), batch["X1"].astype(jnp.float32)
-        ids = drop_prompts(key, batch["ids"], frozen["null_ids"], prompt_dropout)
-        text = text_encoder.apply(frozen["text_encoder"], ids).last_hidden_state
+        text = encode(text_encoder, frozen, batch["ids"], prompt_dropout, key)
         v = unet.apply(params, flow.interpolate(X0, X1, t), flow.timestep(t, num_timesteps), text)
         return v, v - flow.velocity_target(X0, X1)
 
     return errors
+
+
+def encode(text_encoder, frozen, ids: TokenIds, prompt_dropout: float, key: Key) -> Context:
+    """The embeddings of the prompts, of which a random share is replaced by the empty one."""
+    ids = drop_prompts(key, ids, frozen["null_ids"], prompt_dropout)
+    return text_encoder.apply(frozen["text_encoder"], ids).last_hidden_state
 
 
 def drop_prompts(key: Key, ids: TokenIds, null_ids: Int[AnyArray, "1 L"], share: float) -> TokenIds:

@@ -18,7 +18,8 @@ from jax import lax
 
 from instaflow_jax import flow
 from instaflow_jax.arrays import Batch, Context, Key, Latent, Params, PerSample, Scalar, Timestep
-from instaflow_jax.train.losses import drop_prompts, squared
+from instaflow_jax.train import losses
+from instaflow_jax.train.losses import squared
 from instaflow_jax.train.step import Loss, Metrics
 
 HEAD = "head."  # begins the names of the discriminator's parameters, which stand among those of the fake score
@@ -153,8 +154,7 @@ def make_fake_loss(method: Method, *, adversarial: float) -> Loss:
 
 def encode(method: Method, frozen, batch: Batch, key: Key) -> Context:
     """The embeddings of the batch's prompts."""
-    ids = drop_prompts(key, batch["ids"], frozen["null_ids"], method.prompt_dropout)
-    return method.text_encoder.apply(frozen["text_encoder"], ids).last_hidden_state
+    return losses.encode(method.text_encoder, frozen, batch["ids"], method.prompt_dropout, key)
 
 
 def draw(method: Method, params: Params, Z: Latent, text: Context) -> Latent:

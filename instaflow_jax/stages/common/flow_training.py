@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from instaflow_jax import flow, pipeline, sampling, solvers
+from instaflow_jax import flow, pipeline, sampling, solvers, teacher
 from instaflow_jax.arrays import Params
 from instaflow_jax.data.pairs.reader import PairBatches, Pairs
 from instaflow_jax.infra import files, images
@@ -140,11 +140,13 @@ def train_flow(
     pairs: Pairs,
     loss: Loss,
     frozen: Mapping[str, Any],
+    dynamics: sampling.Dynamics = FLOW,
 ) -> None:
     """Trains the UNet of `pipe` on the pairs in `directory` and writes the flow to `directory`/export.
 
     Args:
       frozen: inputs of the loss that are not trained, besides the text encoder's weights and the empty prompt.
+      dynamics: of the trained network: a teacher's schedule if it keeps the teacher's head.
 
     Raises:
       ValueError: the pairs or the weights to start from do not fit (see `initial_params`).
@@ -155,13 +157,13 @@ def train_flow(
     state = fit.train(
         options.train,
         directory,
-        init=initial_params(pipe, options.warm_start),
+        init=initial_params(pipe, options.warm_start and dynamics == FLOW),
         loss=loss,
         frozen=with_text(pipe, frozen),
         batches=PairBatches(pairs, batch_size=options.train.batch_size, seed=options.train.seed),
-        evaluate=make_evaluate(options.eval, pipe, shape),
+        evaluate=make_evaluate(options.eval, pipe, shape, dynamics),
     )
-    fit.export_ema(state, lambda ema: export(pipe, ema, directory / EXPORT))
+    fit.export_ema(state, lambda ema: export(pipe, ema, directory / EXPORT, dynamics))
 
 
 def initial_params(pipe: pipeline.Pipeline, warm_start_teacher: bool) -> Params:
@@ -195,22 +197,42 @@ def as_flow(pipe: pipeline.Pipeline, unet: Params) -> pipeline.Pipeline:
     return dataclasses.replace(pipe, params=params, index=index)
 
 
-def export(pipe: pipeline.Pipeline, unet: Params, directory: Path) -> None:
-    """Writes the pipeline with the flow `unet`, see `as_flow`.
+def as_straight_teacher(pipe: pipeline.Pipeline, unet: Params) -> pipeline.Pipeline:
+    """The pipeline with a noise predictor of straight paths as its UNet, to be sampled by few steps of DDIM."""
+    params, index = pipe.params | {"unet": unet}, pipe.index | {"scheduler": ["diffusers", "DDIMScheduler"]}
+    return dataclasses.replace(pipe, params=params, index=index, scheduler=straight_scheduler(pipe.scheduler))
+
+
+def straight_scheduler(scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """The scheduler_config.json of DDIM with this noise schedule, whose steps go from pure noise to the data itself."""
+    kept = {name: scheduler[name] for name in teacher.NOISE_FIELDS if name in scheduler}
+    head = {"prediction_type": teacher.read_schedule(scheduler).prediction_type}
+    steps = {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing", "set_alpha_to_one": True}
+    return kept | head | steps | teacher.PIPELINE
+
+
+def export(pipe: pipeline.Pipeline, unet: Params, directory: Path, dynamics: sampling.Dynamics = FLOW) -> None:
+    """Writes the pipeline with the trained `unet`, see `as_flow` and `as_straight_teacher`.
 
     Raises:
       ValueError: a weight is NaN or infinite.
     """
     check_finite(f"the flow for {directory}", unet)
+    trained = as_flow if dynamics == FLOW else as_straight_teacher
     with files.renew_checksums(directory):
-        pipeline.save(as_flow(pipe, unet), directory)
+        pipeline.save(trained(pipe, unet), directory)
     print(f"wrote the flow to {directory}", flush=True)
 
 
 # ---------------------------------------------------------------- evaluation
 
 
-def make_evaluate(options: fit.EvalOptions, pipe: pipeline.Pipeline, shape: tuple[int, int, int]) -> fit.Evaluate:
+def make_evaluate(
+    options: fit.EvalOptions,
+    pipe: pipeline.Pipeline,
+    shape: tuple[int, int, int],
+    dynamics: sampling.Dynamics = FLOW,
+) -> fit.Evaluate:
     """A grid from fixed prompts and noise, one column for each N and seed, and the flow's straightness S.
 
     What it returns raises ValueError naming prompt and seed of an image that is NaN or infinite.
@@ -218,9 +240,10 @@ def make_evaluate(options: fit.EvalOptions, pipe: pipeline.Pipeline, shape: tupl
     prompts, counts, seeds = list(options.prompts), tuple(options.N), options.seeds
     ids, null_ids = jnp.asarray(np.repeat(pipe.tokenizer(prompts), seeds, 0)), jnp.asarray(pipe.tokenizer([""]))
     X0 = sampling.noise(np.tile(np.arange(seeds), len(prompts)), shape)
-    tables = [(solvers.pad(sampling.solver_table(FLOW, "euler", N), max(counts)), N) for N in counts]
+    solver = "euler" if dynamics == FLOW else "ddim"
+    tables = [(solvers.pad(sampling.solver_table(dynamics, solver, N), max(counts)), N) for N in counts]
     draw = jax.jit(make_draw(pipe, options.alpha))
-    straightness = jax.jit(make_straightness(pipe.nets, FLOW, 1.0, max(counts)))
+    straightness = jax.jit(make_straightness(pipe.nets, dynamics, 1.0, max(counts)))
     labels = [f"N={N}" if seed == 0 else "" for N in counts for seed in range(seeds)]
     names = [name_image(prompt, seed) for prompt in prompts for seed in range(seeds)]
 

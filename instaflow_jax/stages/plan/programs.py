@@ -160,8 +160,10 @@ def _make_method(
     if config.stage == "progressive":
         teacher = sampling.read_dynamics(shapes.read_scheduler(model), {}, "teacher")
         loss = progressive.make_loss(config, options, nets, teacher)
+    elif config.stage == "reflow":
+        loss = reflow.make_loss(config, options, nets, shapes.read_scheduler(model))
     else:
-        loss = {"reflow": reflow, "distill": distill}[config.stage].make_loss(config, options, nets)
+        loss = distill.make_loss(config, options, nets)
     optimizer, step = fit.make_step(options.train, loss, mesh)
     return unet, functools.partial(train_state.create, optimizer=optimizer), step
 
