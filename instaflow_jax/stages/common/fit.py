@@ -95,8 +95,7 @@ def check_same_run(options: TrainOptions, directory: Path, chosen: Sequence[str]
     if not steps or options.resume == "force":
         return
     there, here = (dict(_leaves(config)) for config in (load_config(folder, step=None), options.config))
-    compared = [name for name in here if name in there and name not in chosen and not _MAY_DIFFER.search(name)]
-    differ = [name for name in compared if here[name] != there[name]]
+    differ = [name for name in differing(there, here) if name not in chosen and not _MAY_DIFFER.search(name)]
     if options.loop["steps"] < steps[-1]:
         differ.append("loop.steps")
     if differ:
@@ -105,6 +104,12 @@ def check_same_run(options: TrainOptions, directory: Path, chosen: Sequence[str]
             f"{directory} holds a run with other settings, at step {steps[-1]} ({first_ten(shown, '; ')}): use its "
             "settings, another --workdir, or --config.resume=force to go on with the new ones"
         )
+
+
+def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Dotted names of the fields that two configs both have, with different values."""
+    before, now = dict(_leaves(there)), dict(_leaves(here))
+    return [name for name in now if name in before and now[name] != before[name]]
 
 
 def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

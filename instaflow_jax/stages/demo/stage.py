@@ -16,6 +16,7 @@ from instaflow_jax.data.openmoji import drawing
 from instaflow_jax.infra.files import read_json, write_json
 from instaflow_jax.infra.progress import clock_time
 from instaflow_jax.stages import distill, progressive, reflow
+from instaflow_jax.stages.common import fit
 from instaflow_jax.stages.common.loading import EXPORT, has_export
 from instaflow_jax.stages.common.machine import machine
 from instaflow_jax.stages.common.ranges import check_ranges
@@ -166,25 +167,18 @@ def open_ledger(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
     path = directory / LEDGER
     new = {"version": __version__, "machine": machine(), "steps": {}}
     ledger = read_json(path) if path.is_file() else new
+    version = ledger.get("version", "0.1")  # which recorded none
     for step in steps(settings):
-        before = ledger["steps"].get(step.name, {"settings": settings[step.name]})["settings"]
-        if step.trains and before != settings[step.name]:
-            fields = ", ".join(differing(step.name, before, settings[step.name]))
-            why = f"was made with another {fields}"
-            if ledger.get("version") != __version__:  # version 0.1 recorded none
-                why = (
-                    f"was made by another version of instaflow_jax ({ledger.get('version', '0.1')}, not {__version__})"
-                )
-            raise ValueError(f"{directory} {why}: use another --workdir, or delete this one")
+        now = settings[step.name]
+        before = ledger["steps"].get(step.name, {"settings": now})["settings"]
+        fields = [f"{step.name}.{field}" for field in fit.differing(before, now)]
+        if not step.trains or (not fields and (version == __version__ or before == now)):
+            continue
+        why = f"was made with another {', '.join(fields)}"
+        if version != __version__:
+            why = f"was made by another version of instaflow_jax ({version}, not {__version__})"
+        raise ValueError(f"{directory} {why}: use another --workdir, or delete this one")
     return ledger
-
-
-def differing(name: str, a: Any, b: Any) -> list[str]:
-    """Dotted names of the fields in which two configs differ."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        keys = [key for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
-        return [field for key in keys for field in differing(f"{name}.{key}", a.get(key), b.get(key))]
-    return [name]
 
 
 def unfinished(directory: Path, ledger: dict[str, Any], settings: dict[str, Any]) -> list[Step]:
@@ -210,4 +204,5 @@ def unfinished(directory: Path, ledger: dict[str, Any], settings: dict[str, Any]
 def is_done(step: Step, directory: Path, ledger: dict[str, Any], settings: dict[str, Any]) -> bool:
     """Whether a step finished with these settings and its product still exists."""
     entry = ledger["steps"].get(step.name, {})
-    return "seconds" in entry and entry["settings"] == settings[step.name] and (directory / step.product).is_file()
+    finished = "seconds" in entry and not fit.differing(entry["settings"], settings[step.name])
+    return finished and (directory / step.product).is_file()
