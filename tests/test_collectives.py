@@ -47,6 +47,7 @@ ENTRY %main (p: f32[8,4]) -> f32[] {
   %done = f32[16,4]{1,0} all-gather-done(%begun)
   %again = f32[16,4]{1,0} all-gather(%p), channel_id=3, replica_groups=mesh['x'=4,'y'=2] {'y'}, dimensions={0}
   %piece = f32[1,4]{1,0} reduce-scatter(%p), channel_id=4, replica_groups=mesh['x'=8] {'x':(2)4}, dimensions={0}, to_apply=%add
+  %sent = ((f32[8,4]{1,0}, f32[16]{0}), (f32[1,4]{1,0}, f32[2]{0})) reduce-scatter-start(%p, %p), channel_id=8, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
   %fused = (f32[8,1]{1,0:T(8,128)S(1)}) fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1, metadata={op_name="grad"}
   %moved = (u8[8]{0}, u8[8]{0}) all-to-all(%p, %p), channel_id=5, replica_groups={{0,1},{2,3}}
   %shifted = s32[5]{0} collective-permute(%p), channel_id=6, source_target_pairs={{0,1},{1,0}}
@@ -65,6 +66,8 @@ def test_every_spelling_is_read():
         Collective("all-to-all", "u8", (8,), 2, 1),
         Collective("collective-permute", "s32", (5,), 2, 1),
         Collective("reduce-scatter", "f32", (1, 4), 4, 1),
+        Collective("reduce-scatter", "f32", (1, 4), 8, 1),
+        Collective("reduce-scatter", "f32", (2,), 8, 1),
         Collective("reduce-scatter", "f32", (8, 1), 4, 1),  # the TPU's fusion
     ]
 
@@ -73,7 +76,7 @@ def test_bytes_of_each_operation():
     assert sent_by_operation(read(PROGRAM)) == {
         "all-reduce": 2 * 7 / 8 * (64 + 4),
         "all-gather": 3 * 3 / 4 * 256 + 1 / 2 * 256,
-        "reduce-scatter": 3 * 16 + 3 * 32,
+        "reduce-scatter": 3 * 16 + 3 * 32 + 7 * (16 + 8),
         "all-to-all": 2 * 1 / 2 * 8,
         "collective-permute": 20,
     }

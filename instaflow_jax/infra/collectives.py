@@ -122,7 +122,7 @@ def _key(arrays: list[Collective], rest: str) -> str:
 def _sent_arrays(operation: str, result: str) -> list[tuple[str, tuple[int, ...]]]:
     """Dtypes and shapes in an instruction's result; a "-start" lists operands first, then results."""
     arrays = [(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _ARRAY.findall(result)]
-    if operation in ("all-gather-start", "collective-permute-start"):
+    if operation in ("all-gather-start", "reduce-scatter-start", "collective-permute-start"):
         arrays = [a for a in arrays if a != ("u32", ())]
         return arrays[len(arrays) // 2 :]
     return arrays
