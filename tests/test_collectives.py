@@ -82,6 +82,17 @@ def test_bytes_of_each_operation():
     }
 
 
+def test_a_loop_whose_length_is_not_stated_counts_up_to_a_constant():
+    """As the TPU's compiler writes it."""
+    counted = PROGRAM.replace('backend_config={"known_trip_count":{"n":"3"}}', "metadata={}").replace(
+        "  ROOT %more = pred[] constant(true)",
+        "  %limit = s32[]{:T(128)} constant(3)\n"
+        "  %i = s32[]{:T(128)} get-tuple-element(%carry), index=0\n"
+        "  ROOT %more = pred[]{:T(512)} compare(%i, %limit), direction=LT",
+    )
+    assert counted.count("known_trip_count") == 0 and read(counted) == read(PROGRAM)
+
+
 def test_a_collective_in_a_loop_of_unknown_length_is_refused():
     with pytest.raises(ValueError, match="a loop with all-gather has an unknown trip count"):
         read(PROGRAM.replace('"known_trip_count"', '"unknown"'))

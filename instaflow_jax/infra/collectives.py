@@ -13,6 +13,7 @@ _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (.*?) ([a-z][\w-]*)\((.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{\s*$")
 _CALLED = re.compile(r"(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
+_CONDITION = re.compile(r"condition=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CHANNEL = re.compile(r"channel_id=\d+")
@@ -63,7 +64,7 @@ def read(text: str) -> list[Collective]:
     """The collectives in a compiled program's `as_text()`, those inside loops included.
 
     Raises:
-      ValueError: one of them is in a loop whose trip count XLA does not state.
+      ValueError: one of them is in a loop that does not say how often it runs.
     """
     computations, entry = _split(text)
     found: dict[str, list[Collective]] = {}
@@ -101,16 +102,30 @@ def _visit(computations: Mapping, name: str, times: int, found: dict[str, list[C
             continue
         called = _CALLED.findall(rest) + [n.strip(" %") for names in _BRANCHES.findall(rest) for n in names.split(",")]
         if operation == "while":
-            trips = _TRIPS.search(rest)
-            before = len(found)
+            trips, before = _trips(computations, rest), len(found)
             for inner in called:
-                _visit(computations, inner, times * int(trips[1]) if trips else times, found)
+                _visit(computations, inner, times * (trips or 1), found)
             if len(found) > before and not trips:
                 first = list(found.values())[before][0].operation
                 raise ValueError(f"a loop with {first} has an unknown trip count: {rest[:200]}")
             continue
         for inner in called:
             _visit(computations, inner, times, found)
+
+
+def _trips(computations: Mapping, rest: str) -> int | None:
+    """How often a loop runs: as XLA states it, or else, as for TPUs, the constant that its condition counts up to.
+
+    jax's scans count from 0 in steps of 1.
+    """
+    if stated := _TRIPS.search(rest):
+        return int(stated[1])
+    condition = computations[_CONDITION.search(rest)[1]]
+    limits = [
+        int(rest.split(")")[0]) for result, part, rest in condition if (result[:5], part) == ("s32[]", "constant")
+    ]
+    counts = [rest for _, part, rest in condition if part == "compare" and "direction=LT" in rest]
+    return limits[0] if len(limits) == len(counts) == 1 else None
 
 
 def _key(arrays: list[Collective], rest: str) -> str:
