@@ -98,27 +98,25 @@ def test_a_collective_in_a_loop_of_unknown_length_is_refused():
         read(PROGRAM.replace('"known_trip_count"', '"unknown"'))
 
 
-def test_only_parameters_may_be_gathered_and_twice_per_update():
+def test_only_parameters_may_be_gathered_and_twice_per_sum():
     def gather(shape, times):
         return Collective("all-gather", "f32", shape, 8, times)
 
     kernels = [(3, 3, 64, 128), (1, 1, 64, 64)]
     fine = [gather((128, 3, 3, 64), 4), gather((64, 64), 2), Collective("all-reduce", "f32", (64, 64, 64, 320), 8, 2)]
-    assert not unexpected(fine, kernels, updates=2)
-    assert unexpected([*fine, gather((3, 3, 64, 128), 1)], kernels, updates=2) == [
+    assert not unexpected(fine, kernels, sums=2)
+    assert unexpected([*fine, gather((3, 3, 64, 128), 1)], kernels, sums=2) == [
         "1 × all-gather of f32[3, 3, 64, 128] among 8"
     ]
-    assert unexpected([gather((64, 64, 64, 320), 1)], kernels, updates=2)
-    assert unexpected([gather((64, 64), 1)], [], updates=1)  # data parallelism gathers nothing
-    assert not unexpected(
-        [Collective("all-reduce", "f32", (320,), 8, 9)], kernels, updates=2
-    )  # a metric of a micro-batch
+    assert unexpected([gather((64, 64, 64, 320), 1)], kernels, sums=2)
+    assert unexpected([gather((64, 64), 1)], [], sums=1)  # data parallelism gathers nothing
+    assert not unexpected([Collective("all-reduce", "f32", (320,), 8, 9)], kernels, sums=2)  # a metric of a micro-batch
     for operation in ("all-reduce", "reduce-scatter"):
-        assert unexpected([Collective(operation, "f32", (3, 3, 64, 128), 8, 9)], kernels, updates=2) == [
+        assert unexpected([Collective(operation, "f32", (3, 3, 64, 128), 8, 9)], kernels, sums=2) == [
             f"9 × {operation} of f32[3, 3, 64, 128] among 8"
         ]
     for operation in OPERATIONS[3:]:
-        assert unexpected([Collective(operation, "f32", (64, 64), 8, 1)], kernels, updates=2)
+        assert unexpected([Collective(operation, "f32", (64, 64), 8, 1)], kernels, sums=2)
 
 
 SCRIPT = """
@@ -136,7 +134,7 @@ def advance(fsdp, accumulate):
     compiled = loop.trace_step(update, now, frozen, batch, key, mesh).lower().compile()
     sharded = [p.shape for p in now.params.values() if not p.sharding.is_fully_replicated]
     sent = collectives.read(compiled.as_text())
-    found = {"sent": collectives.sent_by_operation(sent), "unexpected": collectives.unexpected(sent, sharded, updates=1)}
+    found = {"sent": collectives.sent_by_operation(sent), "unexpected": collectives.unexpected(sent, sharded, sums=1)}
     return found | {"norm": float(compiled(now, frozen, batch, key)[1]["grad_norm"]), "sharded": sharded}
 
 print(json.dumps([advance(1, 1), advance(8, 1), advance(4, 2)]))

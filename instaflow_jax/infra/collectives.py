@@ -163,19 +163,19 @@ def sent_by_operation(collectives: Iterable[Collective]) -> dict[str, float]:
     return total
 
 
-def unexpected(collectives: Iterable[Collective], sharded: Iterable[tuple[int, ...]], updates: int) -> list[str]:
+def unexpected(collectives: Iterable[Collective], sharded: Iterable[tuple[int, ...]], sums: int) -> list[str]:
     """The collectives that neither data parallelism nor FSDP explains, one line each.
 
-    In each update, gradients and scalars are reduced, and sharded parameters may be gathered twice (forward and
-    backward). More than that repeats it in every micro-batch; everything else moves activations or state.
+    As often as gradients are summed, sharded parameters may be gathered twice (forward and backward), and any array
+    reduced once. More than that repeats work in every micro-batch; everything else moves activations or state.
 
     Args:
       sharded: full shapes of the sharded parameters; empty for data parallelism.
-      updates: updates per step, of however many micro-batches.
+      sums: how often a step sums gradients: once for each update, where the compiler moves that out of loops.
     """
     allowed = Counter()
     for shape in sharded:
-        allowed[_bare(shape)] += 2 * updates
+        allowed[_bare(shape)] += 2 * sums
     lines = []
     for c in collectives:
         line = f"{c.times} × {c.operation} of {c.dtype}{list(c.shape)} among {c.group}"
@@ -184,7 +184,7 @@ def unexpected(collectives: Iterable[Collective], sharded: Iterable[tuple[int, .
             if allowed[_bare(c.shape)] < 0:
                 lines.append(line)
         elif c.operation in ("all-to-all", "collective-permute") or (
-            c.times > updates and math.prod(c.shape) >= GRADIENT_SIZE
+            c.times > sums and math.prod(c.shape) >= GRADIENT_SIZE
         ):
             lines.append(line)
     return lines

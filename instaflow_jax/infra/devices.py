@@ -117,11 +117,19 @@ def abstract(tree: PyTree, mesh: Mesh) -> PyTree:
     )
 
 
+def sums_behind_loops(mesh: Mesh) -> bool:
+    """Whether the compiler moves a sum over devices out of the loop over micro-batches.
+
+    Then whole weights and gradients outside of that loop let each step gather and scatter once. TPUs' does not (libtpu
+    0.0.42): there it would sum whole gradients in each micro-batch, so shards inside of the loop take less.
+    """
+    return mesh.devices.flat[0].platform != "tpu"
+
+
 def gathering(gradient: Callable, mesh: Mesh, others: Sequence[str] = ()) -> Callable:
     """`gradient(params, frozen, batch, key)` that gathers parameters before it computes and scatters what it found.
 
-    It serves for the sum over all micro-batches, so that each step gathers and scatters once. `others` names the
-    entries of `frozen` that are parameters of a state too. `gradient` returns (value, metrics, gradients).
+    `gradient` returns (value, metrics, gradients). `others` names the entries of `frozen` that are split like `params`.
 
     Without this the partitioner splits convolutions along their sharded kernels and sends activations between devices.
     """

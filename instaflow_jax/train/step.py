@@ -113,7 +113,11 @@ def make_gradients(loss: Loss, accumulate: int, mesh: Mesh, others: Sequence[str
     """
     if accumulate < 1:
         raise ValueError(f"accumulate={accumulate} must be 1 or more: use 1 for no micro-batches")
-    total = devices.gathering(make_sum(loss, accumulate), mesh, others)
+    gradient = make_gradient(loss)
+    if devices.sums_behind_loops(mesh):
+        total = devices.gathering(make_sum(gradient, accumulate), mesh, others)
+    else:
+        total = make_sum(devices.gathering(gradient, mesh, others), accumulate)
 
     def mean(params, frozen, batch, key):
         return jax.tree.map(lambda a: a / accumulate, total(params, frozen, batch, key))
@@ -121,12 +125,18 @@ def make_gradients(loss: Loss, accumulate: int, mesh: Mesh, others: Sequence[str
     return mean
 
 
-def make_sum(loss: Loss, count: int) -> Gradient:
-    """The sum over `count` micro-batches, run one after the other, of the loss, its metrics and its gradient."""
+def make_gradient(loss: Loss) -> Gradient:
+    """A function that returns the loss, its metrics and its gradient with respect to params."""
 
     def gradient(params, frozen, batch, key):
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, frozen, batch, key)
         return value, metrics, grads
+
+    return gradient
+
+
+def make_sum(gradient: Gradient, count: int) -> Gradient:
+    """The sum over `count` micro-batches, run one after the other, of what `gradient` returns."""
 
     def accumulated(params, frozen, batch, key):
         def add(total, part):

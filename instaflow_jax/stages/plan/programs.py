@@ -45,7 +45,7 @@ class Program:
       flops: of one call on all devices together, without what is computed twice to save memory.
       sharded: full shapes of the arrays that FSDP splits.
       rounds: how often a call runs the loops that nearly all of it is: solver steps, or micro-batches of each update.
-      updates: of a network in one call.
+      sums: how often a call sums gradients over the devices.
     """
 
     traced: jax.stages.Traced
@@ -55,7 +55,7 @@ class Program:
     flops: float
     sharded: tuple[tuple[int, ...], ...] = ()
     rounds: int = 1
-    updates: int = 1
+    sums: int = 1
 
 
 def check(config: ConfigDict, model: str) -> None:
@@ -145,7 +145,8 @@ def _training(config: ConfigDict, model: str, nets: Mapping[str, Net], mesh: Mes
     sharded = tuple(p.shape for p in params if not p.sharding.is_fully_replicated)
     updates = config.fake.updates + 1 if config.stage == "refine" else 1
     rounds = train.accumulate * updates
-    return Program(traced, train.batch_size, train.loop["steps"], "sample", flops, sharded, rounds, updates)
+    sums = updates if devices.sums_behind_loops(mesh) else rounds
+    return Program(traced, train.batch_size, train.loop["steps"], "sample", flops, sharded, rounds, sums)
 
 
 def _make_method(

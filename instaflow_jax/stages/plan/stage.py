@@ -144,7 +144,7 @@ def measure(config: ConfigDict, model: str, target: Target, optimization_level: 
         flops=program.flops,
         accessed=accessed,
         sent=collectives.sent_by_operation(found),
-        unexpected=collectives.unexpected(found, program.sharded, program.updates),
+        unexpected=collectives.unexpected(found, program.sharded, program.sums),
         seconds=roofline(program, target, accessed),
         rows=program.rows,
         unit=program.unit,
