@@ -8,12 +8,13 @@
 
 Writes DIR/export, all or nothing:
 
-    orbax/      the weights; orbax-checkpoint restores them in three lines
-    diffusers/  for StableDiffusionPipeline.from_pretrained of PyTorch diffusers
-    stablehlo/  the program (token ids, noise → images) for cpu, cuda and tpu, and draw.py, which runs it with only jax
-                and numpy
-    msgpack/    for the Flax classes of diffusers (up to 0.39), which have no Stacked U-Net
-    README.md   the model card, with the code that loads each format
+    orbax/        the weights; orbax-checkpoint restores them in three lines
+    diffusers/    for StableDiffusionPipeline.from_pretrained of PyTorch diffusers
+    stablehlo/    the program (token ids, noise → images) for cpu, cuda and tpu, and draw.py, which runs it with only
+                  jax and numpy
+    msgpack/      for the Flax classes of diffusers (up to 0.39), which have no Stacked U-Net
+    single_file/  one checkpoint in the original naming, and a graph that draws from it in ComfyUI; no Stacked U-Net
+    README.md     the model card, with the code that loads each format
 
 Needs nothing: a missing flow is distilled first.
 """
@@ -22,7 +23,7 @@ from ml_collections import ConfigDict
 
 from configs import common, distill
 
-FORMATS = ("orbax", "diffusers", "stablehlo", "msgpack")
+FORMATS = ("orbax", "diffusers", "stablehlo", "msgpack", "single_file")
 VARIANTS = {
     "openmoji": {},
     "stacked": {"formats": FORMATS[:3]},
@@ -38,7 +39,8 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
     config.formats = FORMATS
     config.attention = "xla"  # the exported program runs anywhere, so it has none of a platform's own kernels
     config.convention = "stock"  # of diffusers/; or released: the authors' sign and scheduler, for their own code
-    config.prompts = "woman astronaut|red apple|cat face"  # whose token ids are written beside the program
+    config.single_file_dtype = "float16"  # of the weights in single_file/; or float32
+    config.prompts = "woman astronaut|red apple|cat face"  # for the program's example and ComfyUI's graph
     config.output = "export"  # folder of the workdir to write to
     config.replace = False  # whether to replace an existing export
     config.distill = distill.get_config("sd15_l2" if variant == "sd15" else variant)

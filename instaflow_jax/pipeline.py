@@ -21,6 +21,7 @@ from instaflow_jax.models.stacked_unet import StackedUNet, stack_net, stack_para
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.models.vae import AutoencoderKL
 from instaflow_jax.weights import hub, ldm, lora
+from instaflow_jax.weights.conventions import single_file_scheduler
 from instaflow_jax.weights.delta import Delta, add_delta
 from instaflow_jax.weights.tokenizer import Tokenizer
 
@@ -222,10 +223,14 @@ def _with_stated_prediction(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The scheduler and index of `base` with what a single file itself says of its prediction; see `ldm`.
 
+    A file that says that it is a flow needs no scheduler of `base`.
+
     Raises:
       ValueError: the file says that it is a teacher, but `base` is a flow.
     """
     stated = ldm.prediction_fields(stores.local(source)) if _is_file(source) else {}
+    if stated.get("prediction_type") == "flow_prediction":
+        return single_file_scheduler(index)
     news = {k: v for k, v in stated.items() if (scheduler.get(k) or teacher.DEFAULTS[k]) != v}
     is_flow = scheduler.get("prediction_type") == "flow_prediction"
     is_flow |= scheduler.get("_class_name") == "FlowMatchEulerDiscreteScheduler"

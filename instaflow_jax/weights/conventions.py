@@ -1,8 +1,9 @@
-"""How a flow is written in diffusers layout: two conventions for the sign and timestep of its UNet.
+"""How a flow is written for other programs: conventions for the sign and timestep of its UNet.
 
 "stock": the UNet predicts noise − data, and diffusers' own DPM-Solver++ scheduler integrates it.
 "released": as in the authors' checkpoints, the UNet predicts X1 − X0 at timestep 1000·(1 − t). The scheduler file is
 still the teacher's; only the class name in `model_index.json` says that the UNet is a flow.
+"single file": the UNet predicts noise − data at timestep 1000·(1 − t), as ComfyUI's `ModelSamplingSD3` takes it.
 """
 
 from collections.abc import Mapping
@@ -61,6 +62,33 @@ def as_stock(unet: Params, index: Index, num_timesteps: int) -> tuple[Params, di
         "steps_offset": 1,
     }
     return scaled(unet, -T / (T - 1)), scheduler, dict(index) | {"scheduler": ["diffusers", scheduler["_class_name"]]}
+
+
+def as_single_file(unet: Params, index: Index, num_timesteps: int) -> tuple[Params, dict[str, Any], dict[str, Any]]:
+    """A flow as ComfyUI integrates it: x − σ · output is the image at σ = 1 − t and timestep 1000·σ.
+
+    Args:
+      unet: weights that predict X1 − X0.
+
+    Returns:
+      the weights, the content of `scheduler_config.json`, and the index that names the scheduler's class.
+
+    Raises:
+      ValueError: the flow has another number of timesteps.
+    """
+    if num_timesteps != NUM_TIMESTEPS:
+        raise ValueError(
+            f"a single file has {NUM_TIMESTEPS} timesteps, but this flow has num_timesteps={num_timesteps}; "
+            "leave 'single_file' out of config.formats"
+        )
+    return scaled(unet, -1.0), *single_file_scheduler(index)
+
+
+def single_file_scheduler(index: Index) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The content of `scheduler_config.json` and the index of a single file that says that it is a flow."""
+    name = "FlowMatchEulerDiscreteScheduler"
+    scheduler = {"_class_name": name, "num_train_timesteps": NUM_TIMESTEPS, "prediction_type": "flow_prediction"}
+    return scheduler | {"shift": 1.0}, as_teacher(index) | {"scheduler": ["diffusers", name]}
 
 
 def scaled(unet: Params, factor: float) -> Params:

@@ -1,12 +1,13 @@
-"""Single-file checkpoints (`.safetensors`, `.ckpt`) with the names of the original Latent Diffusion code.
+"""Reads and writes single-file checkpoints with the names of the original Latent Diffusion code.
 
 The rules map our names to the file's, so the networks' configs say which keys a file must have. The file's names number
 layers in the order in which CompVis' constructors create them. The text encoder is transformers' CLIP (SD 1.x) or
-OpenCLIP's (SD 2.x).
+OpenCLIP's (SD 2.x). Reading and writing use the same rules.
 """
 
+import collections
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from instaflow_jax.weights import hub, port
 _UNET, _VAE = "model.diffusion_model.", "first_stage_model."
 _CLIP, _OPENCLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 _PREFIXES = {"unet": _UNET, "vae": _VAE, "text_encoder": "cond_stage_model."}
+DTYPES = {"float16": np.float16, "float32": np.float32}  # of the weights in files that are written here
+_PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample", "flow": "flow_prediction"}  # ModelSpec's
 _EMA = "ema"  # variant of a single file: the UNet's EMA weights instead of the last ones
 # Keys in such files that are not part of the networks: schedules (names without a dot), the EMA copy of the weights,
 # the autoencoder's discriminator, projections that Stable Diffusion does not use, constants.
@@ -175,11 +178,11 @@ def prediction_fields(path: Path) -> dict[str, Any]:
     """What a single file says of its noise schedule, as fields of `scheduler_config.json`; {} for most files.
 
     ComfyUI and trainers add empty tensors named `v_pred` and `ztsnr` (zero terminal SNR) to v-prediction models, or
-    state the prediction type in the metadata of ModelSpec.
+    state the prediction type in the metadata of ModelSpec. A "flow" there predicts noise − data.
     """
     keys, metadata = port.open_weights(path).keys(), port.read_metadata(path)
     stated = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key")
-    kind = "v_prediction" if "v_pred" in keys else {"v": "v_prediction", "epsilon": "epsilon"}.get(stated)
+    kind = "v_prediction" if "v_pred" in keys else _PREDICTIONS.get(stated or "")
     fields = {"prediction_type": kind} if kind else {}
     return fields | ({"rescale_betas_zero_snr": True} if "ztsnr" in keys else {})
 
@@ -209,3 +212,58 @@ def _reader(stored: port.Stored, key: str, third: int | None, rank: int) -> Call
         return array if third is None else array[third * size : (third + 1) * size]
 
     return get
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write(
+    path: Path,
+    configs: Mapping[str, Any],
+    params: Mapping[str, Params],
+    scheduler: Mapping[str, Any],
+    *,
+    dtype: str,
+    metadata: Mapping[str, str],
+) -> None:
+    """Writes a safetensors file that `read` turns into the same weights, each rounded once to `dtype`.
+
+    Beside the weights it says what `prediction_fields` reads.
+
+    Args:
+      configs, params: of "unet", "vae" and "text_encoder".
+      scheduler: `scheduler_config.json`.
+      dtype: one of `DTYPES`.
+      metadata: strings for the file's header.
+
+    Raises:
+      OSError: naming the file.
+    """
+    stated = {word: kind for kind, word in _PREDICTIONS.items()}[scheduler.get("prediction_type") or "epsilon"]
+    marks = {"v_pred": stated == "v", "ztsnr": bool(scheduler.get("rescale_betas_zero_snr"))}
+    tensors = {key: array.astype(DTYPES[dtype], order="C") for key, array in _tensors(configs, params)}
+    tensors |= {name: np.zeros(0, np.float32) for name, said in marks.items() if said}
+    port.write_safetensors(path, tensors, {"modelspec.prediction_type": stated, **metadata})
+
+
+def _tensors(configs: Mapping[str, Any], params: Mapping[str, Params]) -> Iterator[tuple[str, np.ndarray]]:
+    """Key in the file and array, the inverse of `_reader`. SD 2.x's text encoder is the one with GELU."""
+    openclip = configs["text_encoder"].hidden_act == "gelu"
+    for net, weights in params.items():
+        arrays = {port.torch_key(name): port.to_torch(name, np.asarray(value)) for name, value in weights.items()}
+        parts: dict[str, dict[int, np.ndarray]] = collections.defaultdict(dict)
+        for key, (place, third) in places(net, configs[net], weights, openclip).items():
+            parts[place][third or 0] = arrays[key]
+        for place, thirds in parts.items():
+            array = np.concatenate([thirds[i] for i in sorted(thirds)])
+            convolution = array.ndim == 2 and ".mid.attn_1." in place
+            yield place, array[..., None, None] if convolution else array
+
+
+def check_range(params: Mapping[str, Params], dtype: str) -> None:
+    """Raises ValueError naming the first weight that is too large for one of `DTYPES`."""
+    largest = float(np.finfo(DTYPES[dtype]).max)
+    for net, weights in params.items():
+        for name, value in weights.items():
+            if np.abs(value).max(initial=0) > largest:
+                raise ValueError(f"{net}: weight {port.torch_key(name)} exceeds {largest:g}, the largest {dtype}")

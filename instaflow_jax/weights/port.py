@@ -229,13 +229,18 @@ def _save_safetensors(
     names = [f"{stem}{dot}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     names = names if len(shards) > 1 else [f"{stem}{dot}.safetensors"]
     for name, shard in zip(names, shards, strict=True):
-        size = sum(a.nbytes for a in shard.values())
-        with atomic_write(directory / name, size) as temporary, as_os_error(safetensors.SafetensorError):
-            safetensors.numpy.save_file(shard, temporary, metadata={"format": "pt"})
+        write_safetensors(directory / name, shard, {})
     if len(shards) > 1:
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         index = {"metadata": {"total_size": sum(a.nbytes for a in tensors.values())}, "weight_map": weight_map}
         write_text(directory / f"{stem}.safetensors.index{dot}.json", json.dumps(index, indent=2))
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Writes C-contiguous arrays, and strings beside them, atomically. Raises OSError naming the file."""
+    size = sum(a.nbytes for a in tensors.values())
+    with atomic_write(path, size) as temporary, as_os_error(safetensors.SafetensorError):
+        safetensors.numpy.save_file(dict(tensors), temporary, metadata={"format": "pt", **metadata})
 
 
 def _split(tensors: dict[str, np.ndarray], limit: int | None) -> list[dict[str, np.ndarray]]:

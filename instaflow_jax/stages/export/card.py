@@ -9,8 +9,9 @@ from typing import Any
 from instaflow_jax import pipeline, sampling
 from instaflow_jax.infra.messages import markdown_table
 from instaflow_jax.models.stacked_unet import StackedUNet
+from instaflow_jax.stages.export import single_file
 from instaflow_jax.stages.export.formats import Options
-from instaflow_jax.stages.export.source import Source, parents, run_config
+from instaflow_jax.stages.export.source import Source, flow_steps, parents, run_config
 
 TABLE = "evaluate/table.md"  # in the workdir, written by stage `evaluate`
 _SD15 = "[CreativeML OpenRAIL-M](https://huggingface.co/spaces/CompVis/stable-diffusion-license)"
@@ -99,11 +100,6 @@ def card(source: Source, licence: Licence, options: Options, workdir: Path) -> s
     if source.run:
         parts += ["## Resolved config", f"```json\n{json.dumps(source.run, indent=1)}\n```"]
     return "\n\n".join(parts) + "\n"
-
-
-def flow_steps(source: Source) -> int:
-    """The number of steps to draw in: that of the round for progressive distillation, else one."""
-    return source.run["N"] if source.run.get("stage") == "progressive" else 1
 
 
 def recipe(source: Source) -> str:
@@ -212,4 +208,38 @@ unet, params = FlaxUNet2DConditionModel.from_pretrained("msgpack", subfolder="un
 ```"""
 
 
+def use_single_file(source: Source, options: Options) -> str:
+    N, is_flow = flow_steps(source), isinstance(source.dynamics, sampling.Flow)
+    text = f"`single_file/`: `{single_file.CHECKPOINT}`, {options.single_file_dtype}, in the original naming. "
+    if not is_flow:
+        return text + "ComfyUI and the web UIs load it as they load any Stable Diffusion."
+    text += f"""In ComfyUI, put it into `models/checkpoints` and open `{single_file.GRAPH}`, or set up:
+
+| node | settings |
+|---|---|
+| Load Checkpoint → ModelSamplingSD3 | shift 1.0; the model goes through this node |
+| KSampler | steps {N}, cfg 1.0, sampler euler, scheduler simple, denoise 1.0 |
+
+Without ModelSamplingSD3 it draws noise, and so does AUTOMATIC1111's web UI, whose samplers for SD 1.x and 2.x know only
+ε and v."""
+    if not single_file.family(source):
+        text += " ComfyUI tells models by the widths of their UNet and does not know this one's, which are not SD's."
+    if N > 1:
+        return f"{text}\n\nFor diffusers use `diffusers/`, whose scheduler takes {N} steps."
+    return f"""{text}
+
+In PyTorch diffusers, with `diffusers/` or the directory of the Stable Diffusion it was trained from as `config`:
+
+```python
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+flow = {{"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1e6, "num_train_timesteps": 1001}}
+pipe = StableDiffusionPipeline.from_single_file(
+    "single_file/{single_file.CHECKPOINT}", config="diffusers",
+    scheduler=DPMSolverMultistepScheduler(solver_order=1, steps_offset=1, **flow),
+)
+pipe("red apple", num_inference_steps=1, guidance_scale=1.0).images[0].save("apple.png")
+```"""
+
+
 USES = {"orbax": use_orbax, "diffusers": use_diffusers, "stablehlo": use_stablehlo, "msgpack": use_msgpack}
+USES["single_file"] = use_single_file

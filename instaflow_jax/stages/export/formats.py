@@ -14,6 +14,7 @@ from instaflow_jax import pipeline, sampling
 from instaflow_jax.arrays import AnyArray, Params
 from instaflow_jax.infra import checkpoint, files, images
 from instaflow_jax.stages.common.loading import read_prompts
+from instaflow_jax.stages.export import single_file
 from instaflow_jax.stages.export.source import Source
 from instaflow_jax.weights.conventions import as_released, as_stock, as_teacher
 
@@ -33,12 +34,16 @@ class Options:
       convention: of diffusers/, "stock" or "released".
       prompts: whose token ids are written beside the StableHLO program, 'one|two' or a text file.
       dtype: the compute type of that program.
+      single_file_dtype: of the weights in single_file/, "float16" or "float32".
+      licence: the model's, for formats that state it.
     """
 
     formats: tuple[str, ...]
     convention: str
     prompts: str
     dtype: str
+    single_file_dtype: str = "float16"
+    licence: str = "other"
 
 
 def write_orbax(source: Source, directory: Path, options: Options) -> None:
@@ -81,11 +86,18 @@ def write_stablehlo(source: Source, directory: Path, options: Options) -> None:
     shutil.copyfile(_READER, directory / "draw.py")
 
 
+def write_single_file(source: Source, directory: Path, options: Options) -> None:
+    """One checkpoint in the original naming, for ComfyUI; a flow in the convention of its ModelSamplingSD3."""
+    dtype, licence = options.single_file_dtype, options.licence
+    single_file.write(source, directory, dtype=dtype, licence=licence, prompts=options.prompts)
+
+
 WRITERS: dict[str, Callable[[Source, Path, Options], None]] = {
     "orbax": write_orbax,
     "diffusers": write_diffusers,
     "stablehlo": write_stablehlo,
     "msgpack": write_msgpack,
+    "single_file": write_single_file,
 }
 
 

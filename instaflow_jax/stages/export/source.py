@@ -123,6 +123,11 @@ def run_config(name: str) -> dict[str, Any]:
     return files.read_json(manifest)["run"]
 
 
+def flow_steps(source: Source) -> int:
+    """The number of steps to draw in: that of the round for progressive distillation, else one."""
+    return source.run["N"] if source.run.get("stage") == "progressive" else 1
+
+
 def _path(name: str) -> Path:
     """The folder of this machine that `name` stands for."""
     return stores.local(name) if stores.is_stored(name) else Path(name)

@@ -1,5 +1,6 @@
 """Stage `export`: a trained flow → formats that run without this package, and a model card."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -15,9 +16,11 @@ from instaflow_jax.stages import distill
 from instaflow_jax.stages.common.loading import EXPORT, WeightOptions, read_prompts, read_weight_options
 from instaflow_jax.stages.common.ranges import check_ranges
 from instaflow_jax.stages.export import card as export_card
+from instaflow_jax.stages.export import single_file
 from instaflow_jax.stages.export import source as export_source
 from instaflow_jax.stages.export.formats import CONVENTIONS, WRITERS, Options
 from instaflow_jax.stages.export.source import MANIFEST, Source
+from instaflow_jax.weights import ldm
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -34,7 +37,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     devices.barrier("export begins")
     model = config.model or need_distill(config.distill, workdir)
     source = export_source.load(model, config.weights, config.dynamics, weight_options)
-    check_formats(options.formats, source)
+    check_formats(options, source)
     if jax.process_index() == 0:
         stores.replace(target)
         with atomic_directory(target) as directory:
@@ -45,12 +48,13 @@ def run(config: ConfigDict, workdir: str) -> None:
 
 def write(source: Source, directory: Path, options: Options, workdir: Path) -> None:
     """Every format into its folder, then export.json and the card."""
+    licence = export_card.licence(source)
+    options = dataclasses.replace(options, licence=licence.name)
     for name in options.formats:
         print(f"writing {name}", flush=True)
         WRITERS[name](source, directory / name, options)
         if name != "orbax":  # the checksums of the complete export cover it; Orbax reads its folder alone
             write_checksums(directory / name)
-    licence = export_card.licence(source)
     facts = {"model": source.name, "step": source.step, "weights": source.weights, "formats": list(options.formats)}
     facts |= {"convention": options.convention, "licence": licence.name, "run": source.run}
     write_json(directory / MANIFEST, facts, indent=2)
@@ -81,7 +85,7 @@ def check(config: ConfigDict, workdir: str) -> None:
     if not config.model and not is_distilled(Path(workdir) / config.distill.output):
         return distill.check(config.distill, workdir)
     model = config.model or need_distill(config.distill, workdir)
-    check_formats(options.formats, export_source.load(model, config.weights, config.dynamics, weight_options))
+    check_formats(options, export_source.load(model, config.weights, config.dynamics, weight_options))
 
 
 def check_fields(config: ConfigDict, workdir: str) -> tuple[Options, WeightOptions]:
@@ -99,6 +103,7 @@ def read_options(config: ConfigDict) -> Options:
       ValueError: naming field, value and rule.
     """
     known = {"weights": export_source.WEIGHTS, "convention": CONVENTIONS, "dynamics": sampling.DYNAMICS}
+    known["single_file_dtype"] = tuple(ldm.DTYPES)
     for field, allowed in known.items():
         if config[field] not in allowed:
             raise ValueError(f"config.{field}={config[field]!r} is not one of {', '.join(allowed)}")
@@ -114,7 +119,8 @@ def read_options(config: ConfigDict) -> Options:
             "use config.attention='xla'"
         )
     read_prompts(config.prompts)
-    return Options(tuple(config.formats), config.convention, config.prompts, config.dtype)
+    fields = ("convention", "prompts", "dtype", "single_file_dtype")
+    return Options(tuple(config.formats), **{name: config[name] for name in fields})
 
 
 def check_target(target: Path, replace: bool) -> None:
@@ -129,8 +135,9 @@ def check_target(target: Path, replace: bool) -> None:
         )
 
 
-def check_formats(formats: tuple[str, ...], source: Source) -> None:
-    """ValueError if a one-step program is requested of a teacher, or a Stacked U-Net for the Flax classes."""
+def check_formats(options: Options, source: Source) -> None:
+    """ValueError if a format cannot hold the model, such as a one-step program a teacher."""
+    formats = options.formats
     if "stablehlo" in formats and not isinstance(source.dynamics, sampling.Flow):
         raise ValueError(
             f"{source.name} is a teacher, but the format 'stablehlo' is the one-step program of a flow: leave it out "
@@ -141,3 +148,5 @@ def check_formats(formats: tuple[str, ...], source: Source) -> None:
             f"{source.name} is a Stacked U-Net, and diffusers' Flax classes, for which 'msgpack' is, have none: "
             "leave it out of config.formats, as configs/export.py:stacked does"
         )
+    if "single_file" in formats:
+        single_file.check(source, options.single_file_dtype)
