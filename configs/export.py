@@ -5,6 +5,7 @@
         --config.output=export_flow
     python -m instaflow_jax.main --config=configs/export.py:sd15 --workdir=DIR --config.model=DIR/distill_lpips
     python -m instaflow_jax.main --config=configs/export.py:stacked --workdir=DIR    # a Stacked U-Net
+    python -m instaflow_jax.main --config=configs/export.py --workdir=DIR --config.push=OWNER/NAME    # to the Hub
 
 Writes DIR/export, all or nothing:
 
@@ -43,6 +44,8 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
     config.prompts = "woman astronaut|red apple|cat face"  # for the program's example and ComfyUI's graph
     config.output = "export"  # folder of the workdir to write to
     config.replace = False  # whether to replace an existing export
+    config.push = ""  # OWNER/NAME uploads the export there; one that was made before is only uploaded
+    config.push_dry_run = False  # whether only to print what config.push would send
     config.distill = distill.get_config("sd15_l2" if variant == "sd15" else variant)
     config.update(common.pick(VARIANTS, variant))
     return config.lock()

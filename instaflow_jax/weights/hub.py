@@ -1,4 +1,4 @@
-"""Finds a network's files in a folder or hub repository in diffusers or transformers layout."""
+"""Finds a network's files in a folder or hub repository in diffusers or transformers layout; uploads a folder."""
 
 import dataclasses
 import re
@@ -63,7 +63,7 @@ def snapshot(repository: str, patterns: list[str]) -> Path:
     Raises:
       FileNotFoundError: `repository` is not a hub id, or neither the hub nor the cache has it.
     """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+    if not is_id(repository):
         raise FileNotFoundError(f"{repository!r} is neither a directory nor a hub id of the form owner/name")
     import huggingface_hub  # here, so that local use needs no network client
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -74,6 +74,42 @@ def snapshot(repository: str, patterns: list[str]) -> Path:
         raise FileNotFoundError(
             f"{repository!r} is not a directory, and downloading it from the hub failed: {str(error).splitlines()[0]}"
         ) from error
+
+
+def is_id(name: str) -> bool:
+    """Whether a hub repository could have this name."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name))
+
+
+def check_upload(repository: str, *, with_token: bool) -> None:
+    """Raises ValueError if `repository` is not a hub id, or huggingface_hub knows no token; makes no request."""
+    if not is_id(repository):
+        raise ValueError(f"config.push={repository!r} is not a hub id of the form owner/name")
+    import huggingface_hub
+
+    if with_token and not huggingface_hub.get_token():
+        raise ValueError(f"config.push={repository!r} needs a token: run `hf auth login`, or set HF_TOKEN")
+
+
+def upload(folder: Path, repository: str) -> str:
+    """Commits a folder to a hub repository, which is made (public) if there is none; returns the commit's address.
+
+    Raises:
+      OSError: the hub refused it or could not be reached.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    network_errors = HfHubHTTPError.__bases__  # those of requests, or of httpx since huggingface_hub 1.0
+    try:
+        api = huggingface_hub.HfApi()
+        api.create_repo(repository, exist_ok=True)
+        done = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload an export")
+    except (*network_errors, OSError, RuntimeError, ValueError) as error:
+        cause = error.__cause__ if isinstance(error, RuntimeError) else None  # of one file's upload
+        reason = " ".join(str(cause or error).split())
+        raise OSError(f"uploading {folder} to {repository} failed: {reason}") from error
+    return str(done.commit_url)
 
 
 def _forms(layout: Layout, variant: str | None) -> list[tuple[str, ...]]:

@@ -12,6 +12,7 @@ from instaflow_jax.models.stacked_unet import StackedUNet
 from instaflow_jax.stages.export import single_file
 from instaflow_jax.stages.export.formats import Options
 from instaflow_jax.stages.export.source import Source, flow_steps, parents, run_config
+from instaflow_jax.weights import hub
 
 TABLE = "evaluate/table.md"  # in the workdir, written by stage `evaluate`
 _SD15 = "[CreativeML OpenRAIL-M](https://huggingface.co/spaces/CompVis/stable-diffusion-license)"
@@ -29,6 +30,7 @@ _KNOWN = (  # (pattern of a model's name, its licence), the most restrictive fir
     (r"stable-diffusion-2", "openrail++"),
     (r"stable-diffusion-(v1|inpainting)", "creativeml-openrail-m"),
 )
+FOLDERS = "Run these lines in this folder. From the Hub, fetch it first: `hf download OWNER/NAME --local-dir FOLDER`."
 _OPENMOJI = (
     "All emojis designed by [OpenMoji](https://openmoji.org), the open-source emoji and icon project. "
     "Licence: CC BY-SA 4.0. It covers images made with these weights too."
@@ -56,6 +58,12 @@ def lineage(source: Source) -> list[str]:
             run = run_config(name)
             queue += parents(run) if run else []
     return found
+
+
+def base_model(source: Source) -> str:
+    """The hub id that the lineage begins with; "" if it begins with an embedded model or a directory."""
+    first = lineage(source)[-1]
+    return first if hub.is_id(first) and not Path(first).exists() else ""
 
 
 def licence(source: Source) -> Licence:
@@ -94,9 +102,11 @@ def card(source: Source, licence: Licence, options: Options, workdir: Path) -> s
         tags, title = "stable-diffusion, jax", "many steps"
         summary = "A teacher (a noise predictor), unchanged."
     front = f"license: {licence.name}\nlibrary_name: diffusers\npipeline_tag: text-to-image\ntags: [{tags}]"
+    front += f"\nbase_model: {base_model(source)}" if base_model(source) else ""
     parts = [f"---\n{front}\n---", f"# Text to image in {title}", summary]
     parts += ["## Recipe", recipe(source), "## Data", data(source), "## Licence", legal(source, licence)]
-    parts += ["## Measured", measured(workdir), "## Use", *(USES[name](source, options) for name in options.formats)]
+    parts += ["## Measured", measured(workdir), "## Use", FOLDERS]
+    parts += [USES[name](source, options) for name in options.formats]
     if source.run:
         parts += ["## Resolved config", f"```json\n{json.dumps(source.run, indent=1)}\n```"]
     return "\n\n".join(parts) + "\n"

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -9,7 +10,15 @@ from ml_collections import ConfigDict
 from instaflow_jax import sampling
 from instaflow_jax.infra import devices, stores
 from instaflow_jax.infra.checkpoint import has_checkpoints
-from instaflow_jax.infra.files import atomic_directory, write_checksums, write_json, write_text
+from instaflow_jax.infra.files import (
+    atomic_directory,
+    find_damage,
+    format_bytes,
+    read_json,
+    write_checksums,
+    write_json,
+    write_text,
+)
 from instaflow_jax.infra.stores import CHECKPOINTS
 from instaflow_jax.models.stacked_unet import StackedUNet
 from instaflow_jax.stages import distill
@@ -20,21 +29,34 @@ from instaflow_jax.stages.export import single_file
 from instaflow_jax.stages.export import source as export_source
 from instaflow_jax.stages.export.formats import CONVENTIONS, WRITERS, Options
 from instaflow_jax.stages.export.source import MANIFEST, Source
-from instaflow_jax.weights import ldm
+from instaflow_jax.weights import hub, ldm
 
 
 def run(config: ConfigDict, workdir: str) -> None:
     """Writes `config.model` to `workdir`/`config.output`: a folder for each format, README.md and export.json.
 
-    The directory appears under its name only when it is complete; a directory that it replaces stays until then.
+    The directory appears under its name only when it is complete; a directory that it replaces stays until then. Then
+    it is uploaded to `config.push`, if that names a repository. An export that is there already is only uploaded.
 
     Raises:
       ValueError, FileNotFoundError: a field of the config, or a file of the model, is wrong.
       FileExistsError: the directory exists.
+      OSError: the upload failed; the export stays.
     """
-    options, weight_options = check_fields(config, workdir)
-    target = Path(workdir) / config.output
+    options, weight_options = read_fields(config)
+    made = is_made(config, options, workdir)
     devices.barrier("export begins")
+    if not made:
+        make(config, workdir, options, weight_options)
+    if config.push and jax.process_index() == 0:
+        stores.sync()  # a refused upload must not keep the export from the bucket that the workdir may be in
+        push(Path(workdir) / config.output, config.push, dry_run=config.push_dry_run)
+    devices.barrier("exported")
+
+
+def make(config: ConfigDict, workdir: str, options: Options, weight_options: WeightOptions) -> None:
+    """Loads the model, which is distilled first if it does not exist, and writes the directory."""
+    target = Path(workdir) / config.output
     model = config.model or need_distill(config.distill, workdir)
     source = export_source.load(model, config.weights, config.dynamics, weight_options)
     check_formats(options, source)
@@ -43,7 +65,6 @@ def run(config: ConfigDict, workdir: str) -> None:
         with atomic_directory(target) as directory:
             write(source, directory, options, Path(workdir))
         print(f"wrote {target}: {', '.join(options.formats)}, README.md", flush=True)
-    devices.barrier("exported")
 
 
 def write(source: Source, directory: Path, options: Options, workdir: Path) -> None:
@@ -55,11 +76,53 @@ def write(source: Source, directory: Path, options: Options, workdir: Path) -> N
         WRITERS[name](source, directory / name, options)
         if name != "orbax":  # the checksums of the complete export cover it; Orbax reads its folder alone
             write_checksums(directory / name)
-    facts = {"model": source.name, "step": source.step, "weights": source.weights, "formats": list(options.formats)}
-    facts |= {"convention": options.convention, "licence": licence.name, "run": source.run}
+    facts = {"model": source.name, "step": source.step, "weights": source.weights}
+    facts |= settings(options) | {"licence": licence.name, "run": source.run}
     write_json(directory / MANIFEST, facts, indent=2)
     write_text(directory / "README.md", export_card.card(source, licence, options, workdir))
     write_checksums(directory)
+
+
+def settings(options: Options) -> dict[str, Any]:
+    """What an export's manifest records of the options."""
+    fields = ("convention", "single_file_dtype")
+    return {"formats": list(options.formats)} | {name: getattr(options, name) for name in fields}
+
+
+def is_made(config: ConfigDict, options: Options, workdir: str) -> bool:
+    """Whether the export that `config` asks to upload is there, complete.
+
+    Raises:
+      FileExistsError: another directory is in its place, see `check_target`.
+      ValueError: a file of it is damaged.
+    """
+    target = Path(workdir) / config.output
+    if config.push and not config.replace and (target / MANIFEST).is_file():
+        damage = find_damage(stores.local(target))
+        if damage:
+            raise ValueError(f"{damage}; use --config.replace=true to make the export again")
+        found, asked = read_json(target / MANIFEST), settings(options) | {"weights": config.weights}
+        same_model = not config.model or Path(found["model"]) == Path(stores.address(config.model))
+        if same_model and all(found.get(name) == value for name, value in asked.items()):
+            return True
+    check_target(target, config.replace)
+    return False
+
+
+def push(target: Path, repository: str, *, dry_run: bool) -> None:
+    """Uploads an export, or only prints what would be sent. Raises OSError if the upload failed."""
+    sizes = {path.relative_to(target): path.stat().st_size for path in sorted(target.rglob("*")) if path.is_file()}
+    what = f"{target} to {repository}: {len(sizes)} files, {format_bytes(sum(sizes.values()))}"
+    if dry_run:
+        files = "\n".join(f"  {path.as_posix()}  {format_bytes(size)}" for path, size in sizes.items())
+        front = (target / "README.md").read_text(encoding="utf-8").split("---\n")[1]
+        print(f"would upload {what}\n{files}\nwith the card's fields\n{front}", end="", flush=True)
+        return
+    print(f"uploading {what}", flush=True)
+    try:
+        print(f"uploaded: {hub.upload(target, repository)}", flush=True)
+    except OSError as error:
+        raise OSError(f"{error}; {target} is complete, and the same command only uploads it again") from error
 
 
 def is_distilled(run: Path) -> bool:
@@ -81,18 +144,27 @@ def need_distill(config: ConfigDict, workdir: str) -> str:
 
 def check(config: ConfigDict, workdir: str) -> None:
     """Every check of `run` and of the distillation that it would run first, without writing. Raises as `run` does."""
-    options, weight_options = check_fields(config, workdir)
+    options, weight_options = read_fields(config)
+    if is_made(config, options, workdir):
+        return
     if not config.model and not is_distilled(Path(workdir) / config.distill.output):
-        return distill.check(config.distill, workdir)
+        distill.check(config.distill, workdir)
+        return
     model = config.model or need_distill(config.distill, workdir)
     check_formats(options, export_source.load(model, config.weights, config.dynamics, weight_options))
 
 
-def check_fields(config: ConfigDict, workdir: str) -> tuple[Options, WeightOptions]:
-    """The config as values, after every check that needs no model. Raises as `run` does."""
+def check_fields(config: ConfigDict, workdir: str) -> None:
+    """Every check that needs no model. Raises as `run` does."""
+    is_made(config, read_fields(config)[0], workdir)
+
+
+def read_fields(config: ConfigDict) -> tuple[Options, WeightOptions]:
+    """The config as values, after every check that needs no file. Raises as `run` does."""
     check_ranges(config)
     options, weight_options = read_options(config), read_weight_options(config)
-    check_target(Path(workdir) / config.output, config.replace)
+    if config.push:
+        hub.check_upload(config.push, with_token=not config.push_dry_run)
     return options, weight_options
 
 
