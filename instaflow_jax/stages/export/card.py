@@ -218,12 +218,7 @@ unet, params = FlaxUNet2DConditionModel.from_pretrained("msgpack", subfolder="un
 ```"""
 
 
-def use_single_file(source: Source, options: Options) -> str:
-    N, is_flow = flow_steps(source), isinstance(source.dynamics, sampling.Flow)
-    text = f"`single_file/`: `{single_file.CHECKPOINT}`, {options.single_file_dtype}, in the original naming. "
-    if not is_flow:
-        return text + "ComfyUI and the web UIs load it as they load any Stable Diffusion."
-    text += f"""In ComfyUI, put it into `models/checkpoints` and open `{single_file.GRAPH}`, or set up:
+COMFYUI = """In ComfyUI, put it into `models/checkpoints` and open `{graph}`, or set up:
 
 | node | settings |
 |---|---|
@@ -232,8 +227,18 @@ def use_single_file(source: Source, options: Options) -> str:
 
 Without ModelSamplingSD3 it draws noise, and so does AUTOMATIC1111's web UI, whose samplers for SD 1.x and 2.x know only
 ε and v."""
-    if not single_file.family(source):
-        text += " ComfyUI tells models by the widths of their UNet and does not know this one's, which are not SD's."
+NOT_COMFYUI = (
+    "ComfyUI and the web UIs do not load it: they know a model by the widths of SD 1.x's or 2.x's UNet, and this one "
+    "has others. diffusers and instaflow_jax do."
+)
+
+
+def use_single_file(source: Source, options: Options) -> str:
+    N, is_flow = flow_steps(source), isinstance(source.dynamics, sampling.Flow)
+    text = f"`single_file/`: `{single_file.CHECKPOINT}`, {options.single_file_dtype}, in the original naming. "
+    if not is_flow:
+        return text + "ComfyUI and the web UIs load it as they load any Stable Diffusion."
+    text += COMFYUI.format(graph=single_file.GRAPH, N=N) if single_file.family(source) else NOT_COMFYUI
     if N > 1:
         return f"{text}\n\nFor diffusers use `diffusers/`, whose scheduler takes {N} steps."
     return f"""{text}
