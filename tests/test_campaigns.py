@@ -112,7 +112,7 @@ evaluate_coco                                               => coco/val2017
 evaluate_coco data.source=IN/folder data.captions=IN/page.jsonl => IN/page.jsonl
 evaluate_coco data.count=3                                  => config.data.count=3
 evaluate_coco:coco10k                                       => 'coco10k'
-export formats=('onnx',)                                    => onnx
+export formats=('gguf',)                                    => gguf
 export attention=cudnn                                      => cudnn
 export model=IN/folder                                      => IN/folder
 export model=openmoji                                       => config.formats
@@ -133,7 +133,7 @@ pretrain unet.block_out_channels=(65,96)                    => 65
 demo reflow.optim.b1=2.0                                    => reflow.optim.b1=2.0
 demo direct.distance=l1                                     => config.distance
 demo evaluate.extra=../x                                    => config.extra
-demo export.formats=('onnx',)                               => onnx
+demo export.formats=('gguf',)                               => gguf
 demo distill.kind=flow                                      => distill
 demo:fully                                                  => 'fully'
 """

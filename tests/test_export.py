@@ -27,6 +27,7 @@ from instaflow_jax.stages import distill
 from instaflow_jax.stages.common import loading
 from instaflow_jax.stages.export import card as export_card
 from instaflow_jax.stages.export import formats as export_formats
+from instaflow_jax.stages.export import licence as export_licence
 from instaflow_jax.stages.export import source as export_source
 from instaflow_jax.stages.pretrain import diffusion as pretrain_diffusion
 from instaflow_jax.train import optim, state
@@ -393,7 +394,7 @@ def test_other_users_can_read_every_file(exported):
 @pytest.mark.parametrize(
     "fields,error,words",
     [
-        ({"formats": ("onnx",)}, ValueError, "must name some of orbax, diffusers, stablehlo, msgpack"),
+        ({"formats": ("gguf",)}, ValueError, "must name some of orbax, diffusers, stablehlo, msgpack, onnx, web"),
         ({"formats": ()}, ValueError, "must name some of"),
         ({"weights": "best"}, ValueError, "config.weights='best' is not one of ema, params"),
         ({"convention": "sd"}, ValueError, "config.convention='sd' is not one of stock, released"),
@@ -460,17 +461,17 @@ def test_the_licence_is_inherited_through_the_runs(model, licence, source, teach
         "a/distill": {"init_from": "", "model": "", "pairs": {"model": "a/reflow/export"}},
         "a/reflow/export": {"model": model, "pairs": {"model": model}},
     }
-    monkeypatch.setattr(export_card, "run_config", lambda name: runs.get(name, {}))
+    monkeypatch.setattr(export_licence, "run_config", lambda name: runs.get(name, {}))
     distilled = export_source.Source("a/distill", teacher, sampling.Flow(1, 1000), runs["a/distill"], 1)
-    found = export_card.licence(distilled)
+    found = export_licence.licence(distilled)
     assert (found.name, found.source) == (licence, model)
-    text = export_card.legal(dataclasses.replace(distilled, run={}), found)
+    text = export_licence.legal(dataclasses.replace(distilled, run={}), found)
     assert ("OpenMoji" in text) == bool(source)
 
 
 def test_the_card_of_a_flow_of_several_steps_draws_in_as_many(teacher):
     run = {"stage": "progressive", "N": 4, "model": "openmoji", "pairs": {"model": "openmoji"}}
-    options = export_formats.Options(("diffusers",), "stock", "", "float32")
+    options = export_formats.Options(("diffusers",), "stock", "", "float32", "")
     source = export_source.Source("a/progressive_4", teacher, sampling.Flow(1, 1000), run, 1)
     assert "num_inference_steps=4, guidance_scale=1.0" in export_card.use_diffusers(source, options)
     source = dataclasses.replace(source, run={"stage": "distill"})

@@ -38,6 +38,8 @@ ROOMS = {  # package: where it may be imported
     "ml_collections": ("stages/", "main.py"),
     "matplotlib": ("stages/evaluate/figures.py",),
     "gradio": ("stages/serve/page.py",),
+    "jax2onnx": ("stages/export/",),
+    "onnx_ir": ("stages/export/onnx.py",),
     "tqdm": ("infra/progress.py",),
     "torch": (),
     "tensorflow": (),

@@ -3,10 +3,8 @@
 import itertools
 import os
 import runpy
-import shutil
 import socket
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -22,20 +20,11 @@ from instaflow_jax import main, pipeline
 from instaflow_jax.infra import images
 from instaflow_jax.stages.serve import models
 from instaflow_jax.stages.serve import stage as serve
+from tools.measure_web import CHROMIUM, open_tab
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 ROOT = Path(__file__).parent.parent
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 
 
 def read(stage):
@@ -330,13 +319,7 @@ def finished(jobs):
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine; the tests above use gradio's client")
 def test_the_page_in_a_browser(page, tmp_path):
     """Draws, enlarges without smoothing, shows an error, and loads nothing from other servers."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as browsers, tempfile.TemporaryDirectory() as profile:
-        browser = browsers.chromium.launch_persistent_context(
-            profile, executable_path=CHROMIUM, headless=True, args=FLAGS
-        )
-        tab = browser.new_page()
+    with open_tab("--disable-gpu") as tab:
         requested = []
         tab.on("request", lambda request: requested.append(request.url))
         tab.goto(page.local_url)
@@ -356,6 +339,5 @@ def test_the_page_in_a_browser(page, tmp_path):
         tab.get_by_role("button", name="Draw", exact=True).click()
         tab.get_by_text("the prompt has 50 tokens; use at most 14").wait_for()
         tab.screenshot(path=tmp_path / "page.png")
-        browser.close()
     foreign = [url for url in requested if not url.startswith((page.local_url, "data:", "blob:"))]
     assert requested and not foreign

@@ -7,30 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import references, save_tokenizer
+import tokenizers
+from helpers import FAST_ONLY_PROMPTS, LEARNED_PROMPTS, PLAIN_PROMPTS, references, save_tokenizer
 
 from instaflow_jax.pipeline import EMBEDDED
 from instaflow_jax.weights.tokenizer import Tokenizer
 
 SOURCE = EMBEDDED / "openmoji" / "tokenizer"
-PLAIN = [
-    "red apple",
-    "Woman ASTRONAUT, dark skin tone",
-    "",
-    "  two   spaces\tand\nlines ",
-    "it's we'll i'd",
-    "a1b22 333",
-    "café naïve",
-    "what?!... (really)",
-    "a photo-realistic fox",
-    "#hash @at $5",
-    "<|endoftext|>",
-]
-FAST_ONLY = [
-    "日本語",
-    "👨‍👩‍👧 family",
-    "ΟΔΟΣ",
-]  # where OpenAI's tokenizer and the slow class's replacement for ftfy differ
 
 
 @pytest.fixture(params=["sd1", "sd2"])
@@ -57,7 +40,7 @@ def test_equal_to_transformers(folder):
     from transformers import CLIPTokenizer, CLIPTokenizerFast
 
     ours = Tokenizer.from_pretrained(folder.parent)
-    for cls, prompts in ((CLIPTokenizerFast, PLAIN + FAST_ONLY), (CLIPTokenizer, PLAIN)):
+    for cls, prompts in ((CLIPTokenizerFast, PLAIN_PROMPTS + FAST_ONLY_PROMPTS), (CLIPTokenizer, PLAIN_PROMPTS)):
         theirs = cls.from_pretrained(folder)(prompts, padding="max_length", truncation=True).input_ids
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -65,6 +48,15 @@ def test_equal_to_transformers(folder):
         assert got.dtype == np.int32 and got.shape == (len(prompts), ours.model_max_length)
         for prompt, a, b in zip(prompts, got, theirs, strict=True):
             np.testing.assert_array_equal(a, b, err_msg=f"{cls.__name__} {prompt!r}")
+
+
+def test_the_json_of_a_tokenizer_alone_gives_the_same_rows(folder):
+    ours, prompts = Tokenizer.from_pretrained(folder.parent), PLAIN_PROMPTS + FAST_ONLY_PROMPTS + ["cat " * 20]
+    alone = tokenizers.Tokenizer.from_str(ours.to_json())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        want = ours(prompts)
+    np.testing.assert_array_equal([row.ids for row in alone.encode_batch(prompts)], want)
 
 
 def test_newer_files_with_learned_words_are_read(folder, tmp_path):
@@ -105,24 +97,21 @@ def learned(folder, where):
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-LEARNED = ["a <cat-toy>", "BLORP! x<cat-toy>y <CAT-TOY>", "wow! ! <|startoftext|> café"]
-
-
 @pytest.mark.parametrize("where", ["decoder", "added_tokens.json", "tokenizer.json"])
 def test_learned_words_of_any_file_keep_their_ids(where, folder, tmp_path):
     references()
     from transformers import CLIPTokenizer, CLIPTokenizerFast
 
     learned(folder, where)
-    want = CLIPTokenizerFast.from_pretrained(folder)(LEARNED, padding="max_length", truncation=True).input_ids
+    want = CLIPTokenizerFast.from_pretrained(folder)(LEARNED_PROMPTS, padding="max_length", truncation=True).input_ids
     ours = Tokenizer.from_pretrained(tmp_path)
-    np.testing.assert_array_equal(ours(LEARNED), want)
-    assert ours(LEARNED[:1])[0, 2] == len(ours.vocab) and ours.size == len(ours.vocab) + 2
+    np.testing.assert_array_equal(ours(LEARNED_PROMPTS), want)
+    assert ours(LEARNED_PROMPTS[:1])[0, 2] == len(ours.vocab) and ours.size == len(ours.vocab) + 2
     ours.save_pretrained(tmp_path / "copy")
-    np.testing.assert_array_equal(Tokenizer.from_pretrained(tmp_path, "copy")(LEARNED), want)
+    np.testing.assert_array_equal(Tokenizer.from_pretrained(tmp_path, "copy")(LEARNED_PROMPTS), want)
     for cls in (CLIPTokenizer, CLIPTokenizerFast):
         theirs = cls.from_pretrained(tmp_path / "copy")
-        np.testing.assert_array_equal(theirs(LEARNED[:1], padding="max_length").input_ids, want[:1])
+        np.testing.assert_array_equal(theirs(LEARNED_PROMPTS[:1], padding="max_length").input_ids, want[:1])
 
 
 @pytest.mark.parametrize("field", ["additional_special_tokens", "extra_special_tokens"])
@@ -132,12 +121,12 @@ def test_special_tokens_without_an_id_follow_the_vocabulary(field, tmp_path):
 
     folder = Path(shutil.copytree(SOURCE, tmp_path / "tokenizer"))
     edit_json(folder / "tokenizer_config.json", additional_special_tokens=["<cat-toy>", "<dog>"])
-    want = CLIPTokenizerFast.from_pretrained(folder)(LEARNED, padding="max_length").input_ids
+    want = CLIPTokenizerFast.from_pretrained(folder)(LEARNED_PROMPTS, padding="max_length").input_ids
     edit_json(folder / "tokenizer_config.json", **{"additional_special_tokens": [], field: ["<cat-toy>", "<dog>"]})
     ours = Tokenizer.from_pretrained(tmp_path)
-    np.testing.assert_array_equal(ours(LEARNED), want)
+    np.testing.assert_array_equal(ours(LEARNED_PROMPTS), want)
     ours.save_pretrained(tmp_path / "copy")
-    np.testing.assert_array_equal(Tokenizer.from_pretrained(tmp_path, "copy")(LEARNED), want)
+    np.testing.assert_array_equal(Tokenizer.from_pretrained(tmp_path, "copy")(LEARNED_PROMPTS), want)
 
 
 def test_saved_files_are_read_by_transformers_and_by_us(folder, tmp_path):
@@ -146,10 +135,10 @@ def test_saved_files_are_read_by_transformers_and_by_us(folder, tmp_path):
 
     ours = Tokenizer.from_pretrained(folder, subfolder="")
     ours.save_pretrained(tmp_path / "copy")
-    want = ours(PLAIN[:3])
-    np.testing.assert_array_equal(Tokenizer.from_pretrained(tmp_path / "copy", subfolder="")(PLAIN[:3]), want)
+    want = ours(PLAIN_PROMPTS[:3])
+    np.testing.assert_array_equal(Tokenizer.from_pretrained(tmp_path / "copy", subfolder="")(PLAIN_PROMPTS[:3]), want)
     theirs = CLIPTokenizer.from_pretrained(tmp_path / "copy")
-    np.testing.assert_array_equal(theirs(PLAIN[:3], padding="max_length").input_ids, want)
+    np.testing.assert_array_equal(theirs(PLAIN_PROMPTS[:3], padding="max_length").input_ids, want)
 
 
 def test_a_long_prompt_is_truncated_with_a_warning_that_names_the_lost_words():

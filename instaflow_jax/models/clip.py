@@ -160,7 +160,8 @@ class TextTransformer(nnx.Module):
         x = self.final_layer_norm(self.encoder(self.embeddings(ids), causal=True))
         # Files with the wrong id rely on end-of-text being the highest id of the vocabulary.
         is_end = ids if self.eos_token_id == _LEGACY_EOS else ids == self.eos_token_id
-        return TextOutput(x, x[jnp.arange(ids.shape[0]), jnp.argmax(is_end, axis=-1)])
+        end = jnp.argmax(is_end, axis=-1)
+        return TextOutput(x, jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0])
 
 
 class VisionEmbeddings(nnx.Module):

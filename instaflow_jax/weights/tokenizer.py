@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 from jaxtyping import Int
-from tokenizers import models, normalizers, pre_tokenizers
+from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from instaflow_jax.infra import files, stores
 from instaflow_jax.infra.messages import quote
@@ -100,6 +100,17 @@ class Tokenizer:
         }
         for name, text in texts.items():
             files.write_text(directory / name, text + "\n")
+
+    def to_json(self) -> str:
+        """A `tokenizer.json` from which the `tokenizers` library alone encodes prompts to the same rows."""
+        engine = tokenizers.Tokenizer.from_str(self._engine.to_str())
+        start, end, pad = (engine.id_to_token(i) for i in (self.bos_id, self.eos_id, self.pad_id))
+        engine.post_processor = processors.TemplateProcessing(
+            single=[start, "$A", end], special_tokens=[(start, self.bos_id), (end, self.eos_id)]
+        )
+        engine.enable_truncation(self.model_max_length)
+        engine.enable_padding(length=self.model_max_length, pad_id=self.pad_id, pad_token=pad)
+        return engine.to_str()
 
     def __call__(self, prompts: Sequence[str]) -> Int[np.ndarray, "B L"]:
         """Token ids, int32. A longer prompt is truncated, with a warning that names the prompt and the lost words.

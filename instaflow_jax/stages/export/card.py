@@ -1,90 +1,19 @@
 """The model card of an export: its recipe, data, licence and measurements, and how to run each format."""
 
-import dataclasses
 import json
-import re
 from pathlib import Path
 from typing import Any
 
-from instaflow_jax import pipeline, sampling
+from instaflow_jax import sampling
 from instaflow_jax.infra.messages import markdown_table
 from instaflow_jax.models.stacked_unet import StackedUNet
 from instaflow_jax.stages.export import single_file
 from instaflow_jax.stages.export.formats import Options
-from instaflow_jax.stages.export.source import Source, flow_steps, parents, run_config
-from instaflow_jax.weights import hub
+from instaflow_jax.stages.export.licence import Licence, base_model, legal
+from instaflow_jax.stages.export.source import Source, flow_steps, parents
 
 TABLE = "evaluate/table.md"  # in the workdir, written by stage `evaluate`
-_SD15 = "[CreativeML OpenRAIL-M](https://huggingface.co/spaces/CompVis/stable-diffusion-license)"
-TEXTS = {  # by the licence's name in a card's front matter
-    "cc-by-sa-4.0": "[CC BY-SA 4.0](https://creativecommons.org/licenses/by-sa/4.0/)",
-    "creativeml-openrail-m": _SD15,
-    "openrail++": "[CreativeML Open RAIL++-M]"
-    "(https://huggingface.co/stabilityai/stable-diffusion-2/blob/main/LICENSE-MODEL)",
-    "cc-by-nc-4.0": "[CC BY-NC 4.0](https://creativecommons.org/licenses/by-nc/4.0/), no commercial use, and "
-    f"{_SD15} of the underlying Stable Diffusion",
-    "other": "the teacher's licence, which its files do not state: look it up before you pass this model on",
-}
-_KNOWN = (  # (pattern of a model's name, its licence), the most restrictive first
-    (r"(instaflow_0_9b|2_rectified_flow)_from_sd", "cc-by-nc-4.0"),
-    (r"stable-diffusion-2", "openrail++"),
-    (r"stable-diffusion-(v1|inpainting)", "creativeml-openrail-m"),
-)
 FOLDERS = "Run these lines in this folder. From the Hub, fetch it first: `hf download OWNER/NAME --local-dir FOLDER`."
-_OPENMOJI = (
-    "All emojis designed by [OpenMoji](https://openmoji.org), the open-source emoji and icon project. "
-    "Licence: CC BY-SA 4.0. It covers images made with these weights too."
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Licence:
-    """A licence by its name in a card's front matter ("other" if unknown), and the model that states it."""
-
-    name: str
-    source: str
-
-
-# ---------------------------------------------------------------- licence
-
-
-def lineage(source: Source) -> list[str]:
-    """The models that `source` was made from, itself first, then the nearest, as far as the runs' configs show."""
-    found, queue = [], [source.name, *(parents(source.run) if source.run else [])]
-    while queue:
-        name = queue.pop(0)
-        if name and name not in found:
-            found.append(name)
-            run = run_config(name)
-            queue += parents(run) if run else []
-    return found
-
-
-def base_model(source: Source) -> str:
-    """The hub id that the lineage begins with; "" if it begins with an embedded model or a directory."""
-    first = lineage(source)[-1]
-    return first if hub.is_id(first) and not Path(first).exists() else ""
-
-
-def licence(source: Source) -> Licence:
-    """The licence of the nearest ancestor whose card states one, or whose name is known."""
-    for name in lineage(source):
-        found = stated(name) or next((spdx for names, spdx in _KNOWN if re.search(names, name.lower())), None)
-        if found:
-            return Licence(found, name)
-    return Licence("other", lineage(source)[-1])
-
-
-def stated(name: str) -> str | None:
-    """The licence in the front matter of a directory's card, of its UNet's card, or of the export that contains it."""
-    folder = Path(pipeline.locate(name))
-    for card in (folder / "README.md", folder / "unet" / "README.md", folder.parent / "README.md"):
-        if card.is_file():
-            front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL)
-            line = front and re.search(r"^license:\s*(\S+)", front[1], re.MULTILINE)
-            if line:
-                return line[1]
-    return None
 
 
 # ---------------------------------------------------------------- the card
@@ -150,13 +79,6 @@ def data(source: Source) -> str:
 
 def table(rows: dict[str, Any]) -> str:
     return markdown_table(["", ""], ((key, str(value)) for key, value in rows.items())).rstrip("\n")
-
-
-def legal(source: Source, licence: Licence) -> str:
-    """The licence in words, and the attribution that OpenMoji's licence requires."""
-    text = f"{TEXTS.get(licence.name, licence.name)}, inherited from `{licence.source}`."
-    embedded = any(Path(pipeline.locate(name)).parent == pipeline.EMBEDDED for name in lineage(source))
-    return f"{text} {_OPENMOJI}" if embedded else text
 
 
 def measured(workdir: Path) -> str:
@@ -256,5 +178,37 @@ pipe("red apple", num_inference_steps=1, guidance_scale=1.0).images[0].save("app
 ```"""
 
 
-USES = {"orbax": use_orbax, "diffusers": use_diffusers, "stablehlo": use_stablehlo, "msgpack": use_msgpack}
-USES["single_file"] = use_single_file
+def use_onnx(source: Source, options: Options) -> str:
+    shape = ", ".join(map(str, source.pipe.latent_shape))
+    return f"""`onnx/`: for ONNX Runtime, any batch size, in float32. Keep `one_step.onnx.data` beside `one_step.onnx`:
+
+```python
+import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
+session = onnxruntime.InferenceSession("onnx/one_step.onnx")
+rows = Tokenizer.from_file("onnx/tokenizer.json").encode_batch(["red apple", "cat face"])
+noise = np.random.default_rng(0).standard_normal((len(rows), {shape}), np.float32)
+images = session.run(None, {{"ids": np.array([row.ids for row in rows], np.int32), "noise": noise}})[0]
+```
+
+The images are uint8, [batch, height, width, 3]."""
+
+
+def use_web(source: Source, options: Options) -> str:
+    return (
+        "`web/`: a page that draws in the visitor's browser, on WebGPU or else WASM, and loads nothing from elsewhere. "
+        "Put the folder on any static host, or look at it here with `python -m http.server --directory web`. The "
+        "weights are stored in float16 and computed with in float32. A seed gives the noise of `sample`."
+    )
+
+
+USES = {
+    "orbax": use_orbax,
+    "diffusers": use_diffusers,
+    "stablehlo": use_stablehlo,
+    "msgpack": use_msgpack,
+    "single_file": use_single_file,
+    "onnx": use_onnx,
+    "web": use_web,
+}

@@ -2,7 +2,7 @@
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -11,18 +11,18 @@ import numpy as np
 from jax import export
 
 from instaflow_jax import pipeline, sampling
-from instaflow_jax.arrays import AnyArray, Params
-from instaflow_jax.infra import checkpoint, files, images
+from instaflow_jax.infra import checkpoint, files
 from instaflow_jax.stages.common.loading import read_prompts
-from instaflow_jax.stages.export import single_file
+from instaflow_jax.stages.export import onnx, single_file, web
+from instaflow_jax.stages.export.program import flat, make_one_step
 from instaflow_jax.stages.export.source import Source
 from instaflow_jax.weights.conventions import as_released, as_stock, as_teacher
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 CONVENTIONS = ("stock", "released")
 PROGRAM = "one_step.jaxexport"
+PROGRAMS = ("stablehlo", "onnx", "web")  # formats that contain the one-step program of a flow
 _READER = pipeline.EMBEDDED / "draw.py"
-_ENCODER = ("encoder.", "quant_conv.")  # the half of the autoencoder that sampling does not use
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +32,10 @@ class Options:
     Attributes:
       formats: keys of `WRITERS`.
       convention: of diffusers/, "stock" or "released".
-      prompts: whose token ids are written beside the StableHLO program, 'one|two' or a text file.
-      dtype: the compute type of that program.
+      prompts: whose token ids are written beside the StableHLO program and which the web page suggests, 'one|two' or
+        a text file.
+      dtype: the compute type of the StableHLO program.
+      onnxruntime_web: folder of the unpacked npm package, for the format "web".
       single_file_dtype: of the weights in single_file/, "float16" or "float32".
       licence: the model's, for formats that state it.
     """
@@ -42,6 +44,7 @@ class Options:
     convention: str
     prompts: str
     dtype: str
+    onnxruntime_web: str = ""
     single_file_dtype: str = "float16"
     licence: str = "other"
 
@@ -101,37 +104,6 @@ WRITERS: dict[str, Callable[[Source, Path, Options], None]] = {
 }
 
 
-# ---------------------------------------------------------------- the one-step program
-
-
-def flat(pipe: pipeline.Pipeline) -> dict[str, np.ndarray]:
-    """The weights that sampling uses, in one dict by "network/dotted name"."""
-    return {
-        f"{net}/{name}": np.asarray(array)
-        for net, params in pipe.params.items()
-        for name, array in params.items()
-        if net != "vae" or not name.startswith(_ENCODER)
-    }
-
-
-def make_one_step(source: Source) -> Callable[[Mapping[str, AnyArray], AnyArray, AnyArray], jax.Array]:
-    """`generate(weights, ids, X0)`: weights named as by `flat`, ids [B, L], X0 [B, h, w, c] → uint8 [B, H, W, 3]."""
-    nets, shapes = source.pipe.nets, source.pipe.nets["vae"].shapes
-    solve = sampling.make_solve(nets["unet"].apply, source.dynamics, "euler", 1, 1.0)
-    unused = {name: jnp.zeros((), shapes[name].dtype) for name in shapes if name.startswith(_ENCODER)}
-
-    def generate(weights, ids, X0):
-        params: dict[str, Params] = {net: {} for net in nets}
-        for key, array in weights.items():
-            net, name = key.split("/", 1)
-            params[net][name] = array
-        text = nets["text_encoder"].apply(params["text_encoder"], ids).last_hidden_state
-        X1 = solve(params["unet"], X0, text, text[:1])
-        return images.to_uint8(nets["vae"].apply(params["vae"] | unused, X1, method="decode"))
-
-    return generate
-
-
 def abstract_inputs(pipe: pipeline.Pipeline, weights: dict[str, np.ndarray]) -> tuple:
     """Shapes of the program's inputs; the batch size is symbolic."""
     (batch,) = export.symbolic_shape("batch")
@@ -140,3 +112,26 @@ def abstract_inputs(pipe: pipeline.Pipeline, weights: dict[str, np.ndarray]) -> 
         jax.ShapeDtypeStruct((batch, pipe.tokenizer.model_max_length), jnp.int32),
         jax.ShapeDtypeStruct((batch, *pipe.latent_shape), jnp.float32),
     )
+
+
+def write_onnx(source: Source, directory: Path, options: Options) -> None:
+    """The one-step program for any batch size, its weights in a file beside it, and the tokenizer."""
+    directory.mkdir()
+    onnx.save(source, directory / onnx.PROGRAM, batch="batch", half=False, external=True)
+    files.write_text(directory / onnx.TOKENIZER, source.pipe.tokenizer.to_json())
+
+
+def write_web(source: Source, directory: Path, options: Options) -> None:
+    """A page that draws in the browser."""
+    directory.mkdir()
+    web.save(source, directory, Path(options.onnxruntime_web), read_prompts(options.prompts))
+
+
+WRITERS: dict[str, Callable[[Source, Path, Options], None]] = {
+    "orbax": write_orbax,
+    "diffusers": write_diffusers,
+    "stablehlo": write_stablehlo,
+    "msgpack": write_msgpack,
+    "onnx": write_onnx,
+    "web": write_web,
+}

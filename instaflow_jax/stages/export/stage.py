@@ -25,9 +25,10 @@ from instaflow_jax.stages import distill
 from instaflow_jax.stages.common.loading import EXPORT, WeightOptions, read_prompts, read_weight_options
 from instaflow_jax.stages.common.ranges import check_ranges
 from instaflow_jax.stages.export import card as export_card
-from instaflow_jax.stages.export import single_file
+from instaflow_jax.stages.export import licence as export_licence
+from instaflow_jax.stages.export import single_file, web
 from instaflow_jax.stages.export import source as export_source
-from instaflow_jax.stages.export.formats import CONVENTIONS, WRITERS, Options
+from instaflow_jax.stages.export.formats import CONVENTIONS, PROGRAMS, WRITERS, Options
 from instaflow_jax.stages.export.source import MANIFEST, Source
 from instaflow_jax.weights import hub, ldm
 
@@ -69,7 +70,7 @@ def make(config: ConfigDict, workdir: str, options: Options, weight_options: Wei
 
 def write(source: Source, directory: Path, options: Options, workdir: Path) -> None:
     """Every format into its folder, then export.json and the card."""
-    licence = export_card.licence(source)
+    licence = export_licence.licence(source)
     options = dataclasses.replace(options, licence=licence.name)
     for name in options.formats:
         print(f"writing {name}", flush=True)
@@ -173,6 +174,7 @@ def read_options(config: ConfigDict) -> Options:
 
     Raises:
       ValueError: naming field, value and rule.
+      ModuleNotFoundError: a format needs jax2onnx, which is not installed.
     """
     known = {"weights": export_source.WEIGHTS, "convention": CONVENTIONS, "dynamics": sampling.DYNAMICS}
     known["single_file_dtype"] = tuple(ldm.DTYPES)
@@ -191,7 +193,9 @@ def read_options(config: ConfigDict) -> Options:
             "use config.attention='xla'"
         )
     read_prompts(config.prompts)
-    fields = ("convention", "prompts", "dtype", "single_file_dtype")
+    if {"onnx", "web"} & set(config.formats):
+        import jax2onnx  # noqa: F401 (is it installed?)
+    fields = ("convention", "prompts", "dtype", "onnxruntime_web", "single_file_dtype")
     return Options(tuple(config.formats), **{name: config[name] for name in fields})
 
 
@@ -208,17 +212,24 @@ def check_target(target: Path, replace: bool) -> None:
 
 
 def check_formats(options: Options, source: Source) -> None:
-    """ValueError if a format cannot hold the model, such as a one-step program a teacher."""
-    formats = options.formats
-    if "stablehlo" in formats and not isinstance(source.dynamics, sampling.Flow):
+    """Checks that the model can be written in each format.
+
+    Raises:
+      ValueError: a one-step program is requested of a teacher, a Stacked U-Net for formats that have none, or a page
+        without its runtime or of a model that is too large.
+    """
+    programs = [name for name in options.formats if name in PROGRAMS]
+    if programs and not isinstance(source.dynamics, sampling.Flow):
         raise ValueError(
-            f"{source.name} is a teacher, but the format 'stablehlo' is the one-step program of a flow: leave it out "
-            "of config.formats, or set config.dynamics='flow' if the model is a flow and its files do not say so"
+            f"{source.name} is a teacher, but the format {programs[0]!r} is the one-step program of a flow: leave it "
+            "out of config.formats, or set config.dynamics='flow' if the model is a flow and its files do not say so"
         )
-    if "msgpack" in formats and source.pipe.nets["unet"].module is StackedUNet:
+    if "msgpack" in options.formats and source.pipe.nets["unet"].module is StackedUNet:
         raise ValueError(
             f"{source.name} is a Stacked U-Net, and diffusers' Flax classes, for which 'msgpack' is, have none: "
             "leave it out of config.formats, as configs/export.py:stacked does"
         )
-    if "single_file" in formats:
+    if "single_file" in options.formats:
         single_file.check(source, options.single_file_dtype)
+    if "web" in options.formats:
+        web.check(source, options.onnxruntime_web)
