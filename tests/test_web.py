@@ -109,7 +109,7 @@ def test_the_weights_of_onnx_are_beside_the_graph_and_those_of_web_inside_in_hal
 
 
 def test_float16_that_overflows_is_refused(flow):
-    weights = flow.pipe.params["unet"] | {"conv_in.kernel": 1e5 * flow.pipe.params["unet"]["conv_in.kernel"]}
+    weights = flow.pipe.params["unet"] | {"conv_in.kernel": 1e6 * flow.pipe.params["unet"]["conv_in.kernel"]}
     pipe = export_source.replace_unet(flow.pipe, weights)
     with pytest.raises(ValueError, match=r"weight unet/conv_in\.kernel has values up to .* but float16 ends at 65504"):
         onnx.stored(pipe, half=True)

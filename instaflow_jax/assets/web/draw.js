@@ -133,16 +133,16 @@ async function fetchBytes(name, onBytes) {
 }
 
 // The backends to try in this order; `?backend=wasm` or `?backend=webgpu` in the page's address chooses one.
-async function backendsToTry() {
+async function backendsToTry(known) {
   const chosen = new URLSearchParams(location.search).get("backend");
-  if (chosen) return [chosen];
+  if (known[chosen]) return [chosen];
   const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
   return adapter ? ["webgpu", "wasm"] : ["wasm"];
 }
 
 // Loads the program; returns its name and `run(row, noise)` → ImageData.
 async function loadModel(settings, onProgress) {
-  const backends = await backendsToTry();
+  const backends = await backendsToTry(settings.backends);
   const { program, bytes } = settings;
   let [loaded, total] = [0, bytes[program]];
   const count = (length) => onProgress((loaded += length), total);
@@ -152,6 +152,7 @@ async function loadModel(settings, onProgress) {
   for (const [i, backend] of backends.entries()) {
     try {
       const ort = await import(`./${runtimes[i].module}`);
+      ort.env.logLevel = "error";
       ort.env.wasm.wasmBinary = await fetchBytes(runtimes[i].binary, count);
       const session = await ort.InferenceSession.create(graph, { executionProviders: [backend] });
       const run = makeRun(ort, session, settings.noise);

@@ -22,7 +22,7 @@ from instaflow_jax.stages.export.program import flat, make_one_step
 from instaflow_jax.stages.export.source import Source
 
 PROGRAM, TOKENIZER = "one_step.onnx", "tokenizer.json"
-OPSET = 20  # the first with Gelu; WebGPU has no kernels yet for some operators of later ones
+OPSET = 20  # the first with Gelu, so that old runtimes too read it
 
 
 def save(source: Source, path: Path, *, batch: int | str, half: bool, external: bool) -> None:
@@ -43,9 +43,10 @@ def save(source: Source, path: Path, *, batch: int | str, half: bool, external: 
     import onnx_ir
 
     weights = stored(source.pipe, half)
-    model = convert(source, weights, batch)
-    with files.naming(path, sum(array.nbytes for array in weights.values())):
-        onnx_ir.save(model, path, external_data=f"{path.name}.data" if external else None)
+    with quiet_converter():
+        model = convert(source, weights, batch)
+        with files.naming(path, sum(array.nbytes for array in weights.values())):
+            onnx_ir.save(model, path, external_data=f"{path.name}.data" if external else None)
 
 
 def stored(pipe: pipeline.Pipeline, half: bool) -> dict[str, np.ndarray]:
@@ -86,8 +87,7 @@ def convert(source: Source, weights: dict[str, np.ndarray], batch: int | str) ->
         jax.ShapeDtypeStruct((batch, *pipe.latent_shape), np.float32),
     ]
     names = {"input_names": ["ids", "noise"], "output_names": ["images"], "model_name": "one_step"}
-    with quiet_converter():
-        model = jax2onnx.to_onnx(program, inputs, opset=OPSET, return_mode="ir", **names)
+    model = jax2onnx.to_onnx(program, inputs, opset=OPSET, return_mode="ir", **names)
     drop_unread_constants(model.graph)
     return model
 

@@ -31,7 +31,7 @@ def make_one_step(source: Source) -> Callable[[Mapping[str, AnyArray], AnyArray,
     the exported program.
     """
     nets, shapes = source.pipe.nets, source.pipe.nets["vae"].shapes
-    start = np.float32(source.dynamics.num_timesteps)
+    start = float(source.dynamics.num_timesteps)
     unused = {name: jnp.zeros((), shapes[name].dtype) for name in shapes if name.startswith(_ENCODER)}
 
     def generate(weights, ids, X0):
