@@ -25,7 +25,7 @@ from instaflow_jax.stages.common.loading import WeightOptions
 from instaflow_jax.stages.export import onnx, program, web
 from instaflow_jax.stages.export import source as export_source
 from instaflow_jax.weights.tokenizer import Tokenizer
-from tools.measure_web import CHROMIUM, draw, open_tab, serve, wait_until_ready
+from tools.measure_web import CHROMIUM, draw, open_tab, pixels, serve, wait_until_ready
 
 PROMPTS = ["red apple", "cat face", "a house"]
 ODD_PROMPTS = [*PLAIN_PROMPTS, *FAST_ONLY_PROMPTS, *LEARNED_PROMPTS, "cat " * 20, "x" * 60]
@@ -234,14 +234,10 @@ def test_a_visitor_draws_and_is_told_what_is_wrong(width, tab, flow, ours, tmp_p
     tab.set_viewport_size({"width": width, "height": 800})
     tab.get_by_label("Prompt").fill("cat face")
     assert draw(tab, 5) > 0
-    pixels = tab.evaluate("""() => {
-        const image = document.getElementById("image");
-        return [...image.getContext("2d").getImageData(0, 0, image.width, image.height).data];
-    }""")
     want = ours(flow.pipe.tokenizer(["cat face"]), np.asarray(sampling.noise(np.uint32([5]), flow.pipe.latent_shape)))[
         0
     ]
-    assert np.abs(np.array(pixels).reshape(32, 32, 4)[..., :3] - want).max() <= 1
+    assert np.abs(pixels(tab).astype(int) - want).max() <= 1
     style, shown = tab.locator("#image").evaluate("p => [getComputedStyle(p).imageRendering, p.clientWidth]")
     assert style == "pixelated" and shown > 300 and tab.locator("#progress").is_hidden()
     assert tab.evaluate("document.documentElement.scrollWidth") <= width

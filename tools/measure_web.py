@@ -1,9 +1,10 @@
 """Measures the page of the export format `web` in headless Chromium:
 
-    python -m tools.measure_web DIR/export/web --count 20
+    python -m tools.measure_web DIR/export/web --model DIR/distill/export --count 20
 
-prints the backend, the seconds until the page can draw, and the median seconds of an image as the page shows them.
-The tests open the page with the same functions. Chromium is a system package; playwright drives it.
+prints the backend, the seconds until the page can draw, the median seconds of an image as the page shows them, and how
+far its images are from those that this package draws with the model. The tests open the page with the same functions.
+Chromium is a system package; playwright drives it.
 """
 
 import argparse
@@ -20,6 +21,12 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+from jaxtyping import UInt8
+
+from instaflow_jax import pipeline, sampling
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
     "--no-sandbox",
@@ -34,7 +41,8 @@ FLAGS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description="measure the page of the export format 'web'")
     parser.add_argument("folder", type=Path, help="the exported folder")
-    parser.add_argument("--count", type=int, default=20, help="number of images")
+    parser.add_argument("--model", required=True, help="the flow that was exported, in diffusers layout")
+    parser.add_argument("--count", type=int, default=20, help="number of images, of the page's first prompt")
     args = parser.parse_args()
     if CHROMIUM is None:
         parser.error("there is no Chromium on this machine; install the system's package chromium")
@@ -43,8 +51,24 @@ def main() -> None:
         tab.goto(url)
         status = wait_until_ready(tab)
         print(f"{status} after {time.perf_counter() - start:.1f} s")
-        seconds = [draw(tab, seed) for seed in range(args.count)]
+        prompt = tab.get_by_label("Prompt").input_value()
+        drawn = [(draw(tab, seed), pixels(tab)) for seed in range(args.count)]
+    seconds, images = zip(*drawn, strict=True)
     print(f"{args.count} images: median {statistics.median(seconds):.3f} s, least {min(seconds):.3f} s")
+    difference = np.abs(np.stack(images).astype(int) - ours(args.model, prompt, args.count))
+    print(
+        f"differs from ours by at most {difference.max()} of 255 levels, in {np.mean(difference > 0):.2%} of the values"
+    )
+
+
+def ours(model: str, prompt: str, count: int) -> UInt8[np.ndarray, "B H W 3"]:
+    """The one-step images of the seeds from 0 on."""
+    pipe = pipeline.load(model, variant=None, attention="xla")
+    dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, "auto")
+    solve = sampling.make_solve(pipe.nets["unet"].apply, dynamics, "euler", 1, 1.0)
+    noise = sampling.noise(np.arange(count, dtype=np.uint32), pipe.latent_shape)
+    ids, null = pipe.tokenizer([prompt] * count), pipe.tokenizer([""])
+    return np.asarray(jax.jit(sampling.make_generate(pipe.nets, solve))(pipe.params, ids, null, noise)[0])
 
 
 @contextlib.contextmanager
@@ -93,6 +117,14 @@ def draw(tab: Any, seed: int) -> float:
     tab.get_by_role("button", name="Draw", exact=True).click()
     tab.get_by_text(re.compile(rf", seed {seed}$")).wait_for()
     return float(re.search(r"([\d.]+) s", tab.locator("#heading").inner_text())[1])
+
+
+def pixels(tab: Any) -> UInt8[np.ndarray, "H W 3"]:
+    """The image that the page shows."""
+    program = """image => [image.height, image.width,
+        [...image.getContext("2d").getImageData(0, 0, image.width, image.height).data]]"""
+    height, width, rgba = tab.locator("#image").evaluate(program)
+    return np.array(rgba, np.uint8).reshape(height, width, 4)[..., :3]
 
 
 if __name__ == "__main__":

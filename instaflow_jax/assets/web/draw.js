@@ -152,9 +152,9 @@ async function loadModel(settings, onProgress) {
   for (const [i, backend] of backends.entries()) {
     try {
       const ort = await import(`./${runtimes[i].module}`);
-      ort.env.logLevel = "error";
       ort.env.wasm.wasmBinary = await fetchBytes(runtimes[i].binary, count);
-      const session = await ort.InferenceSession.create(graph, { executionProviders: [backend] });
+      const options = { executionProviders: [backend], logSeverityLevel: 3 }; // errors only
+      const session = await ort.InferenceSession.create(graph, options);
       const run = makeRun(ort, session, settings.noise);
       await run(new Int32Array(session.inputMetadata[0].shape[1]), new Float32Array(settings.noise.reduce((a, b) => a * b)));
       return { name: describe(backend, ort), run };
@@ -261,7 +261,8 @@ async function start() {
   const megabytes = (bytes) => (bytes / 1e6).toFixed(1);
   const onProgress = (loaded, total) => {
     at("progress").value = loaded / total;
-    report(`Loading: ${megabytes(loaded)} of ${megabytes(total)} MB.`);
+    const whole = loaded >= total;
+    report(whole ? "Starting the model." : `Loading: ${megabytes(loaded)} of ${megabytes(total)} MB.`);
   };
   try {
     const encode = makeTokenizer(await (await fetchFile(settings.tokenizer)).json());

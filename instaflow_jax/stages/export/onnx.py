@@ -103,15 +103,12 @@ def drop_unread_constants(graph: Any) -> None:
 
 @contextlib.contextmanager
 def quiet_converter() -> Iterator[None]:
-    """Hides what the converter reports about its own parts: plugins for packages that are not installed, and shapes."""
-    loggers = [logging.getLogger(name) for name in ("jax2onnx", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    """Hides what the converter logs and warns of: its arguments, its plugins for packages that are not installed."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)
