@@ -1,6 +1,7 @@
 """The Stacked U-Net of InstaFlow-1.7B: two U-Nets of Stable Diffusion in series, trained together."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ from jaxtyping import Array, Float, Real
 from instaflow_jax.arrays import AnyArray, Latent, Params, Timestep
 from instaflow_jax.models import net
 from instaflow_jax.models.layers import LayerFactory
-from instaflow_jax.models.unet import UNet2DConditionModel, UNetConfig
+from instaflow_jax.models.unet import Features, UNet2DConditionModel, UNetConfig
 from instaflow_jax.weights import hub
 
 
@@ -36,6 +37,10 @@ class StackedUNet(net.Model):
     The features that half 1 passes on are half 2's first skip; no other skip joins the halves. Each half has its own
     weights, its own time embedding and its own attention to the text; both see the same timestep and text. It is called
     as `UNet2DConditionModel` is, and has that class's parameters under `halves.0` and `halves.1`.
+
+    Each half starts as a U-Net of its own, so each gets all residuals of a ControlNet that was made for one. The first
+    residual belongs to the output of `conv_in`; in half 2, which has none, it is added to the features from half 1,
+    which are its first skip. Nobody has published a ControlNet for this network, so this is our choice.
     """
 
     Config: ClassVar = StackedUNetConfig
@@ -56,10 +61,13 @@ class StackedUNet(net.Model):
         sample: Latent,
         timestep: Timestep | Real[AnyArray, ""] | float,
         encoder_hidden_states: Float[AnyArray, "B L D"],
+        down_block_additional_residuals: Sequence[Features] | None = None,
+        mid_block_additional_residual: Features | None = None,
     ) -> Float[Array, "B H W out"]:
-        """See `UNet2DConditionModel.__call__`."""
-        features = self.halves[0](sample, timestep, encoder_hidden_states)
-        return self.halves[1](features, timestep, encoder_hidden_states)
+        """See `UNet2DConditionModel.__call__`; both halves get the same residuals."""
+        residuals = down_block_additional_residuals, mid_block_additional_residual
+        features = self.halves[0](sample, timestep, encoder_hidden_states, *residuals)
+        return self.halves[1](features, timestep, encoder_hidden_states, *residuals)
 
 
 def stack_net(unet: net.Net, middle_norm: bool, **options) -> net.Net:

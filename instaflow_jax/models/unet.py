@@ -5,6 +5,7 @@ import itertools
 import math
 import re
 import warnings
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -20,24 +21,22 @@ from instaflow_jax.models.transformer import Transformer2DModel
 from instaflow_jax.weights import hub
 
 Middle = Float[AnyArray, "B h w D"]  # features of the middle block
+Features = Float[AnyArray, "B _ _ _"]  # of any block
 _OLD_SAMPLE_SIZE = 64  # latents' side that diffusers' pipelines took for files from before version 0.9
 
 
 @dataclasses.dataclass(frozen=True)
-class UNetConfig(net.Config):
-    """The keys of the UNet's `config.json` that this port uses; see diffusers' `UNet2DConditionModel`.
+class EncoderConfig(net.Config):
+    """The keys of `config.json` that the UNet and its ControlNets share; see diffusers' `UNet2DConditionModel`.
 
     `attention_head_dim` is the NUMBER of heads, a naming mistake of diffusers that every file repeats: one int for all
     blocks (SD 1.x: 8) or one for each (SD 2.x: [5, 10, 20, 20]).
     """
 
-    sample_size: int | tuple[int, ...] | None = None
     in_channels: int = 4
-    out_channels: int = 4
     flip_sin_to_cos: bool = True
     freq_shift: float = 0
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
     downsample_padding: int = 1
@@ -66,6 +65,40 @@ class UNetConfig(net.Config):
         "dropout": 0.0,
     }
 
+    def __post_init__(self):
+        self.check_types("down_block_types", ("CrossAttnDownBlock2D", "DownBlock2D"))
+        if not self.block_out_channels:
+            raise ValueError("config.json: block_out_channels=[] is not supported; use the channels of each block")
+        if len(self.heads) != len(self.block_out_channels) or min(self.heads) < 1:
+            raise ValueError(
+                f"config.json: attention_head_dim={list(self.heads)} must give the number of heads of each of "
+                f"block_out_channels={list(self.block_out_channels)}"
+            )
+
+    def check_types(self, field: str, allowed: tuple[str, ...]) -> None:
+        """Raises ValueError unless `field` names one of the `allowed` types for each block."""
+        types = getattr(self, field)
+        if len(types) != len(self.block_out_channels) or not set(types) <= set(allowed):
+            raise ValueError(
+                f"config.json: {field}={list(types)} must name, for each of block_out_channels="
+                f"{list(self.block_out_channels)}, one of {allowed}"
+            )
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Number of attention heads of each block, outermost first."""
+        heads = self.num_attention_heads or self.attention_head_dim
+        return (heads,) * len(self.block_out_channels) if isinstance(heads, int) else heads
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig(EncoderConfig):
+    """The keys of the UNet's `config.json` that this port uses."""
+
+    sample_size: int | tuple[int, ...] | None = None
+    out_channels: int = 4
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "UNetConfig":
         """Reads `config.json`; a `sample_size` below 64 from diffusers before 0.9 means 64, as in its pipelines."""
@@ -83,29 +116,8 @@ class UNetConfig(net.Config):
         size = (self.sample_size,) * 2 if isinstance(self.sample_size, int) else self.sample_size
         if size is not None and (len(size) != 2 or min(size) < 1):
             raise ValueError(f"config.json: sample_size={self.sample_size} is not supported; use one side, or two")
-        for field, allowed in (
-            ("down_block_types", ("CrossAttnDownBlock2D", "DownBlock2D")),
-            ("up_block_types", ("CrossAttnUpBlock2D", "UpBlock2D")),
-        ):
-            types = getattr(self, field)
-            if len(types) != len(self.block_out_channels) or not set(types) <= set(allowed):
-                raise ValueError(
-                    f"config.json: {field}={list(types)} must name, for each of block_out_channels="
-                    f"{list(self.block_out_channels)}, one of {allowed}"
-                )
-        if not self.block_out_channels:
-            raise ValueError("config.json: block_out_channels=[] is not supported; use the channels of each block")
-        if len(self.heads) != len(self.block_out_channels) or min(self.heads) < 1:
-            raise ValueError(
-                f"config.json: attention_head_dim={list(self.heads)} must give the number of heads of each of "
-                f"block_out_channels={list(self.block_out_channels)}"
-            )
-
-    @property
-    def heads(self) -> tuple[int, ...]:
-        """Number of attention heads of each block, outermost first."""
-        heads = self.num_attention_heads or self.attention_head_dim
-        return (heads,) * len(self.block_out_channels) if isinstance(heads, int) else heads
+        super().__post_init__()
+        self.check_types("up_block_types", ("CrossAttnUpBlock2D", "UpBlock2D"))
 
 
 def timestep_embedding(
@@ -130,12 +142,12 @@ class TimestepEmbedding(nnx.Module):
         return self.linear_2(jax.nn.silu(self.linear_1(x)))
 
 
-def _resnet(config: UNetConfig, inputs: int, outputs: int, factory: LayerFactory) -> ResnetBlock2D:
+def _resnet(config: EncoderConfig, inputs: int, outputs: int, factory: LayerFactory) -> ResnetBlock2D:
     time_features = 4 * config.block_out_channels[0]
     return ResnetBlock2D(inputs, outputs, config.norm_num_groups, config.norm_eps, factory, time_features)
 
 
-def _transformer(config: UNetConfig, channels: int, heads: int, factory: LayerFactory) -> Transformer2DModel:
+def _transformer(config: EncoderConfig, channels: int, heads: int, factory: LayerFactory) -> Transformer2DModel:
     return Transformer2DModel(
         channels,
         config.cross_attention_dim,
@@ -150,7 +162,7 @@ def _transformer(config: UNetConfig, channels: int, heads: int, factory: LayerFa
 class DownBlock2D(nnx.Module):
     """Residual blocks, each followed by a transformer if the config has one, then halving."""
 
-    def __init__(self, config: UNetConfig, i: int, factory: LayerFactory):
+    def __init__(self, config: EncoderConfig, i: int, factory: LayerFactory):
         channels = config.block_out_channels
         widths = [channels[max(i - 1, 0)]] + [channels[i]] * config.layers_per_block
         self.resnets = nnx.List([_resnet(config, a, b, factory) for a, b in itertools.pairwise(widths)])
@@ -176,7 +188,7 @@ class DownBlock2D(nnx.Module):
 
 
 class UNetMidBlock2DCrossAttn(nnx.Module):
-    def __init__(self, config: UNetConfig, factory: LayerFactory):
+    def __init__(self, config: EncoderConfig, factory: LayerFactory):
         channels = config.block_out_channels[-1]
         self.resnets = nnx.List([_resnet(config, channels, channels, factory) for _ in range(2)])
         self.attentions = nnx.List([_transformer(config, channels, config.heads[-1], factory)])
@@ -213,7 +225,41 @@ class UpBlock2D(nnx.Module):
         return x
 
 
-class UNet2DConditionModel(Remat, net.Model):
+class UNetEncoder(Remat, net.Model):
+    """The UNet up to its middle block, of which a ControlNet is a copy."""
+
+    layout: ClassVar = hub.Layout()
+
+    def __init__(self, config: EncoderConfig, factory: LayerFactory, *, conv_in: bool = True):
+        channels = config.block_out_channels
+        self.config, self.dtype = config, factory.dtype
+        if conv_in:
+            self.conv_in = factory.conv(config.in_channels, channels[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(channels[0], 4 * channels[0], factory)
+        self.down_blocks = nnx.List([DownBlock2D(config, i, factory) for i in range(len(channels))])
+        self.mid_block = UNetMidBlock2DCrossAttn(config, factory)
+
+    def _encode(self, sample, timestep, encoder_hidden_states, condition=None):
+        """The features behind the middle block, the skips, and the embeddings of timestep and text.
+
+        `condition` is added to the output of `conv_in`.
+        """
+        config = self.config
+        tau = jnp.broadcast_to(jnp.asarray(timestep), sample.shape[:1])
+        sinusoids = timestep_embedding(tau, config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift)
+        time = self.time_embedding(sinusoids.astype(self.dtype))
+        text = encoder_hidden_states.astype(self.dtype)
+        x = sample.astype(self.dtype)
+        x = self.conv_in(x) if hasattr(self, "conv_in") else x
+        x = x if condition is None else x + condition
+        skips = [x]
+        for block in self.down_blocks:
+            x, block_skips = block(x, time, text)
+            skips += block_skips
+        return self.mid_block(x, time, text), skips, time, text
+
+
+class UNet2DConditionModel(UNetEncoder):
     """Stable Diffusion's network: latents, timestep and text → noise, velocity or data, depending on its training.
 
     `StackedUNet` builds it without `conv_in`, or without `conv_out` and perhaps `conv_norm_out`. It then takes, or
@@ -221,7 +267,6 @@ class UNet2DConditionModel(Remat, net.Model):
     """
 
     Config: ClassVar = UNetConfig
-    layout: ClassVar = hub.Layout()
 
     def __init__(
         self,
@@ -232,13 +277,8 @@ class UNet2DConditionModel(Remat, net.Model):
         norm: bool = True,
         conv_out: bool = True,
     ):
+        super().__init__(config, factory, conv_in=conv_in)
         channels = config.block_out_channels
-        self.config, self.dtype = config, factory.dtype
-        if conv_in:
-            self.conv_in = factory.conv(config.in_channels, channels[0], 3, padding=1)
-        self.time_embedding = TimestepEmbedding(channels[0], 4 * channels[0], factory)
-        self.down_blocks = nnx.List([DownBlock2D(config, i, factory) for i in range(len(channels))])
-        self.mid_block = UNetMidBlock2DCrossAttn(config, factory)
         self.up_blocks = nnx.List([UpBlock2D(config, i, factory) for i in range(len(channels))])
         if norm:
             self.conv_norm_out = factory.group_norm(channels[0], config.norm_num_groups, config.norm_eps)
@@ -250,6 +290,8 @@ class UNet2DConditionModel(Remat, net.Model):
         sample: Latent,
         timestep: Timestep | Real[AnyArray, ""] | float,
         encoder_hidden_states: Float[AnyArray, "B L D"],
+        down_block_additional_residuals: Sequence[Features] | None = None,
+        mid_block_additional_residual: Features | None = None,
     ) -> Float[Array, "B H W out"]:
         """The network's output, in float32 for every compute type.
 
@@ -257,35 +299,33 @@ class UNet2DConditionModel(Remat, net.Model):
           sample: latents [B, H, W, in_channels].
           timestep: integer or real; a flow passes 1000·(1−t).
           encoder_hidden_states: text [B, L, cross_attention_dim].
+          down_block_additional_residuals: what ControlNets add to each skip, that of `conv_in` first.
+          mid_block_additional_residual: what they add to the middle block's output.
+
+        Raises:
+          ValueError: the number of residuals is not that of the skips.
         """
-        return self.with_middle(sample, timestep, encoder_hidden_states)[0]
+        x, skips, time, text = self._encode(sample, timestep, encoder_hidden_states)
+        if down_block_additional_residuals is not None:
+            both = zip(skips, down_block_additional_residuals, strict=True)
+            skips = [skip + residual.astype(skip.dtype) for skip, residual in both]
+        if mid_block_additional_residual is not None:
+            x = x + mid_block_additional_residual.astype(x.dtype)
+        return self._decode(x, skips, time, text)
 
     def with_middle(self, sample, timestep, encoder_hidden_states) -> tuple[Float[Array, "B H W out"], Middle]:
         """The network's output, and the features of `middle` on the way to it."""
         x, skips, time, text = self._encode(sample, timestep, encoder_hidden_states)
-        middle = x.astype(jnp.float32)
-        for block in self.up_blocks:
-            x = block(x, skips, time, text)
-        return self.maybe_checkpoint(self._out)(x), middle
+        return self._decode(x, skips, time, text), x.astype(jnp.float32)
 
     def middle(self, sample, timestep, encoder_hidden_states) -> Middle:
         """The features behind the middle block, in float32: what a discriminator looks at."""
         return self._encode(sample, timestep, encoder_hidden_states)[0].astype(jnp.float32)
 
-    def _encode(self, sample, timestep, encoder_hidden_states):
-        """The features behind the middle block, the skips, and the embeddings of timestep and text."""
-        config = self.config
-        tau = jnp.broadcast_to(jnp.asarray(timestep), sample.shape[:1])
-        sinusoids = timestep_embedding(tau, config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift)
-        time = self.time_embedding(sinusoids.astype(self.dtype))
-        text = encoder_hidden_states.astype(self.dtype)
-        x = sample.astype(self.dtype)
-        x = self.conv_in(x) if hasattr(self, "conv_in") else x
-        skips = [x]
-        for block in self.down_blocks:
-            x, block_skips = block(x, time, text)
-            skips += block_skips
-        return self.mid_block(x, time, text), skips, time, text
+    def _decode(self, x, skips, time, text):
+        for block in self.up_blocks:
+            x = block(x, skips, time, text)
+        return self.maybe_checkpoint(self._out)(x)
 
     def _out(self, x):
         x = jax.nn.silu(self.conv_norm_out(x)) if hasattr(self, "conv_norm_out") else x
