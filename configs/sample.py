@@ -7,6 +7,8 @@
         --config.base=DIR_OR_HUB_ID
     python -m instaflow_jax.main --config=configs/sample.py:instaflow --config.delta.custom=DIR \\
         --config.loras='FILE=0.8|FILE2=0.5'
+    python -m instaflow_jax.main --config=configs/sample.py:instaflow --config.controls='DIR=0.8|FILE.safetensors' \\
+        --config.conditions='edges.png|pose.png'
 
 Variants: openmoji (embedded, the default; runs on a laptop), sd15, sd21, rf2 (the released 2-rectified flow) and
 instaflow (the released one-step model). Writes WORKDIR/sample/*.png, each with its prompt, seed and settings in its
@@ -32,6 +34,8 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
     config.stage = "sample"
     config.prompts = "woman astronaut|red apple|cat face|house"  # separated by |, or a text file with one per line
     config.seeds = (0, 1, 2, 3)  # one image for each prompt and seed
+    config.controls = ""  # ControlNets and their scales, DIR=0.8|FILE.safetensors; their residuals are added up
+    config.conditions = ""  # an image for each of them, edges.png|pose.png, resized to the size that is drawn
     config.batch = 8  # images per device and call of the compiled program
     config.update(common.pick(VARIANTS, variant))
     return config.lock()

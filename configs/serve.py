@@ -44,6 +44,7 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
     config.teacher_dynamics = "auto"
     config.teacher_N = 25
     config.teacher_alpha = 1.0
+    config.controls = ""  # ControlNets of both models, as in configs/sample.py; the page asks for an image for each
     config.examples = ("woman astronaut", "red apple", "cat face", "house", "octopus")  # prompts to click on
     config.max_chars = 500  # characters of a prompt
     config.max_images = 4  # of one request

@@ -1,20 +1,36 @@
-"""ControlNets: the networks against diffusers, files of every kind, `sample`, `serve`, and training one."""
+"""ControlNets: the networks against diffusers, files of every kind, `sample` and `serve`."""
+
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+import safetensors.torch
 from helpers import (
+    UNET_PARTS,
     drawn,
+    free_port,
+    load,
+    make_directory,
     normal,
     randomize,
+    read_config,
     references,
     relative,
+    rename,
+    torch_names,
+    unet_modules,
 )
+from PIL import Image
 
+from instaflow_jax import main, sampling
+from instaflow_jax.infra import images
 from instaflow_jax.models import controlnet
 from instaflow_jax.models.controlnet import ControlNetModel
 from instaflow_jax.models.stacked_unet import stack_net, stack_params
 from instaflow_jax.models.unet import UNet2DConditionModel
+from instaflow_jax.stages.common import control as loading_control
+from instaflow_jax.stages.common.loading import WeightOptions
 
 SD1 = {  # SD 1.x's layout: convolutions as projections, no attention in the innermost block
     "block_out_channels": (16, 32),
@@ -138,3 +154,213 @@ def test_an_unsupported_controlnet_is_refused():
     for field, value in (("global_pool_conditions", True), ("controlnet_conditioning_channel_order", "hsv")):
         with pytest.raises(ValueError, match=f"{field}={value!r} is not supported; use"):
             ControlNetModel.from_config(SD1 | {field: value})
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A Stable Diffusion and two ControlNets of random weights, written by diffusers, and an image for each."""
+    references()
+    import diffusers
+
+    root = tmp_path_factory.mktemp("world")
+    pipe = make_directory(root / "sd", "flat")
+    fields = {name: pipe.unet.config[name] for name in SHARED} | {"conditioning_embedding_out_channels": (8, 12)}
+    controls = [randomize(diffusers.ControlNetModel(**fields), seed) for seed in (5, 6)]
+    for name, control in zip("ab", controls, strict=True):
+        control.save_pretrained(root / name)
+        pixels = np.random.default_rng(ord(name)).integers(0, 255, (5, 7, 3), np.uint8).repeat(6, 0).repeat(6, 1)
+        Image.fromarray(pixels).save(root / f"{name}.png")
+    return SimpleNamespace(root=root, pipe=pipe, controls=controls, ours=load(root / "sd"))
+
+
+SHARED = ("block_out_channels", "down_block_types", "layers_per_block", "cross_attention_dim", "norm_num_groups")
+SHARED += ("attention_head_dim", "in_channels")
+
+
+def original_names(control, unet):
+    """The state dict with the names of the authors' code."""
+    modules = unet_modules(unet.config) | {"controlnet_mid_block": "middle_block_out.0"}
+    modules |= {f"controlnet_down_blocks.{i}": f"zero_convs.{i}.0" for i in range(len(control.controlnet_down_blocks))}
+    layers = ("conv_in", *(f"blocks.{i}" for i in range(len(control.controlnet_cond_embedding.blocks))), "conv_out")
+    modules |= {f"controlnet_cond_embedding.{name}": f"input_hint_block.{2 * i}" for i, name in enumerate(layers)}
+    return rename(control.state_dict(), modules, UNET_PARTS, "control_model")
+
+
+def save(state, path):
+    safetensors.torch.save_file({key: tensor.clone().contiguous() for key, tensor in state.items()}, path)
+    return str(path)
+
+
+def controls_of(world, text):
+    return loading_control.load_controls(text, world.ours, WeightOptions(attention="xla"))
+
+
+def test_every_kind_of_file_gives_the_same_weights(world, tmp_path):
+    """A directory, and single files with diffusers' names and with the original ones, alone or in a whole model."""
+    control = world.controls[0]
+    original = original_names(control, world.pipe.unet)
+    bare = {key.removeprefix("control_model."): tensor for key, tensor in original.items()}
+    whole = original | {"model.diffusion_model.out.2.bias": control.state_dict()["conv_in.bias"]}
+    states = {"diffusers": control.state_dict(), "original": original, "bare": bare, "whole": whole}
+    files = [save(state, tmp_path / f"{name}.safetensors") for name, state in states.items()]
+    first, *others = controls_of(world, "|".join([f"{world.root / 'a'}=0.5", *files]))
+    assert (first.scale, others[0].scale) == (0.5, 1.0) and first.net.config == others[0].net.config
+    want = {key: tensor.numpy() for key, tensor in control.state_dict().items()}
+    for loaded in (first, *others):
+        got = torch_names(loaded.params)
+        assert got.keys() == want.keys() and all(np.array_equal(got[key], want[key]) for key in want), loaded.source
+
+
+def test_diffusers_reads_the_original_names_alike(world):
+    """Its own converter, which knows four levels of condition channels, undoes `original_names`."""
+    from diffusers import ControlNetModel as Reference
+    from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
+
+    fields = {name: world.pipe.unet.config[name] for name in SHARED}
+    control = randomize(Reference(**fields, conditioning_embedding_out_channels=(4, 8, 12, 16)))
+    theirs = convert_controlnet_checkpoint(original_names(control, world.pipe.unet), fields)
+    assert theirs.keys() == control.state_dict().keys()
+    assert all(np.array_equal(tensor, theirs[key]) for key, tensor in control.state_dict().items())
+
+
+def test_what_is_not_a_controlnet_of_this_model_is_refused_in_one_line(world, tmp_path):
+    from diffusers import ControlNetModel as Reference
+
+    fields = {name: world.pipe.unet.config[name] for name in SHARED}
+    Reference(**fields | {"conditioning_embedding_out_channels": (8, 12, 16)}).save_pretrained(tmp_path / "large")
+    wide = Reference(**fields | {"block_out_channels": (16, 16), "conditioning_embedding_out_channels": (8, 12)})
+    wide.save_pretrained(tmp_path / "wide")
+    lora, single = {"lora_unet_mid.alpha": wide.conv_in.bias}, tmp_path / "wide.safetensors"
+    save(wide.state_dict(), single)
+    for source, words in (
+        (world.root / "sd" / "unet", "describes UNet2DConditionModel, not ControlNetModel"),
+        (save(lora, tmp_path / "lora.safetensors"), "is not a ControlNet: it has no weights named"),
+        (tmp_path / "none.safetensors", "there is no weight file"),
+        (tmp_path / "wide", r"block_out_channels=\(16, 16\), but the U-Net has \(8, 16\); use"),
+        (single, "has 16 channels in its first block, but the U-Net has 8; use"),
+        (tmp_path / "large", "images 4 times as large as the latents, but the autoencoder makes images 2 times"),
+        (f"{world.root / 'a'}=much", "config.controls=.*the scale 'much' of"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=words) as refused:
+            controls_of(world, str(source))
+        assert str(source).partition("=")[0] in str(refused.value) and "\n" not in str(refused.value)
+
+
+# ---------------------------------------------------------------- the stage `sample`
+
+
+def sample_config(world, **fields):
+    config = read_config("sample")
+    config.update({"model": str(world.root / "sd"), "prompts": "red apple|house", "seeds": (5,), "batch": 1})
+    config.update({"controls": f"{world.root / 'a'}=0.8|{world.root / 'b'}=0.35", "attention": "xla"})
+    config.conditions = f"{world.root / 'a.png'}|{world.root / 'b.png'}"
+    config.update(fields)
+    return config
+
+
+def images_of(world, workdir, **fields):
+    main.run(sample_config(world, **fields), str(workdir))
+    files = sorted((workdir / "sample").glob("0*.png"))
+    return np.stack([images.load_png(file)[0] for file in files]).astype(int), images.load_png(files[0])[1]
+
+
+@pytest.mark.slow
+def test_a_guided_teacher_equals_diffusers_pipeline(world, tmp_path):
+    """Two ControlNets on both halves of the guided batch, images resized as diffusers resizes them."""
+    import diffusers
+
+    parts = {name: getattr(world.pipe, name) for name in ("vae", "text_encoder", "tokenizer", "unet")}
+    pipe = diffusers.StableDiffusionControlNetPipeline(
+        **parts,
+        controlnet=world.controls,
+        scheduler=diffusers.DPMSolverMultistepScheduler.from_pretrained(world.root / "sd" / "scheduler"),
+        **dict.fromkeys(("safety_checker", "feature_extractor")),
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    noise = np.asarray(sampling.noise(np.array([5, 5]), world.ours.latent_shape))
+    want = pipe(
+        ["red apple", "house"],
+        image=[Image.open(world.root / f"{name}.png") for name in "ab"],
+        num_inference_steps=3,
+        guidance_scale=3.0,
+        controlnet_conditioning_scale=[0.8, 0.35],
+        latents=nchw(noise),
+        height=16,
+        width=16,
+        output_type="np",
+    ).images
+    got, text = images_of(world, tmp_path, N=3, alpha=3.0)
+    assert np.abs(got - np.round(want * 255)).max() <= 1
+    assert "a=0.8|" in text["controls"] and text["conditions"].endswith("b.png")
+
+
+@pytest.mark.slow
+def test_a_one_step_flow_is_steered_at_timestep_1000(world, tmp_path):
+    torch, pipe = references(), world.pipe
+    noise = np.asarray(sampling.noise(np.array([5, 5]), world.ours.latent_shape))
+    text = world.ours.nets["text_encoder"].apply(
+        world.ours.params["text_encoder"], world.ours.tokenizer(["red apple", "house"])
+    )
+    inputs = nchw(noise), 1000.0, torch.tensor(np.asarray(text.last_hidden_state))
+    image = Image.open(world.root / "a.png").resize((16, 16), Image.Resampling.LANCZOS)
+    with torch.no_grad():
+        condition = nchw(np.asarray(image, np.float32)[None].repeat(2, 0) / 255)
+        down, mid = world.controls[0](*inputs, condition, conditioning_scale=0.8, return_dict=False)
+        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+        X1 = nchw(noise) + pipe.unet(*inputs, **residuals).sample
+        want = pipe.vae.decode(X1 / pipe.vae.config.scaling_factor).sample
+    one = {"controls": f"{world.root / 'a'}=0.8", "conditions": str(world.root / "a.png")}
+    got, _ = images_of(world, tmp_path, dynamics="flow", N=1, alpha=1.0, **one)
+    assert np.abs(got - images.to_uint8(nhwc(want)).astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"conditions": ""}, "config.conditions='' names 0 images, but config.controls names 2 ControlNets; write one"),
+        ({"controls": ""}, "names 2 images, but config.controls names 0 ControlNets"),
+        ({"conditions": "none.png|none.png"}, "there is no image none.png"),
+        ({"conditions": f"{__file__}|{__file__}"}, "test_controlnet.py is not readable as an image"),
+    ],
+)
+def test_wrong_conditions_end_in_one_line_before_anything_is_compiled(fields, words, world, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as refused:
+        main.run(sample_config(world, **fields), str(tmp_path / "out"))
+    assert "\n" not in str(refused.value) and not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- the stage `serve`
+
+
+@pytest.mark.slow
+def test_the_page_takes_an_image_for_each_controlnet(world, fast_compilation):
+    """Through gradio's client: two images change what is drawn, and one that is missing is asked for."""
+    pytest.importorskip("gradio")
+    from gradio_client import Client, handle_file
+    from gradio_client.exceptions import AppError
+
+    from instaflow_jax.stages.serve import stage
+
+    config = read_config("serve")
+    config.update({"model": str(world.root / "sd"), "dynamics": "flow", "N": (1,), "port": free_port()})
+    config.update({"controls": f"{world.root / 'a'}=0.8|{world.root / 'b'}", "teacher": ""})
+    page = stage.start(config, "nowhere")
+    try:
+        client = Client(page.local_url, verbose=False, analytics_enabled=False)
+        files = [handle_file(world.root / f"{name}.png") for name in "ab"]
+
+        def draw(*uploads):
+            gallery = client.predict("cat face", 3, 1, 1, *uploads, api_name="/draw")[1]["value"]
+            return images.load_png(gallery[0]["image"])[0]
+
+        assert np.any(draw(*files) != draw(*files[::-1]))
+        with pytest.raises(AppError, match=r"the image for b is missing; choose a file"):
+            draw(files[0], None)
+        with pytest.raises(AppError, match="file"):
+            draw(files[0], handle_file(__file__))
+    finally:
+        page.close()

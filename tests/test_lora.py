@@ -454,10 +454,10 @@ def test_the_pair_manifest_depends_on_the_weights(tiny, tmp_path):
 
 def test_scales_are_read_from_the_config():
     want = (("a.safetensors", 0.8), ("b.safetensors", 1.0), ("c", -0.1))
-    assert loading.read_loras("a.safetensors=0.8| b.safetensors |c=-1e-1") == want
-    assert loading.read_loras("") == ()
+    assert loading.read_scales("loras", "a.safetensors=0.8| b.safetensors |c=-1e-1") == want
+    assert loading.read_scales("loras", "") == ()
     with pytest.raises(ValueError, match=r"the scale 'much' of a\.safetensors is not a number"):
-        loading.read_loras("a.safetensors=much")
+        loading.read_scales("loras", "a.safetensors=much")
 
 
 def test_the_delta_of_a_convolution_by_hand(tiny):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from instaflow_jax.arrays import AnyArray
 from instaflow_jax.infra.files import write_bytes, wrong_kind
@@ -107,3 +107,24 @@ def load_png(path: str | Path) -> tuple[UInt8[np.ndarray, "H W 3"], dict[str, st
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all that PIL raises
         raise ValueError(f"{path} is not readable as a PNG: {wrong_kind(path) or error}") from error
+
+
+def load_rgb(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
+    """An image file in any format that Pillow reads, turned as its EXIF data say.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is not an image, or is damaged.
+    """
+    try:
+        with Image.open(path) as file:
+            return np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"there is no image {path}") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all that PIL raises
+        raise ValueError(f"{path} is not readable as an image: {wrong_kind(path) or error}") from error
+
+
+def resize(image: UInt8[np.ndarray, "_ _ 3"], height: int, width: int) -> UInt8[np.ndarray, "{height} {width} 3"]:
+    """The image with other sides, by Lanczos' filter; the proportions may change."""
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))

@@ -4,6 +4,7 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from instaflow_jax import pipeline, sampling
 from instaflow_jax.infra import images
 from instaflow_jax.infra.progress import Progress
 from instaflow_jax.infra.runner import BatchedRunner
+from instaflow_jax.stages.common import control
 from instaflow_jax.stages.common.loading import (
     check_drawn,
     latent_shape,
@@ -34,7 +36,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     Raises:
       ValueError, FileNotFoundError: a field of the config, or a file of the model, is wrong.
     """
-    prompts, seeds, options, pipe, shape, dynamics, solve = prepare(config)
+    prompts, seeds, options, pipe, shape, dynamics, solve, params = prepare(config)
     jobs = list(itertools.product(range(len(prompts)), seeds))
     factor = pipe.nets["vae"].config.factor
     print(
@@ -42,13 +44,13 @@ def run(config: ConfigDict, workdir: str) -> None:
         f"{shape[1] * factor}×{shape[0] * factor} pixels, N={options.N}, alpha={options.alpha:g}",
         flush=True,
     )
-    names = ("model", "dynamics", "solver", "N", "alpha", "negative", "dtype", "loras")
+    names = ("model", "dynamics", "solver", "N", "alpha", "negative", "dtype", "loras", "controls", "conditions")
     settings = {name: str(config[name]) for name in names}
     if config.delta.custom:
         settings["delta"] = "{scale} * ({custom} - {origin})".format(**config.delta)
     directory = Path(workdir) / "sample"
     directory.mkdir(parents=True, exist_ok=True)
-    drawn = draw(pipe, solve, prompts, jobs, negative=options.negative, shape=shape, batch=config.batch)
+    drawn = draw(pipe, params, solve, prompts, jobs, negative=options.negative, shape=shape, batch=config.batch)
     write(directory, prompts, seeds, drawn, settings, ending=f"N{options.N}_alpha{options.alpha:g}")
 
 
@@ -58,19 +60,25 @@ def check(config: ConfigDict, workdir: str) -> None:
 
 
 def prepare(config: ConfigDict) -> tuple:
-    """Prompts, seeds, solver options, pipeline, latents' shape, dynamics and ODE; makes every check of `run`."""
+    """Prompts, seeds, solver options, pipeline, latents' shape, dynamics, ODE and parameters; all checks of `run`."""
     check_ranges(config)
     prompts, seeds = read_prompts(config.prompts), tuple(config.seeds)
     weights, options = read_weight_options(config), read_solve_options(config)
     pipe = load(config.model, weights)
     shape = latent_shape(pipe.nets, options.height, options.width)
     dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, options.dynamics)
-    solve = sampling.make_solve(pipe.nets["unet"].apply, dynamics, options.solver, options.N, options.alpha)
-    return prompts, seeds, options, pipe, shape, dynamics, solve
+    controls = control.load_controls(config.controls, pipe, weights)
+    size = [side * pipe.nets["vae"].config.factor for side in shape[:2]]
+    conditions = [control.to_condition(image, *size) for image in control.read_conditions(config.conditions, controls)]
+    apply = control.make_apply(pipe, controls)
+    solve = sampling.make_solve(apply, dynamics, options.solver, options.N, options.alpha)
+    params = control.inference_params(pipe, controls, conditions)
+    return prompts, seeds, options, pipe, shape, dynamics, solve, params
 
 
 def draw(
     pipe: pipeline.Pipeline,
+    params: Mapping[str, Any],
     solve: sampling.Solve,
     prompts: Sequence[str],
     jobs: Sequence[Job],
@@ -81,12 +89,15 @@ def draw(
 ) -> UInt8[np.ndarray, "N H W 3"]:
     """One image for each job, up to `batch` on each local device at a time.
 
+    Args:
+      params: weights from `control.inference_params`.
+
     Raises:
       ValueError: naming prompt and seed of an image that is NaN or infinite.
     """
     size = min(batch, -(-len(jobs) // jax.local_device_count()))
     runner = BatchedRunner(sampling.make_generate_rows(pipe.nets, solve), size)
-    fixed = runner.place((pipeline.inference_params(pipe.nets, pipe.params), pipe.tokenizer([negative])))
+    fixed = runner.place((params, pipe.tokenizer([negative])))
     rows, seeds = np.array(jobs).T
     ids = pipe.tokenizer(prompts)
     seconds = runner.compile(

@@ -19,6 +19,7 @@ from instaflow_jax.weights import hub, port
 
 _UNET, _VAE = "model.diffusion_model.", "first_stage_model."
 _CLIP, _OPENCLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
+_CONTROL, _HINT, _CONDITION = "control_model.", "input_hint_block.", "controlnet_cond_embedding."
 _PREFIXES = {"unet": _UNET, "vae": _VAE, "text_encoder": "cond_stage_model."}
 DTYPES = {"float16": np.float16, "float32": np.float32}  # of the weights in files that are written here
 _PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample", "flow": "flow_prediction"}  # ModelSpec's
@@ -73,6 +74,25 @@ def _unet_place(block: str, group: str, j: int, config: Any) -> str:
     if group == "upsamplers":  # it follows the block's last resnet, and that resnet's attention if there is one
         j, after = entries - 1, 1 + config.up_block_types[int(number)].startswith("CrossAttn")
     return f"output_blocks.{int(number) * entries + j}.{after}"
+
+
+def condition_layers(levels: int) -> dict[str, str]:
+    """diffusers' name of each convolution on a ControlNet's image → the original code's name, in their order."""
+    names = ["conv_in", *(f"blocks.{i}" for i in range(2 * levels - 2)), "conv_out"]
+    return {f"{_CONDITION}{name}": f"{_HINT}{2 * i}" for i, name in enumerate(names)}
+
+
+def control_key(key: str, config: Any) -> str:
+    """`controlnet_down_blocks.3.weight` → `zero_convs.3.0.weight`; what a ControlNet copies is named as in the UNet."""
+    layer, _, word = key.rpartition(".")
+    layers = condition_layers(len(config.conditioning_embedding_out_channels))
+    if layer in layers:
+        return f"{layers[layer]}.{word}"
+    if found := re.fullmatch(r"controlnet_down_blocks\.(\d+)", layer):
+        return f"zero_convs.{found[1]}.0.{word}"
+    return (
+        f"middle_block_out.0.{word}" if layer == "controlnet_mid_block" else unet_key(key, config).removeprefix(_UNET)
+    )
 
 
 def vae_key(key: str, config: Any) -> str:
@@ -151,6 +171,49 @@ def read(
     tables = {net: places(net, configs[net], shapes[net], openclip) for net in present}
     _check(path, stored, tables, configs["text_encoder"].num_hidden_layers)
     return {net: _fill(stored, tables[net], shapes[net], source=f"{path} ({net})") for net in tables}
+
+
+def open_control(path: Path) -> tuple[port.Stored, tuple[int, ...]]:
+    """The weights of a ControlNet in one file, with the names of the original code or of diffusers.
+
+    Returns:
+      the weights, without the prefix `control_model.`, and the channels of the convolutions on the condition image.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file does not hold a ControlNet.
+    """
+    stored = port.open_weights(path)
+    found = {key.removeprefix(_CONTROL): get for key, get in stored.items() if key.startswith(_CONTROL)} or dict(stored)
+    prefix = _HINT if f"{_HINT}0.weight" in found else _CONDITION
+    count = sum(key.startswith(prefix) and key.endswith(".weight") for key in found)
+    layers = condition_layers(count // 2)
+    keys = [f"{name}.weight" for name in (layers.values() if prefix == _HINT else layers)][:-1:2]
+    if not count or not found.keys() >= set(keys):
+        raise ValueError(
+            f"{path} is not a ControlNet: it has no weights named {_CONDITION}… or {_CONTROL}{_HINT}…; it contains "
+            f"{first_ten(list(stored)) or 'nothing'}"
+        )
+    return found, tuple(len(found[key]()) for key in keys)
+
+
+def fill_control(stored: port.Stored, config: Any, shapes: port.Shapes, source: str) -> Params:
+    """The parameters of a ControlNet from `open_control`'s weights.
+
+    Raises:
+      ValueError: it was made for a U-Net of another width, or has missing, extra or misshapen weights, which it names.
+    """
+    original = f"{_HINT}0.weight" in stored
+    keys = {key: control_key(key, config) if original else key for key in map(port.torch_key, shapes)}
+    first, width = keys["conv_in.weight"], config.block_out_channels[0]
+    if first in stored and len(stored[first]()) != width:
+        raise ValueError(
+            f"{source}: this ControlNet has {len(stored[first]())} channels in its first block, but the U-Net has "
+            f"{width}; use a ControlNet that was made for this model"
+        )
+    missing, extra = set(keys.values()) - stored.keys(), stored.keys() - set(keys.values())
+    port.raise_for_mismatch(f"{source} is not a ControlNet of this model", missing=missing, extra=extra)
+    return _fill(stored, {key: (place, None) for key, place in keys.items()}, shapes, source)
 
 
 def _modernize_key(key: str) -> str:

@@ -59,7 +59,7 @@ def read_weight_options(config: ConfigDict) -> WeightOptions:
     return WeightOptions(
         base=config.base,
         delta=Delta(**config.delta) if config.delta.custom else None,
-        loras=read_loras(config.loras),
+        loras=read_scales("loras", config.loras),
         **{name: config[name] for name in ("weights_variant", "dtype", "attention", "kernels", "verify")},
     )
 
@@ -171,21 +171,21 @@ def name_image(prompt: str, seed: Any) -> str:
     return f"prompt {quote(prompt)}, seed {seed}"
 
 
-def read_loras(loras: str) -> tuple[tuple[str, float], ...]:
-    """Files and scales from 'FILE=0.8|FILE2'; the scale of a file without one is 1.
+def read_scales(field: str, value: str) -> tuple[tuple[str, float], ...]:
+    """Files and scales of `config.{field}` from 'FILE=0.8|FILE2'; the scale of a file without one is 1.
 
     Raises:
       ValueError: a scale is not a number, or too large for float32.
     """
-    entries = [entry.partition("=") for entry in loras.split("|")]
+    entries = [entry.partition("=") for entry in value.split("|")]
     pairs = [(file.strip(), scale.strip() if equals else "1") for file, equals, scale in entries if file.strip()]
     for file, scale in pairs:
         if not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", scale):
             raise ValueError(
-                f"config.loras={loras!r}: the scale {scale!r} of {file} is not a number; write FILE=0.8|FILE2=0.5"
+                f"config.{field}={value!r}: the scale {scale!r} of {file} is not a number; write FILE=0.8|FILE2=0.5"
             )
     if any(not math.isfinite(np.float32(scale)) for _, scale in pairs):
-        raise ValueError(f"config.loras={loras!r}: a scale does not fit into float32; use one near 1")
+        raise ValueError(f"config.{field}={value!r}: a scale does not fit into float32; use one near 1")
     return tuple((file, float(scale)) for file, scale in pairs)
 
 

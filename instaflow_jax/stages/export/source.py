@@ -90,7 +90,7 @@ def load_base_pipeline(run: Path, saved: dict[str, Any], options: WeightOptions)
         options,
         base=saved["base"],
         delta=Delta(**saved["delta"]) if saved["delta"]["custom"] else None,
-        loras=loading.read_loras(saved["loras"]),
+        loras=loading.read_scales("loras", saved["loras"]),
         weights_variant=saved["weights_variant"],
     )
     pipe = loading.load(parents(saved)[0], as_trained)

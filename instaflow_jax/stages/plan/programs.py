@@ -63,6 +63,8 @@ def check(config: ConfigDict, model: str) -> None:
     if config.stage in ("sample", "generate"):
         latent_shape(_nets(config, model), config.height, config.width)
         read_solve_options(config)
+        if config.get("controls"):
+            raise ValueError(f"config.program.controls={config.controls!r} is not planned; leave it empty")
     else:
         _nets(config, model)
         flow_training.read_flow_options(one_run(config))

@@ -10,6 +10,9 @@ import numpy as np
 from jaxtyping import UInt8
 
 from instaflow_jax import pipeline, sampling
+from instaflow_jax.infra import images
+from instaflow_jax.stages.common import control
+from instaflow_jax.stages.common.control import Condition, Control, ImageFile
 from instaflow_jax.stages.common.loading import check_drawn, compile_and_log, name_image
 
 SEEDS = 2**32  # seeds are below this
@@ -25,14 +28,15 @@ class Model:
       choices: the numbers of solver steps N that it is compiled for.
       max_tokens: tokens that a prompt may have.
       count_tokens: prompt → its number of tokens.
-      draw: (prompt, seed, N) → uint8 image [H, W, 3]; raises ValueError if the image is NaN or infinite.
+      draw: (prompt, seed, N, *condition images) → uint8 image [H, W, 3]; raises ValueError if the image is NaN or
+        infinite.
     """
 
     title: str
     choices: tuple[int, ...]
     max_tokens: int
     count_tokens: Callable[[str], int]
-    draw: Callable[[str, int, int], ImageBytes]
+    draw: Callable[..., ImageBytes]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Result:
         return heading(self.title, self.N)
 
 
-Respond = Callable[[str | None, float | None, float, float], Iterator[Result]]
+Respond = Callable[..., Iterator[Result]]
 
 
 def heading(title: str, N: int) -> str:
@@ -60,27 +64,39 @@ def heading(title: str, N: int) -> str:
     return f"{title}, {steps}" if title else steps
 
 
-def make_model(pipe: pipeline.Pipeline, title: str, *, dynamics: str, alpha: float, choices: tuple[int, ...]) -> Model:
+def make_model(
+    pipe: pipeline.Pipeline,
+    title: str,
+    *,
+    dynamics: str,
+    alpha: float,
+    choices: tuple[int, ...],
+    controls: Sequence[Control] = (),
+) -> Model:
     """Puts a pipeline on the device, compiles it for each number of solver steps, and runs each program once.
 
     The batch size is 1, so the seconds shown are those of one image, as in the paper's table.
     """
     read = sampling.read_dynamics(pipe.scheduler, pipe.index, dynamics)
-    params, null = jax.device_put(pipeline.inference_params(pipe.nets, pipe.params)), pipe.tokenizer([""])
+    size = [side * pipe.nets["vae"].config.factor for side in pipe.latent_shape[:2]]
+    blank = [np.zeros((1, *size, 3), np.float32)] * len(controls)
+    params, null = jax.device_put(control.inference_params(pipe, controls, blank)), pipe.tokenizer([""])
     noise = jax.jit(functools.partial(sampling.noise, shape=pipe.latent_shape))
 
-    def inputs(prompt: str, seed: int) -> tuple:
-        return params, pipe.tokenizer([prompt]), null, noise(np.array([seed], np.uint32))
+    def inputs(prompt: str, seed: int, conditions: Sequence[Condition]) -> tuple:
+        steered = control.with_conditions(params, conditions)
+        return steered, pipe.tokenizer([prompt]), null, noise(np.array([seed], np.uint32))
 
     programs = {}
     for N in choices:
         print(f"{heading(title, N)}: ", end="", flush=True)
-        solve = sampling.make_solve(pipe.nets["unet"].apply, read, "auto", N, alpha)
-        programs[N] = compile_and_log(sampling.make_generate(pipe.nets, solve), inputs("", 0))
-        jax.block_until_ready(programs[N](*inputs("", 0)))
+        solve = sampling.make_solve(control.make_apply(pipe, controls), read, "auto", N, alpha)
+        programs[N] = compile_and_log(sampling.make_generate(pipe.nets, solve), inputs("", 0, blank))
+        jax.block_until_ready(programs[N](*inputs("", 0, blank)))
 
-    def draw(prompt: str, seed: int, N: int) -> ImageBytes:
-        drawn, finite = programs[N](*inputs(prompt, seed))
+    def draw(prompt: str, seed: int, N: int, *files: ImageFile) -> ImageBytes:
+        conditions = [control.to_condition(image, *size) for image in files]
+        drawn, finite = programs[N](*inputs(prompt, seed, conditions))
         check_drawn(np.asarray(finite), [name_image(prompt, seed)])
         return np.asarray(drawn)[0]
 
@@ -91,15 +107,15 @@ def make_model(pipe: pipeline.Pipeline, title: str, *, dynamics: str, alpha: flo
 # ---------------------------------------------------------------- requests
 
 
-def make_respond(models: Sequence[Model], *, max_chars: int, max_images: int) -> Respond:
-    """`respond(prompt, seed, N, count)` yields each model's result as soon as it is ready.
+def make_respond(models: Sequence[Model], *, max_chars: int, max_images: int, controls: Sequence[str] = ()) -> Respond:
+    """`respond(prompt, seed, N, count, *files)` yields each model's result as soon as it is ready.
 
     N is the number of solver steps of the first model; the others have one choice each. The seeds of the images are
-    seed, seed + 1, ..., and all models start from the same noise. A request that is out of bounds raises ValueError
-    before anything is drawn.
+    seed, seed + 1, ..., and all models start from the same noise. `files` are the condition images of the ControlNets
+    called `controls`. A request that is out of bounds raises ValueError before anything is drawn.
     """
 
-    def respond(prompt: str | None, seed: float | None, N: float, count: float) -> Iterator[Result]:
+    def respond(prompt: str | None, seed: float | None, N: float, count: float, *files: str | None) -> Iterator[Result]:
         prompt = check_prompt(prompt, models, max_chars)
         count = parse_int("the number of images", count, 1, max_images)
         seed = parse_int("the seed", seed, 0, SEEDS - count)
@@ -107,18 +123,20 @@ def make_respond(models: Sequence[Model], *, max_chars: int, max_images: int) ->
             raise ValueError(
                 f"N={N} is not available; use one of {', '.join(map(str, models[0].choices))} solver steps"
             )
+        conditions = read_files(files, controls)
         for model in models:
-            yield draw(model, prompt, range(seed, seed + count), int(N) if model is models[0] else model.choices[0])
+            steps = int(N) if model is models[0] else model.choices[0]
+            yield draw(model, prompt, range(seed, seed + count), steps, conditions)
 
     return respond
 
 
-def draw(model: Model, prompt: str, seeds: Sequence[int], N: int) -> Result:
+def draw(model: Model, prompt: str, seeds: Sequence[int], N: int, conditions: Sequence[ImageFile]) -> Result:
     """One image for each seed, one after the other, with the seconds each takes."""
     result = Result(model.title, N, tuple(seeds), [], [])
     for seed in seeds:
         start = time.perf_counter()
-        result.images.append(model.draw(prompt, seed, N))
+        result.images.append(model.draw(prompt, seed, N, *conditions))
         result.seconds.append(time.perf_counter() - start)
     return result
 
@@ -139,6 +157,18 @@ def check_prompt(prompt: str | None, models: Sequence[Model], max_chars: int) ->
         if tokens > model.max_tokens:
             raise ValueError(f"the prompt has {tokens} tokens; use at most {model.max_tokens}")
     return prompt
+
+
+def read_files(files: Sequence[str | None], controls: Sequence[str]) -> list[ImageFile]:
+    """The uploaded condition images, one for each of the ControlNets called `controls`.
+
+    Raises:
+      ValueError: one is missing, or is not an image.
+    """
+    missing = [name for name, file in zip(controls, files, strict=True) if not file]
+    if missing:
+        raise ValueError(f"the image for {missing[0]} is missing; choose a file")
+    return [images.load_rgb(file) for file in files]
 
 
 def parse_int(what: str, value: float | None, least: int, most: int) -> int:

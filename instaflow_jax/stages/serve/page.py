@@ -22,6 +22,7 @@ CSS = """
 .images img { image-rendering: auto; }
 .images.small img { image-rendering: pixelated; }
 """
+UPLOAD = "10mb"  # largest condition image
 TITLE = "InstaFlow in JAX"
 COMPARISON = "A one-step model beside its teacher. Both start from the same noise."
 ALONE = "Text to image."
@@ -35,6 +36,7 @@ def make_page(
     examples: Sequence[str],
     max_chars: int,
     max_images: int,
+    controls: Sequence[str] = (),
 ) -> gradio.Blocks:
     """The page, not yet served.
 
@@ -45,6 +47,7 @@ def make_page(
       examples: prompts to click on; the first fills the prompt field.
       max_chars: characters that the prompt field takes.
       max_images: the largest number of images of a request.
+      controls: names of the ControlNets; the page asks for an image for each.
     """
     choices = models[0].choices
     with gradio.Blocks(title=TITLE, fill_width=True, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
@@ -56,6 +59,7 @@ def make_page(
             N = gradio.Radio(choices, value=choices[0], label="Steps", interactive=len(choices) > 1)
             seed = gradio.Number(0, label="Seed", minimum=0, maximum=SEEDS - max_images, precision=0)
             count = gradio.Radio(range(1, max_images + 1), value=1, label="Images")
+        files = [gradio.File(label=f"Image for {name}", file_types=["image"], height=120) for name in controls]
         with gradio.Row():
             draw = gradio.Button("Draw", variant="primary")
             reseed = gradio.Button("Draw with another seed")
@@ -64,7 +68,7 @@ def make_page(
             outputs = [field for model in models for field in make_column(model)]
         gradio.Examples([[example] for example in examples], prompt)
         answer = make_answer(respond, len(models))
-        inputs = [prompt, seed, N, count]
+        inputs = [prompt, seed, N, count, *files]
         options = {"concurrency_limit": 1, "concurrency_id": "device", "show_progress_on": waiting}
         gradio.on([draw.click, prompt.submit], answer, inputs, outputs, api_name="draw", **options)
         reseed.click(lambda: random.randrange(2**31), None, seed, api_visibility="private", queue=False).then(
@@ -85,17 +89,17 @@ def make_column(model: Model) -> tuple[gradio.Markdown, gradio.Gallery]:
 def make_answer(respond: Respond, columns: int) -> Callable[..., Iterator[list]]:
     """The buttons' function: fills one column after the other; an invalid request is shown as text."""
 
-    def answer(prompt, seed, N, count):
+    def answer(prompt, seed, N, count, *files):
         shown = [gradio.skip() for _ in range(2 * columns)]
         try:
-            for column, result in enumerate(respond(prompt, seed, N, count)):
+            for column, result in enumerate(respond(prompt, seed, N, count, *files)):
                 shown[2 * column : 2 * column + 2] = [describe(result), show(result)]
                 yield shown
         except ValueError as error:
             raise gradio.Error(str(error), duration=20, print_exception=False) from None
 
     # gradio looks for a generator function, which the run-time type checker's wrapper around `answer` is not.
-    return lambda prompt, seed, N, count: (yield from answer(prompt, seed, N, count))
+    return lambda prompt, seed, N, count, *files: (yield from answer(prompt, seed, N, count, *files))
 
 
 def describe(result: Result) -> str:
@@ -112,8 +116,11 @@ def show(result: Result) -> gradio.Gallery:
     return gradio.Gallery(images, columns=1 if len(images) == 1 else 2, elem_classes=["images", *small])
 
 
-def open_page(page: gradio.Blocks, *, host: str, port: int, queue: int) -> str:
+def open_page(page: gradio.Blocks, *, host: str, port: int, queue: int, uploads: bool = False) -> str:
     """Serves the page from a thread and returns its address; requests run one at a time, and up to `queue` wait.
+
+    Args:
+      uploads: whether visitors may send files, of up to `UPLOAD`.
 
     Raises:
       OSError: the port is taken.
@@ -128,7 +135,7 @@ def open_page(page: gradio.Blocks, *, host: str, port: int, queue: int) -> str:
             prevent_thread_lock=True,
             quiet=True,
             show_error=True,
-            max_file_size=1,
+            max_file_size=UPLOAD if uploads else 1,
             footer_links=[],
             theme=THEME,
             css=CSS,

@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from instaflow_jax import pipeline, sampling
+from instaflow_jax.stages.common.control import check_fit, load_controls
 from instaflow_jax.stages.common.loading import WeightOptions, load, read_weight_options
 from instaflow_jax.stages.common.ranges import check_ranges
 from instaflow_jax.stages.serve.models import make_model, make_respond
@@ -39,9 +40,10 @@ def start(config: ConfigDict, workdir: str) -> Any:
         flush=True,
     )
     models = [make_model(pipe, **options) for pipe, options in loaded]
-    limits = {"max_chars": config.max_chars, "max_images": config.max_images}
+    names = [Path(control.source).name for control in loaded[0][1]["controls"]]
+    limits = {"max_chars": config.max_chars, "max_images": config.max_images, "controls": names}
     blocks = page.make_page(models, make_respond(models, **limits), notice=notice, examples=config.examples, **limits)
-    url = page.open_page(blocks, host=config.host, port=config.port, queue=config.queue)
+    url = page.open_page(blocks, host=config.host, port=config.port, queue=config.queue, uploads=bool(names))
     print(f"the page is at {url} (Ctrl-C ends it)", flush=True)
     return blocks
 
@@ -71,7 +73,11 @@ def load_models(config: ConfigDict, workdir: str) -> tuple[list[tuple[pipeline.P
         options = {"dynamics": config.teacher_dynamics, "alpha": config.teacher_alpha, "choices": (config.teacher_N,)}
         print(f"teacher: {config.teacher}", flush=True)
         loaded.append((load(config.teacher, as_published(weights)), {"title": "teacher", **options}))
+    controls = load_controls(config.controls, loaded[0][0], weights)
     for pipe, options in loaded:
+        options["controls"] = controls
+        for control in controls:
+            check_fit(control, pipe)
         dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, options["dynamics"])
         for N in options["choices"]:
             sampling.solver_table(dynamics, "auto", N)
