@@ -12,7 +12,7 @@ import pytest
 from helpers import ROOT, free_port, load, read_config
 
 from instaflow_jax import main, sampling
-from instaflow_jax.stages.export import licence
+from instaflow_jax.stages.export import card, licence
 from instaflow_jax.stages.export.source import Source
 from instaflow_jax.weights import hub
 
@@ -221,7 +221,7 @@ def test_the_card_names_the_model_that_the_lineage_begins_with(model, base, teac
         "runs/distill": {"init_from": "runs/reflow", "model": "", "pairs": {"model": model}},
         "runs/reflow": {"model": model, "pairs": {"model": model}},
     }
-    monkeypatch.setattr(card, "run_config", lambda name: runs.get(name, {}))
+    monkeypatch.setattr(licence, "run_config", lambda name: runs.get(name, {}))
     pipe = load(teacher)
     source = Source("runs/distill", pipe, sampling.Flow(1, 1000), runs["runs/distill"], 1)
     assert licence.base_model(source) == base
