@@ -20,7 +20,7 @@ S of the teacher, treated as a flow, is 0.463; S of this flow is 0.029. Fréchet
 the teacher's 46.5. S of the 3-rectified flow: 0.015. Not yet measured: the paper's variants (`plan` has compiled them).
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from configs import common, generate
 
@@ -46,8 +46,20 @@ def training() -> ConfigDict:
     config.schedule = {"name": "constant", "peak": 1e-6, "warmup_steps": 1000}
     config.remat = {"unet": "none"}  # or attention, blocks: what the backward pass recomputes to save memory
     config.warm_start = False  # convert a teacher's weights to a flow's sign and timesteps before the first step
+    config.lora = lora()
     config.prompt_dropout = 0.1  # share of prompts replaced by the empty one, which keeps guidance possible
     config.eval = {"prompts": PROMPTS, "seeds": 2, "N": (1, 2, 4, 25), "alpha": 1.0}  # the grid; S takes the largest N
+    return config
+
+
+def lora() -> ConfigDict:
+    """Adapters that are trained in place of all weights; `rank` turns them on."""
+    config = ConfigDict()
+    config.rank = config_dict.placeholder(int)
+    config.alpha = config_dict.placeholder(float)  # each layer's scale is alpha/rank; None is `rank`
+    # Patterns (regular expressions) of the last words of the layers' names, linear layers and convolutions alike.
+    config.targets = ("to_q", "to_k", "to_v", r"to_out\.0")
+    config.ranks = ()  # 'PATTERN=RANK' of layers with another rank; the first that matches counts
     return config
 
 

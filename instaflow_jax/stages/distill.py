@@ -39,9 +39,9 @@ def run(config: ConfigDict, workdir: str) -> None:
         check(config, workdir)
     source = config.model or reflow.need(config.reflow, workdir)
     pairs = need_pairs(pairs_config(config, source), folder)
-    pipe = stack(config.stacked.to_dict(), loading.load(config.init_from or source, options.weights), options.weights)
-    loss, frozen = load_loss(config, options, pipe)
-    flow_training.train_flow(options, Path(workdir) / config.output, pipe, pairs, loss, frozen)
+    start, directory = config.init_from or source, Path(workdir) / config.output
+    pipe = stack(config.stacked.to_dict(), loading.load(start, options.weights), options.weights)
+    flow_training.train_flow(options, directory, pipe, pairs, *load_loss(config, options, pipe), source=start)
 
 
 def check(config: ConfigDict, workdir: str) -> None:

@@ -57,7 +57,8 @@ def run(config: ConfigDict, workdir: str) -> None:
         options = read_options(each)
         pipe = loading.load(each.config.model, options.weights)
         print(f"{each.directory}: a flow of N={each.config.N} steps from {each.config.model}", flush=True)
-        flow_training.train_flow(options, each.directory, pipe, pairs, *load_loss(each.config, options, pipe))
+        loss, frozen = load_loss(each.config, options, pipe)
+        flow_training.train_flow(options, each.directory, pipe, pairs, loss, frozen, source=each.config.model)
 
 
 def check(config: ConfigDict, workdir: str) -> None:

@@ -12,15 +12,19 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from instaflow_jax import pipeline, sampling
+from instaflow_jax.arrays import Key
 from instaflow_jax.data.pairs.reader import PairBatches
+from instaflow_jax.infra import devices
 from instaflow_jax.models.discriminator import make_discriminator
 from instaflow_jax.models.net import Net
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.stages import reflow
-from instaflow_jax.stages.common import fit, flow_training, loading
+from instaflow_jax.stages.common import adapters, fit, flow_training, loading
+from instaflow_jax.stages.common.adapters import Trained
 from instaflow_jax.stages.generate.stage import check_pairs, has_pairs, need_pairs
-from instaflow_jax.train import optim, score_distillation
+from instaflow_jax.train import lora, optim, score_distillation
 from instaflow_jax.train import state as train_state
+from instaflow_jax.train.lora import BASE
 from instaflow_jax.train.score_distillation import HEAD, Method
 from instaflow_jax.train.step import Loss
 from instaflow_jax.train.two_time_scale import make_two_time_scale_step
@@ -61,16 +65,18 @@ def run(config: ConfigDict, workdir: str) -> None:
     losses, recipe = make_losses(config, options, pipe.nets, real.nets), pairs.manifest["recipe"]
     for each in (pipe, real):
         flow_training.check_fit(each, recipe)
+    trained = prepare(options, directory, pipe, real, losses)
+    evaluate = flow_training.make_evaluate(options.eval, pipe, tuple(recipe["latent_shape"]))
     state = fit.train_by(
-        functools.partial(make_method, config, options, losses),
-        options.train,
+        functools.partial(make_method, config, options, trained.loss),
+        trained.options,
         directory,
-        init=initial_params(pipe, real, losses.head, options),
-        frozen=flow_training.with_text(pipe, {"real": real.nets["unet"].cast(real.params["unet"])}),
+        init=trained.init,
+        frozen=trained.frozen,
         batches=PairBatches(pairs, batch_size=options.train.batch_size, seed=options.train.seed),
-        evaluate=flow_training.make_evaluate(options.eval, pipe, tuple(recipe["latent_shape"])),
+        evaluate=lambda ema, path: evaluate(trained.complete(ema), path),
     )
-    fit.export_ema(state, lambda ema: flow_training.export(pipe, ema, directory / loading.EXPORT))
+    fit.export_ema(state, lambda ema: flow_training.export(pipe, trained.complete(ema), directory / loading.EXPORT))
 
 
 def check(config: ConfigDict, workdir: str) -> None:
@@ -87,6 +93,8 @@ def check(config: ConfigDict, workdir: str) -> None:
     recipe, pipe = check_pairs(config.pairs, Path(workdir)), load_student(options, real)
     losses, params = make_losses(config, options, pipe.nets, real.nets), real.nets["unet"].shapes
     flow_training.check_fit(real, recipe)
+    if options.lora:
+        lora.find_ranks(options.lora, params)
     optim.make_schedule(**config.fake.schedule)
     fake, frozen = with_head(params, losses.head and losses.head.shapes), {"real": params}
     flow_training.check(options, pipe, recipe, losses.student, {**frozen, "fake": fake})
@@ -158,6 +166,55 @@ def load_student(options: flow_training.FlowOptions, real: pipeline.Pipeline) ->
     return pipe
 
 
+def prepare(
+    options: flow_training.FlowOptions,
+    directory: Path,
+    pipe: pipeline.Pipeline,
+    real: pipeline.Pipeline,
+    losses: Losses,
+) -> Trained:
+    """What a run in `directory` trains: all weights of both networks, or adapters of both.
+
+    Raises:
+      ValueError: a pattern of `config.lora` matches no layer, or the run in `directory` is of other models.
+    """
+    net, score = pipe.nets["unet"], real.nets["unet"]
+    if options.lora is None:
+        frozen = flow_training.with_text(pipe, {"real": score.cast(real.params["unet"])})
+        return Trained(
+            options.train, initial_params(pipe, real, losses.head, options), losses, frozen, (), lambda params: params
+        )
+    start, alpha = flow_training.initial_params(pipe, options.warm_start), options.lora.alpha
+    ranks, score_ranks = (lora.find_ranks(options.lora, each.shapes) for each in (net, score))
+    base = devices.shard(lora.freeze(net, start, ranks), devices.make_mesh(fsdp=options.train.fsdp))
+    frozen = {"real": lora.freeze(score, real.params["unet"], score_ranks), BASE: base}
+
+    def init(key: Key) -> dict[str, Mapping[str, Any]]:
+        student_key, fake_key, head_key = jax.random.split(key, 3)
+        fake = lora.init(fake_key, score_ranks, score.shapes)
+        head = losses.head.init(head_key) if losses.head else None
+        return {"student": lora.init(student_key, ranks, net.shapes), "fake": with_head(fake, head)}
+
+    weights = {BASE: start, "real": real.params["unet"]}
+    return Trained(
+        adapters.with_base(options.train, directory, options.train.config["model"], weights),
+        init,
+        adapt(losses, alpha),
+        flow_training.with_text(pipe, frozen),
+        (BASE,),
+        functools.partial(adapters.merge_on_host, start, alpha=alpha),
+    )
+
+
+def adapt(losses: Losses, alpha: float) -> Losses:
+    """The losses of adapters: the student's belong to frozen["base"], the fake score's to frozen["real"]."""
+    return Losses(
+        lora.adapt(losses.student, alpha, BASE, {"fake": "real"}),
+        lora.adapt(losses.fake, alpha, "real", {"student": BASE}),
+        losses.head,
+    )
+
+
 def initial_params(
     pipe: pipeline.Pipeline, real: pipeline.Pipeline, head: Net | None, options: flow_training.FlowOptions
 ) -> dict[str, Mapping[str, Any]]:
@@ -221,6 +278,7 @@ def make_method(config: ConfigDict, options: flow_training.FlowOptions, losses: 
         updates=config.fake.updates,
         first=config.fake.first,
         unroll=mesh.devices.flat[0].platform == "cpu",  # where convolutions in a loop are slow
+        sharded=(BASE,) if options.lora else (),
     )
     create: Any = functools.partial(train_state.create_two, optimizer=optimizer, fake_optimizer=fake_optimizer)
     return create, step

@@ -54,11 +54,9 @@ def run(config: ConfigDict, workdir: str) -> None:
     for reflow in left:
         options, pairs = read_options(reflow), need_pairs(reflow.config.pairs, reflow.source)
         pipe = loading.load(reflow.config.model, options.weights)
-        loss, dynamics = (
-            make_loss(reflow.config, options, pipe.nets, pipe.scheduler),
-            trained_dynamics(reflow.config, pipe),
-        )
-        flow_training.train_flow(options, reflow.directory, pipe, pairs, loss, {}, dynamics)
+        dynamics = trained_dynamics(reflow.config, pipe)
+        loss, source = make_loss(reflow.config, options, pipe.nets, pipe.scheduler), reflow.config.model
+        flow_training.train_flow(options, reflow.directory, pipe, pairs, loss, {}, dynamics, source=source)
 
 
 def check(config: ConfigDict, workdir: str) -> pipeline.Pipeline:

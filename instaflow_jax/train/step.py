@@ -47,7 +47,13 @@ class TrainStep:
 
 
 def make_train_step(
-    loss: Loss, optimizer: optax.GradientTransformation, mesh: Mesh, *, ema_decay: float, accumulate: int
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    ema_decay: float,
+    accumulate: int,
+    sharded: Sequence[str] = (),
 ) -> TrainStep:
     """Builds the step for one loss.
 
@@ -57,11 +63,12 @@ def make_train_step(
       mesh: of the state and of the batch.
       ema_decay: decay of the EMA after its ramp (`state.ema_decay_at`).
       accumulate: number of micro-batches whose gradients are averaged.
+      sharded: entries of `frozen` that are split like the parameters.
 
     Raises:
       ValueError: accumulate is below 1.
     """
-    gradient = make_gradients(loss, accumulate, mesh)
+    gradient = make_gradients(loss, accumulate, mesh, sharded)
 
     def update(state: TrainState, frozen: PyTree, batch: Batch, key: Key) -> tuple[TrainState, Metrics]:
         found = gradient(state.params, frozen, batch, jax.random.fold_in(key, state.step))

@@ -4,6 +4,7 @@ Each network has a loss of its own (`step.Loss`), which reads the other network'
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ def make_two_time_scale_step(
     updates: int,
     first: int,
     unroll: bool,
+    sharded: Sequence[str] = (),
 ) -> TrainStep:
     """Builds the step: `updates` updates of the fake score, each with its own noise, then one of the student.
 
@@ -41,6 +43,7 @@ def make_two_time_scale_step(
       updates: of the fake score in each step, 1 or more.
       first: the student waits for this many steps, so that the fake score knows it first.
       unroll: whether the fake score's updates are compiled one by one and not as a loop.
+      sharded: entries of `frozen` that are split like the parameters.
 
     Returns:
       A step over a `TwoNetworkState`. Its metrics are the student's, 0 while it waits, and the fake score's, averaged
@@ -49,8 +52,8 @@ def make_two_time_scale_step(
     Raises:
       ValueError: accumulate is below 1.
     """
-    student_gradient = make_gradients(student_loss, accumulate, mesh, ("fake",))
-    fake_gradient = make_gradients(fake_loss, accumulate, mesh, ("student",))
+    student_gradient = make_gradients(student_loss, accumulate, mesh, ("fake", *sharded))
+    fake_gradient = make_gradients(fake_loss, accumulate, mesh, ("student", *sharded))
 
     def update(state: TwoNetworkState, frozen: PyTree, batch: Batch, key: Key) -> tuple[TwoNetworkState, Metrics]:
         student_key, fake_key = jax.random.split(jax.random.fold_in(key, state.step))

@@ -61,7 +61,13 @@ def as_stock(unet: Params, index: Index, num_timesteps: int) -> tuple[Params, di
         "final_sigmas_type": "zero",
         "steps_offset": 1,
     }
-    return scaled(unet, -T / (T - 1)), scheduler, dict(index) | {"scheduler": ["diffusers", scheduler["_class_name"]]}
+    index = dict(index) | {"scheduler": ["diffusers", scheduler["_class_name"]]}
+    return scaled(unet, stock_factor(num_timesteps)), scheduler, index
+
+
+def stock_factor(num_timesteps: int) -> float:
+    """By how much the output of a UNet in the stock convention is larger than X1 − X0; see `as_stock`."""
+    return -(num_timesteps + 1) / num_timesteps
 
 
 def as_single_file(unet: Params, index: Index, num_timesteps: int) -> tuple[Params, dict[str, Any], dict[str, Any]]:

@@ -1,6 +1,6 @@
-"""LoRA files (arXiv 2106.09685) merged into weights: W += scale·(alpha/rank)·up@down, linear layers and convolutions.
+"""LoRA files (arXiv 2106.09685), merged into weights: W += scale·(alpha/rank)·up@down, linear layers and convolutions.
 
-Four formats are supported:
+Four formats are read, and the first two are written:
   kohya's trainer: `lora_unet_down_blocks_0_…_to_q.lora_down.weight`; the text encoder is `lora_te_` or `lora_te1_`
   diffusers: `unet.down_blocks.0.….to_q.lora_A.weight`
   diffusers before peft: `….to_q.lora.down.weight`, `….processor.to_q_lora.down.weight`, the oldest without `unet.`
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 
 from instaflow_jax.arrays import Params
 from instaflow_jax.infra import files, stores
@@ -202,3 +203,42 @@ def _config(path: Path, is_peft: bool) -> dict[str, dict[str, Any]]:
             "merge it into the model with peft first"
         )
     return config
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write_kohya(layers: Mapping[Target, Layer], path: Path) -> None:
+    """Writes a file in the naming of kohya's trainer, which most programs read."""
+    tensors = {}
+    for (net, name), layer in layers.items():
+        key = _KOHYA[net][0] + name.removesuffix(".kernel").replace(".", "_")
+        tensors |= {f"{key}.lora_down.weight": layer.down, f"{key}.lora_up.weight": layer.up}
+        tensors[f"{key}.alpha"] = np.float32(layer.alpha)
+    _save(tensors, path, {})
+
+
+def write_diffusers(layers: Mapping[Target, Layer], path: Path) -> None:
+    """Writes a file in the naming of diffusers, for `load_lora_weights`.
+
+    Its up holds the factor alpha/rank, so that programs which know no alpha in this format agree with those that read
+    the metadata, where alpha is the rank.
+    """
+    tensors, config = {}, {}
+    for (net, name), layer in layers.items():
+        module, rank = name.removesuffix(".kernel"), len(layer.down)
+        tensors[f"{net}.{module}.lora_A.weight"] = layer.down
+        tensors[f"{net}.{module}.lora_B.weight"] = layer.up * np.float32(layer.alpha / rank)
+        fields = config.setdefault(net, {"r": rank, "lora_alpha": rank, "target_modules": []})
+        fields["target_modules"].append(module)
+        for field in ("rank_pattern", "alpha_pattern"):
+            fields.setdefault(field, {}).update({} if rank == fields["r"] else {module: rank})
+    packed = {f"{net}.{field}": value for net, fields in config.items() for field, value in fields.items()}
+    _save(tensors, path, {"lora_adapter_metadata": json.dumps(packed, indent=2, sort_keys=True)})
+
+
+def _save(tensors: Mapping[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
+    arrays = {key: np.asarray(tensor, np.float32, order="C") for key, tensor in tensors.items()}
+    size = sum(array.nbytes for array in arrays.values())
+    with files.atomic_write(path, size) as temporary, files.as_os_error(safetensors.SafetensorError):
+        safetensors.numpy.save_file(arrays, temporary, metadata={"format": "pt"} | metadata)

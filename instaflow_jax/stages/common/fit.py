@@ -155,12 +155,14 @@ def train(
     frozen: Mapping[str, Any],
     batches: Batches,
     evaluate: Evaluate,
+    sharded: Sequence[str] = (),
 ) -> TrainState:
     """Trains in `directory` and returns the last state; resumes from the newest checkpoint there.
 
     Args:
       init: initial parameters: host arrays, or a function that draws them from a key.
       frozen: inputs of the loss that are not trained.
+      sharded: the entries of `frozen` that are sharded as parameters are.
       evaluate: called with the running mean every `options.eval_every` steps; see `Evaluate`.
 
     Raises:
@@ -168,7 +170,7 @@ def train(
     """
 
     def make_method(mesh: Mesh) -> Method:
-        optimizer, step = make_step(options, loss, mesh)
+        optimizer, step = make_step(options, loss, mesh, sharded)
         return functools.partial(train_state.create, optimizer=optimizer), step
 
     return train_by(make_method, options, directory, init=init, frozen=frozen, batches=batches, evaluate=evaluate)
@@ -215,11 +217,13 @@ def train_by(
         checkpoints.close()
 
 
-def make_step(options: TrainOptions, loss: Loss, mesh: Mesh) -> tuple[optax.GradientTransformation, TrainStep]:
+def make_step(
+    options: TrainOptions, loss: Loss, mesh: Mesh, sharded: Sequence[str] = ()
+) -> tuple[optax.GradientTransformation, TrainStep]:
     """The optimizer and the step that `train` runs."""
     optimizer = optim.make_optimizer(optim.make_schedule(**options.schedule), **options.optim)
     return optimizer, train_step.make_train_step(
-        loss, optimizer, mesh, ema_decay=options.ema_decay, accumulate=options.accumulate
+        loss, optimizer, mesh, ema_decay=options.ema_decay, accumulate=options.accumulate, sharded=sharded
     )
 
 

@@ -18,7 +18,7 @@ from instaflow_jax.data.pairs.reader import PairBatches, Pairs
 from instaflow_jax.infra import files, images
 from instaflow_jax.infra.epochs import ShuffledEpochs
 from instaflow_jax.models.layers import REMAT
-from instaflow_jax.stages.common import fit
+from instaflow_jax.stages.common import adapters, fit
 from instaflow_jax.stages.common.loading import (
     EXPORT,
     WeightOptions,
@@ -29,6 +29,7 @@ from instaflow_jax.stages.common.loading import (
 )
 from instaflow_jax.stages.common.model_measures import make_straightness
 from instaflow_jax.train import warm_start
+from instaflow_jax.train.lora import Lora, find_ranks
 from instaflow_jax.train.step import Loss
 from instaflow_jax.weights.conventions import NUM_TIMESTEPS
 
@@ -46,6 +47,7 @@ class FlowOptions:
       remat: for each network, what the backward pass recomputes; one of `REMAT`.
       prompt_dropout: share of prompts replaced by the empty one.
       warm_start: whether a teacher's weights are converted to a flow's sign and timesteps before the first step.
+      lora: the adapters that are trained in place of all weights; None to train all.
     """
 
     weights: WeightOptions
@@ -54,6 +56,7 @@ class FlowOptions:
     remat: Mapping[str, str]
     prompt_dropout: float
     warm_start: bool
+    lora: Lora | None
 
 
 def read_flow_options(config: ConfigDict) -> FlowOptions:
@@ -69,6 +72,7 @@ def read_flow_options(config: ConfigDict) -> FlowOptions:
         remat=read_remat(config.remat),
         prompt_dropout=config.prompt_dropout,
         warm_start=config.warm_start,
+        lora=adapters.read_lora(config.lora),
     )
 
 
@@ -97,6 +101,8 @@ def check(
     """
     check_fit(pipe, recipe)
     start_dynamics(pipe)
+    if options.lora:
+        find_ranks(options.lora, pipe.nets["unet"].shapes)
     train = options.train
     fit.check(train)
     ShuffledEpochs(recipe["count"], batch_size=train.batch_size, seed=train.seed)
@@ -141,12 +147,15 @@ def train_flow(
     loss: Loss,
     frozen: Mapping[str, Any],
     dynamics: sampling.Dynamics = FLOW,
+    *,
+    source: str,
 ) -> None:
-    """Trains the UNet of `pipe` on the pairs in `directory` and writes the flow to `directory`/export.
+    """Trains the UNet of `pipe`, or its adapters, in `directory` on the pairs; writes the flow to `directory`/export.
 
     Args:
       frozen: inputs of the loss that are not trained, besides the text encoder's weights and the empty prompt.
       dynamics: of the trained network: a teacher's schedule if it keeps the teacher's head.
+      source: where `pipe` was loaded from.
 
     Raises:
       ValueError: the pairs or the weights to start from do not fit (see `initial_params`).
@@ -154,16 +163,22 @@ def train_flow(
     """
     check_fit(pipe, pairs.manifest["recipe"])
     shape = tuple(pairs.manifest["recipe"]["latent_shape"])
-    state = fit.train(
-        options.train,
-        directory,
-        init=initial_params(pipe, options.warm_start and dynamics == FLOW),
-        loss=loss,
-        frozen=with_text(pipe, frozen),
-        batches=PairBatches(pairs, batch_size=options.train.batch_size, seed=options.train.seed),
-        evaluate=make_evaluate(options.eval, pipe, shape, dynamics),
+    start = initial_params(pipe, options.warm_start and dynamics == FLOW)
+    trained = adapters.prepare(
+        options.train, options.lora, directory, source, pipe.nets["unet"], start, loss, with_text(pipe, frozen)
     )
-    fit.export_ema(state, lambda ema: export(pipe, ema, directory / EXPORT, dynamics))
+    evaluate = make_evaluate(options.eval, pipe, shape, dynamics)
+    state = fit.train(
+        trained.options,
+        directory,
+        init=trained.init,
+        loss=trained.loss,
+        frozen=trained.frozen,
+        sharded=trained.sharded,
+        batches=PairBatches(pairs, batch_size=options.train.batch_size, seed=options.train.seed),
+        evaluate=lambda ema, path: evaluate(trained.complete(ema), path),
+    )
+    fit.export_ema(state, lambda ema: export(pipe, trained.complete(ema), directory / EXPORT, dynamics))
 
 
 def initial_params(pipe: pipeline.Pipeline, warm_start_teacher: bool) -> Params:

@@ -40,13 +40,15 @@ RANGES: dict[str, tuple[float, float]] = {  # last words of STAGE.BLOCK.FIELD â†
     "evaluate.count": (2, _INT),  # a covariance needs two images
     "evaluate_coco.paper": (0, 2),
     "straightness.count": (2, _INT),
+    "lora.rank": _COUNT,
+    "lora.alpha": _POSITIVE,
     "fake.updates": _COUNT,
     "fake.first": _INDEX,
     "points": (2, _INT),
     "port": (0, 2**16 - 1),
     "dollars_per_device_hour": _SCALE,
 }
-_MAY_BE_EMPTY = ("alphas", "formats")  # export lists the formats it knows
+_MAY_BE_EMPTY = ("alphas", "formats", "ranks")  # export lists the formats it knows
 
 
 def check_ranges(config: ConfigDict) -> None:

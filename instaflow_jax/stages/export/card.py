@@ -52,6 +52,11 @@ def recipe(source: Source) -> str:
         rows["Distance (Eq. 6)"] = run["distance"]
     if "loss" in run:
         rows["Loss (Eq. 5)"] = ", ".join(f"{key} {value}" for key, value in run["loss"].items())
+    if source.adapters:
+        lora = run["lora"]
+        alpha = lora["rank"] if lora["alpha"] is None else lora["alpha"]
+        targets = ", ".join(f"`{pattern}`" for pattern in (*lora["targets"], *lora["ranks"]))
+        rows["Trained"] = f"adapters (LoRA) alone: rank {lora['rank']}, alpha {alpha:g}, {targets}"
     steps, schedule = f"{run['loop']['steps']} planned, batch size {run['batch_size']}", run["schedule"]
     is_ema = source.step is None or source.weights == "ema"
     name = schedule.get("name") or schedule["kind"]  # "kind" in version 0.1
@@ -140,6 +145,26 @@ unet, params = FlaxUNet2DConditionModel.from_pretrained("msgpack", subfolder="un
 ```"""
 
 
+def use_lora(source: Source, options: Options) -> str:
+    assert source.adapters
+    base = source.adapters.base
+    if options.convention == "released":
+        return (
+            "`lora/`: the adapters alone, in the naming of diffusers and, `kohya.safetensors`, of kohya's trainer. "
+            f"They belong to `{base}`."
+        )
+    return f"""`lora/`: the adapters alone, in the naming of diffusers and, `kohya.safetensors`, of kohya's trainer.
+They belong to `{base}` as a flow in the convention of `diffusers/`, here `BASE`, which
+`python -m instaflow_jax.main --config=configs/export.py --config.model={base} --config.dynamics=flow` makes:
+
+```python
+from diffusers import StableDiffusionPipeline
+pipe = StableDiffusionPipeline.from_pretrained("BASE")
+pipe.load_lora_weights("lora")
+pipe("red apple", num_inference_steps={flow_steps(source)}, guidance_scale=1.0).images[0].save("apple.png")
+```"""
+
+
 COMFYUI = """In ComfyUI, put it into `models/checkpoints` and open `{graph}`, or set up:
 
 | node | settings |
@@ -209,6 +234,7 @@ USES = {
     "stablehlo": use_stablehlo,
     "msgpack": use_msgpack,
     "single_file": use_single_file,
+    "lora": use_lora,
     "onnx": use_onnx,
     "web": use_web,
 }

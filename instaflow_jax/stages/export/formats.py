@@ -16,7 +16,8 @@ from instaflow_jax.stages.common.loading import read_prompts
 from instaflow_jax.stages.export import onnx, single_file, web
 from instaflow_jax.stages.export.program import flat, make_one_step
 from instaflow_jax.stages.export.source import Source
-from instaflow_jax.weights.conventions import as_released, as_stock, as_teacher
+from instaflow_jax.weights import lora
+from instaflow_jax.weights.conventions import as_released, as_stock, as_teacher, stock_factor
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 CONVENTIONS = ("stock", "released")
@@ -95,12 +96,28 @@ def write_single_file(source: Source, directory: Path, options: Options) -> None
     single_file.write(source, directory, dtype=dtype, licence=licence, prompts=options.prompts)
 
 
+def write_lora(source: Source, directory: Path, options: Options) -> None:
+    """The adapters in the naming of diffusers and of kohya's trainer, for their base in `options.convention`."""
+    assert source.adapters
+    layers = source.adapters.layers
+    if options.convention == "stock":  # a target may be the last convolution, whose output has another scale there
+        factor = np.float32(stock_factor(source.dynamics.num_timesteps))
+        layers = {
+            (net, name): dataclasses.replace(layer, up=factor * layer.up) if name.endswith("conv_out.kernel") else layer
+            for (net, name), layer in layers.items()
+        }
+    directory.mkdir()
+    lora.write_diffusers(layers, directory / "pytorch_lora_weights.safetensors")
+    lora.write_kohya(layers, directory / "kohya.safetensors")
+
+
 WRITERS: dict[str, Callable[[Source, Path, Options], None]] = {
     "orbax": write_orbax,
     "diffusers": write_diffusers,
     "stablehlo": write_stablehlo,
     "msgpack": write_msgpack,
     "single_file": write_single_file,
+    "lora": write_lora,
 }
 
 

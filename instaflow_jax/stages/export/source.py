@@ -1,22 +1,42 @@
 """The model to export: the weights of a training run or a model in diffusers layout, and its recorded origin."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from instaflow_jax import pipeline, sampling
+from instaflow_jax.arrays import Params
 from instaflow_jax.infra import checkpoint, devices, files, stores
 from instaflow_jax.infra.stores import CHECKPOINTS
 from instaflow_jax.stages import distill
-from instaflow_jax.stages.common import loading
+from instaflow_jax.stages.common import adapters, flow_training, loading
 from instaflow_jax.stages.common.loading import WeightOptions
+from instaflow_jax.train.lora import merge, to_layers
 from instaflow_jax.weights.conventions import NUM_TIMESTEPS, scaled
 from instaflow_jax.weights.delta import Delta
+from instaflow_jax.weights.lora import Layer, Target
 
 MANIFEST = "export.json"  # marks a directory that this stage wrote, and records the run's config
 WEIGHTS = ("ema", "params")
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+    """The adapters that a run trained, which are part of its UNet's weights too.
+
+    Attributes:
+      layers: as LoRA files hold them.
+      base: the model that they belong to.
+      is_converted: whether the run changed that model before it trained them (a warm start, a Stacked U-Net).
+    """
+
+    layers: dict[Target, Layer]
+    base: str
+    is_converted: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +50,7 @@ class Source:
       run: the resolved config it was trained with; {} if unknown.
       step: the training step of its checkpoint; None if it was not read from a checkpoint.
       weights: "ema" or "params", which weights were read from the checkpoint.
+      adapters: None if the run trained all weights.
     """
 
     name: str
@@ -38,6 +59,7 @@ class Source:
     run: dict[str, Any]
     step: int | None
     weights: str = "ema"
+    adapters: Adapters | None = None
 
 
 def load(name: str, weights: str, dynamics: str, options: WeightOptions) -> Source:
@@ -75,16 +97,24 @@ def load_run(run: Path, weights: str, options: WeightOptions) -> Source:
             "first with config.convention='released', then merge into that export"
         )
     pipe = load_base_pipeline(run, saved, options)
-    mesh, like = devices.make_mesh(fsdp=1), pipe.nets["unet"].shapes
-    unet = checkpoint.load_weights(run / CHECKPOINTS, weights, mesh, step=step, like=like, verify=options.verify)
-    pipe = replace_unet(pipe, jax.device_get(unet))
-    loading.check_finite(f"{run / CHECKPOINTS / str(step) / weights}", pipe.params["unet"])
-    return Source(stores.address(run), pipe, sampling.Flow(1, NUM_TIMESTEPS), saved, step, weights)
+    mesh, fields = devices.make_mesh(fsdp=1), {"step": step, "verify": options.verify}
+    read = functools.partial(checkpoint.load_weights, run / CHECKPOINTS, weights, mesh, **fields)
+    if adapters.find_base(run, saved):
+        unet, found = load_adapters(run, saved, pipe, read)
+    else:
+        unet, found = jax.device_get(read(like=pipe.nets["unet"].shapes)), None
+    loading.check_finite(f"{run / CHECKPOINTS / str(step) / weights}", unet)
+    pipe, flow = replace_unet(pipe, unet), sampling.Flow(1, NUM_TIMESTEPS)
+    return Source(stores.address(run), pipe, flow, saved, step, weights, found)
 
 
 def load_base_pipeline(run: Path, saved: dict[str, Any], options: WeightOptions) -> pipeline.Pipeline:
-    """The pipeline around a run's UNet: the run's own export if it finished, else the model it started from."""
-    if (run / loading.EXPORT / "model_index.json").is_file():
+    """The pipeline around a run's UNet: the run's own export if it finished, else the model it started from.
+
+    For a run of adapters always the model it started from, with that model's weights.
+    """
+    base = adapters.find_base(run, saved)
+    if not base and (run / loading.EXPORT / "model_index.json").is_file():
         return loading.load(str(run / loading.EXPORT), dataclasses.replace(options, weights_variant=""))
     as_trained = dataclasses.replace(
         options,
@@ -93,8 +123,28 @@ def load_base_pipeline(run: Path, saved: dict[str, Any], options: WeightOptions)
         loras=loading.read_scales("loras", saved["loras"]),
         weights_variant=saved["weights_variant"],
     )
-    pipe = loading.load(parents(saved)[0], as_trained)
+    pipe = loading.load(base or parents(saved)[0], as_trained)
     return distill.stack(saved["stacked"], pipe, as_trained) if "stacked" in saved else pipe
+
+
+def load_adapters(
+    run: Path, saved: dict[str, Any], pipe: pipeline.Pipeline, read: Callable[..., Params]
+) -> tuple[Params, Adapters]:
+    """The UNet's weights with a run's adapters added, and the adapters.
+
+    Args:
+      pipe: of `load_base_pipeline`.
+      read: `read(like=shapes)` reads the weights of the run's checkpoint.
+
+    Raises:
+      ValueError: the model that the adapters belong to has changed.
+    """
+    start, lora = flow_training.initial_params(pipe, saved["warm_start"]), adapters.read_saved_lora(saved)
+    adapters.check_base(run, saved, start)
+    params = jax.device_get(read(like=adapters.shapes(lora, pipe.nets["unet"])))
+    is_converted = start is not pipe.params["unet"] or saved.get("stacked", {}).get("enabled", False)
+    found = Adapters(to_layers(params, lora.alpha), saved["lora"]["base"]["model"], is_converted)
+    return merge(start, params, lora.alpha), found
 
 
 def replace_unet(pipe: pipeline.Pipeline, unet: dict[str, Any]) -> pipeline.Pipeline:

@@ -215,8 +215,9 @@ def check_formats(options: Options, source: Source) -> None:
     """Checks that the model can be written in each format.
 
     Raises:
-      ValueError: a one-step program is requested of a teacher, a Stacked U-Net for formats that have none, or a page
-        without its runtime or of a model that is too large.
+      ValueError: a one-step program is requested of a teacher, a Stacked U-Net for formats that have none, a page
+        without its runtime or of a model that is too large, or adapters of a run that trained none or of a base that no
+        other program has.
     """
     programs = [name for name in options.formats if name in PROGRAMS]
     if programs and not isinstance(source.dynamics, sampling.Flow):
@@ -233,3 +234,14 @@ def check_formats(options: Options, source: Source) -> None:
         single_file.check(source, options.single_file_dtype)
     if "web" in options.formats:
         web.check(source, options.onnxruntime_web)
+    if "lora" in options.formats and not source.adapters:
+        raise ValueError(
+            f"{source.name} is not a run that trained adapters (config.lora), which the format 'lora' holds: leave it "
+            "out of config.formats, or name such a run's folder in config.model"
+        )
+    if "lora" in options.formats and source.adapters.is_converted:
+        raise ValueError(
+            f"{source.name} trained its adapters beside weights that it had made from {source.adapters.base} itself (a "
+            "warm start or a Stacked U-Net), so no other program has their base: leave 'lora' out of config.formats, "
+            "the other formats hold the merged model"
+        )

@@ -19,7 +19,7 @@ from instaflow_jax.infra.runner import BatchedRunner
 from instaflow_jax.models.net import Net
 from instaflow_jax.models.stacked_unet import StackedUNet, stack_net
 from instaflow_jax.stages import distill, progressive, refine, reflow
-from instaflow_jax.stages.common import fit, flow_training
+from instaflow_jax.stages.common import adapters, fit, flow_training
 from instaflow_jax.stages.common.loading import (
     latent_shape,
     network_options,
@@ -28,8 +28,9 @@ from instaflow_jax.stages.common.loading import (
 )
 from instaflow_jax.stages.generate.job import make_latents_function
 from instaflow_jax.stages.plan import shapes
-from instaflow_jax.train import loop
+from instaflow_jax.train import loop, lora
 from instaflow_jax.train import state as train_state
+from instaflow_jax.train.lora import BASE
 from instaflow_jax.train.state import TrainState
 from instaflow_jax.train.step import TrainStep
 
@@ -132,32 +133,39 @@ def _training(config: ConfigDict, model: str, nets: Mapping[str, Net], mesh: Mes
         frozen["teacher"] = nets["unet"].cast(nets["unet"].shapes)
     if config.stage == "refine":
         frozen["real"] = nets["unet"].cast(nets["unet"].shapes)
+    sharded = {}
+    if options.lora:
+        base = lora.freeze(nets["unet"], nets["unet"].shapes, lora.find_ranks(options.lora, nets["unet"].shapes))
+        frozen |= {"real": base} if config.stage == "refine" else {}
+        sharded = {BASE: devices.abstract(base, mesh)}
     init, create, step = _make_method(config, model, options, nets, mesh)
     state = devices.abstract(jax.eval_shape(create, init), mesh)
     latent = jax.ShapeDtypeStruct((train.batch_size, *latent_shape(nets, 0, 0)), jnp.float16)
     ids = jax.ShapeDtypeStruct((train.batch_size, _tokens(nets)), jnp.int32)
     inputs = (
-        devices.with_sharding(frozen, devices.replicated(mesh)),
+        devices.with_sharding(frozen, devices.replicated(mesh)) | sharded,
         devices.abstract_batch({"X0": latent, "X1": latent, "ids": ids}, mesh),
         devices.with_sharding(jax.eval_shape(lambda: jax.random.key(0)), devices.replicated(mesh)),
     )
     traced = loop.trace_step(step, state, *inputs, mesh)
     flops = loop.count_flops(traced, step, state, *inputs)
     params = [*state.params.values(), *(state.fake.params.values() if config.stage == "refine" else ())]
-    sharded = tuple(p.shape for p in params if not p.sharding.is_fully_replicated)
+    params += sharded.get(BASE, {}).values()
+    split = tuple(p.shape for p in params if not p.sharding.is_fully_replicated)
     updates = config.fake.updates + 1 if config.stage == "refine" else 1
     rounds = train.accumulate * updates
     sums = updates if devices.sums_behind_loops(mesh) else rounds
-    return Program(traced, train.batch_size, train.loop["steps"], "sample", flops, sharded, rounds, sums)
+    return Program(traced, train.batch_size, train.loop["steps"], "sample", flops, split, rounds, sums)
 
 
 def _make_method(
     config: ConfigDict, model: str, options: flow_training.FlowOptions, nets: Mapping[str, Net], mesh: Mesh
 ) -> tuple[PyTree, Callable[[PyTree], TrainState], TrainStep]:
     """Shapes of the initial parameters, how the state is made of them, and the step."""
-    unet = nets["unet"].shapes
+    unet = adapters.shapes(options.lora, nets["unet"]) if options.lora else nets["unet"].shapes
     if config.stage == "refine":
         losses = refine.make_losses(config, options, nets, nets)
+        losses = refine.adapt(losses, options.lora.alpha) if options.lora else losses
         fake = refine.with_head(unet, losses.head and losses.head.shapes)
         return {"student": unet, "fake": fake}, *refine.make_method(config, options, losses, mesh)
     if config.stage == "progressive":
@@ -167,7 +175,8 @@ def _make_method(
         loss = reflow.make_loss(config, options, nets, shapes.read_scheduler(model))
     else:
         loss = distill.make_loss(config, options, nets)
-    optimizer, step = fit.make_step(options.train, loss, mesh)
+    loss = lora.adapt(loss, options.lora.alpha, BASE, {}) if options.lora else loss
+    optimizer, step = fit.make_step(options.train, loss, mesh, (BASE,) if options.lora else ())
     return unet, functools.partial(train_state.create, optimizer=optimizer), step
 
 
@@ -186,6 +195,7 @@ def fields(config: ConfigDict) -> dict[str, Any]:
     if config.stage in ("sample", "generate"):
         return {name: config[name] for name in ("dtype", "attention", "batch", "N", "alpha")}
     found = {name: config[name] for name in ("dtype", "attention", "batch_size", "accumulate", "fsdp")}
+    found |= {} if config.lora.rank is None else {"lora.rank": config.lora.rank}
     return found | {f"remat.{name}": choice for name, choice in config.remat.items()}
 
 
