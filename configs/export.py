@@ -17,10 +17,11 @@ Writes DIR/export, all or nothing:
     single_file/  one checkpoint in the original naming, and a graph that draws from it in ComfyUI; no Stacked U-Net
     README.md     the model card, with the code that loads each format
 
-and, where config.formats asks for them (they need the extra `onnx`; docs/export.md says how):
+and, where config.formats asks for them (docs/export.md says how; the first two need the extra `onnx`):
 
-    onnx/       the program for ONNX Runtime, with its tokenizer
-    web/        a static page that draws in the browser
+    onnx/         the program for ONNX Runtime, with its tokenizer
+    web/          a static page that draws in the browser
+    lora/         the adapters of a run with config.lora, in the naming of diffusers and of kohya
 
 Needs nothing: a missing flow is distilled first.
 """
@@ -42,7 +43,7 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
     config.stage = "export"
     config.weights = "ema"  # or params; which weights of a run directory
     config.dynamics = "auto"  # flow or teacher, if a directory in diffusers layout does not state it correctly
-    config.formats = FORMATS
+    config.formats = FORMATS  # also onnx, web, lora
     config.attention = "xla"  # the exported program runs anywhere, so it has none of a platform's own kernels
     config.convention = "stock"  # of diffusers/; or released: the authors' sign and scheduler, for their own code
     config.single_file_dtype = "float16"  # of the weights in single_file/; or float32

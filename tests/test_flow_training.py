@@ -107,7 +107,7 @@ def test_pairs_of_another_teacher_are_refused(run, teacher):
     pipe.nets["unet"] = UNet2DConditionModel.from_config(pipe.nets["unet"].raw_config | {"in_channels": 5})
     options, pairs = flow_training.read_flow_options(config), need_pairs(config.pairs, run)
     with pytest.raises(ValueError, match="made by another teacher"):
-        flow_training.train_flow(options, run / "x", pipe, pairs, lambda *_: None, {})
+        flow_training.train_flow(options, run / "x", pipe, pairs, lambda *_: None, {}, source="")
 
 
 @pytest.mark.slow

@@ -230,6 +230,12 @@ def saved(run, item="ema"):
     return jax.device_get(checkpoint.load_weights(run / "checkpoints", item, mesh, step=None, like=None))
 
 
+def assert_same(got, want):
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        np.testing.assert_array_equal(got[name], value, err_msg=name)
+
+
 def unet(folder):
     return UNet2DConditionModel.from_pretrained(folder, "unet")[1]
 
@@ -250,9 +256,7 @@ def test_a_killed_run_ends_the_same(run, teacher, tmp_path):
     shutil.copytree(run / "pairs", tmp_path / "pairs")
     main.run(reflow(teacher), str(tmp_path))
     for item in ("params", "ema", "optimizer"):
-        once, twice = (saved(workdir / "reflow", item) for workdir in (tmp_path, run))
-        for name, value in once.items():
-            np.testing.assert_array_equal(twice[name], value, err_msg=name)
+        assert_same(*(saved(workdir / "reflow", item) for workdir in (tmp_path, run)))
 
 
 @pytest.mark.slow
@@ -266,20 +270,18 @@ def test_checkpoints_hold_adapters_and_the_export_the_merged_model(run, teacher)
     assert all(".lora_" in name or name.count(".") < 3 for name in saved(run / "reflow", "optimizer"))
     changed = {name.removesuffix(".kernel") for name, value in after.items() if not np.array_equal(value, before[name])}
     assert changed == ranks.keys()
-    for name, value in lora.merge(before, ema, 6.0).items():
-        assert relative(after[name], value) < 1e-6, name
+    assert_same(after, lora.merge(before, ema, 6.0))
 
 
 @pytest.mark.slow
-def test_a_run_is_not_continued_with_other_adapters_or_of_another_model(run, teacher, tmp_path):
+def test_a_run_is_not_continued_with_other_adapters_or_of_another_model(run, teacher, tmp_path, monkeypatch):
     other = shutil.copytree(teacher, tmp_path / "other")
     path = other / "unet" / "diffusion_pytorch_model.safetensors"
     weights = safetensors.numpy.load_file(path)
     safetensors.numpy.save_file(weights | {"conv_in.bias": weights["conv_in.bias"] + 1}, path)
     replaced = reflow(teacher)
     replaced.model = replaced.pairs.model = str(other)
-    stale = shutil.copytree(run, tmp_path / "stale")
-    config = checkpoint.load_config(stale / "reflow" / "checkpoints", step=None)
+    config = checkpoint.load_config(run / "reflow" / "checkpoints", step=None)
     assert config["lora"]["base"]["model"] == str(teacher) and config["lora"]["base"]["within"] == ""
     for fields, words in (
         ({"lora.rank": 4}, "lora.rank=4, there 2"),
@@ -290,12 +292,13 @@ def test_a_run_is_not_continued_with_other_adapters_or_of_another_model(run, tea
         with pytest.raises(ValueError, match=re.escape(words)):
             main.run(reflow(teacher, **fields), str(run))
     options = flow_training.read_flow_options(replaced)
-    with pytest.raises(
-        ValueError, match=r"trains adapters of other weights .*, not adapters of the present weights of"
-    ):
+    with pytest.raises(ValueError, match=r"trains adapters of other weights .*, not adapters of the present weights"):
         adapters.with_base(options.train, run / "reflow", str(other), {BASE: unet(other)})
     with pytest.raises(ValueError, match="whose weights have changed since"):
         adapters.check_base(run / "reflow", config, unet(other))
+    monkeypatch.setattr(adapters.checkpoint, "load_config", lambda *_, **__: {"stage": "reflow"})  # of an older version
+    with pytest.raises(ValueError, match="holds a run that trains all weights, not adapters"):
+        adapters.with_base(options.train, run / "reflow", str(teacher), {BASE: unet(teacher)})
 
 
 @pytest.mark.slow
@@ -307,9 +310,8 @@ def test_distillation_of_adapters_follows_its_base_in_a_moved_workdir(run, teach
     source = export_source.load(str(moved / "distill"), "ema", "auto", loading.WeightOptions())
     assert source.adapters.base == str(workdir / "reflow" / "export") and not source.adapters.is_converted
     want = lora.merge(unet(moved / "reflow" / "export"), saved(moved / "distill"), 6.0)
-    for name, value in want.items():
-        np.testing.assert_array_equal(source.pipe.params["unet"][name], value)
-        assert relative(unet(moved / "distill" / "export")[name], value) < 1e-6
+    assert_same(source.pipe.params["unet"], want)
+    assert_same(unet(moved / "distill" / "export"), want)
 
 
 @pytest.mark.slow
@@ -326,8 +328,7 @@ def test_refinement_trains_adapters_of_both_networks(run, teacher, tmp_path):
     assert all(".lora_" in name or ".head." in name for name in fake)
     assert {name.removeprefix("fake.params.") for name in fake if ".lora_" in name} == saved(workdir / "refine").keys()
     before, after = unet(workdir / "distill" / "export"), unet(workdir / "refine" / "export")
-    for name, value in lora.merge(before, saved(workdir / "refine"), 6.0).items():
-        assert relative(after[name], value) < 1e-6
+    assert_same(after, lora.merge(before, saved(workdir / "refine"), 6.0))
     assert any(np.any(after[name] != value) for name, value in before.items())
 
 
@@ -339,9 +340,8 @@ def test_the_step_of_adapters_is_planned(shrunk, teacher):
     full = shrunk(teacher)
     full.batch_size = jax.device_count()
     whole = programs.trace(full, str(teacher), jax.devices())
-    sizes = [
-        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(p.traced.args_info)) for p in (program, whole)
-    ]
+    inputs = [each.traced.jaxpr.in_avals for each in (program, whole)]
+    sizes = [sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) for leaves in inputs]
     assert sizes[0] < sizes[1] and programs.fields(config)["lora.rank"] == 2
 
 
@@ -359,8 +359,9 @@ def test_the_export_of_a_run_is_read_back(run, teacher, tmp_path):
     assert f"They belong to `{teacher}`" in card and "rank 2, alpha 6, `to_q`" in card
     for file in ("pytorch_lora_weights.safetensors", "kohya.safetensors"):
         got = load(teacher, loras=[(str(folder / "lora" / file), 1.0)]).params["unet"]
-        assert all(relative(got[name], value) < 1e-6 for name, value in want.items())
-        assert any(np.any(got[name] != value) for name, value in unet(teacher).items())
+        for name, value in want.items():
+            np.testing.assert_allclose(got[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+        assert max(np.abs(got[name] - value).max() for name, value in unet(teacher).items()) > 1e-2
 
 
 @pytest.mark.slow
@@ -384,13 +385,14 @@ def test_what_diffusers_makes_of_the_files_equals_ours(torch, tmp_path):
     """SD 1.x' layout, every kind of layer, several ranks; as a flow in both conventions, at 1e-5."""
     from diffusers import StableDiffusionPipeline
 
-    make_directory(tmp_path / "base", "sd1")
+    make_directory(tmp_path / "base", "flat")
     pipe, alpha = load(tmp_path / "base"), 6.0
     net, start = pipe.nets["unet"], pipe.params["unet"]
     params = random_adapters(Lora(3, alpha, TARGETS, (("conv1", 2), ("to_q", 5))), start)
     Z, text, t = normal(1, 2, 8, 8, 4), normal(2, 2, 7, 16), np.array([1000.0, 400.0], np.float32)
-    v = jax.jit(net.apply)(lora.merge(start, params, alpha), Z, t, text)
-    assert relative(v, jax.jit(net.apply)(start, Z, t, text)) > 0.1
+    apply = jax.jit(net.apply)
+    v = apply(lora.merge(start, params, alpha), Z, t, text)
+    assert relative(v, apply(start, Z, t, text)) > 0.1
     found = export_source.Adapters(lora.to_layers(params, alpha), "base", False)
     base = export_source.Source("base", pipe, sampling.Flow(1, 1000), {}, None)
     for convention, factor in (("released", 1), ("stock", -1001 / 1000)):

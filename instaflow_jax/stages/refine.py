@@ -195,14 +195,14 @@ def prepare(
         head = losses.head.init(head_key) if losses.head else None
         return {"student": lora.init(student_key, ranks, net.shapes), "fake": with_head(fake, head)}
 
-    weights = {BASE: start, "real": real.params["unet"]}
+    weights = {BASE: pipe.params["unet"], "real": real.params["unet"]}
     return Trained(
         adapters.with_base(options.train, directory, options.train.config["model"], weights),
         init,
         adapt(losses, alpha),
         flow_training.with_text(pipe, frozen),
         (BASE,),
-        functools.partial(adapters.merge_on_host, start, alpha=alpha),
+        functools.partial(lora.merge, start, alpha=alpha),
     )
 
 

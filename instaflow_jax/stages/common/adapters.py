@@ -14,6 +14,7 @@ from instaflow_jax.arrays import Key, Params
 from instaflow_jax.infra import checkpoint, devices, files
 from instaflow_jax.infra.stores import CHECKPOINTS
 from instaflow_jax.models.net import Net
+from instaflow_jax.pipeline import Pipeline
 from instaflow_jax.stages.common import fit
 from instaflow_jax.train import lora
 from instaflow_jax.train.lora import BASE, Lora
@@ -69,7 +70,7 @@ def prepare(
     adapters: Lora | None,
     directory: Path,
     source: str,
-    net: Net,
+    pipe: Pipeline,
     start: Params,
     loss: Loss,
     frozen: Mapping[str, Any],
@@ -77,9 +78,9 @@ def prepare(
     """What a run in `directory` trains.
 
     Args:
-      source: where `start` came from.
-      net, start: the network, and the weights to start from.
-      loss: of all weights of the network.
+      source: where `pipe` was loaded from.
+      start: the weights of its UNet to start from, after a warm start.
+      loss: of all weights of the UNet.
       frozen: inputs of the loss that are not trained.
 
     Raises:
@@ -87,20 +88,16 @@ def prepare(
     """
     if adapters is None:
         return Trained(options, start, loss, frozen, (), lambda params: params)
+    net = pipe.nets["unet"]
     ranks = lora.find_ranks(adapters, net.shapes)
     return Trained(
-        with_base(options, directory, source, {BASE: start}),
+        with_base(options, directory, source, {BASE: pipe.params["unet"]}),
         functools.partial(lora.init, ranks=ranks, shapes=net.shapes),
         lora.adapt(loss, adapters.alpha, BASE, {}),
         {**frozen, BASE: devices.shard(lora.freeze(net, start, ranks), devices.make_mesh(fsdp=options.fsdp))},
         (BASE,),
-        functools.partial(merge_on_host, start, alpha=adapters.alpha),
+        functools.partial(lora.merge, start, alpha=adapters.alpha),
     )
-
-
-def merge_on_host(start: Params, params: Params, alpha: float) -> Params:
-    """The weights `start` with adapters from a checkpoint added."""
-    return lora.merge(start, jax.device_get(params), alpha)
 
 
 # ---------------------------------------------------------------- the model that adapters belong to
@@ -113,7 +110,8 @@ def with_base(
     the workdir, so that the workdir can be moved.
 
     Args:
-      weights: by "base" those of the network that is exported, by another name those of a second network.
+      weights: as they were loaded: a warm start may round otherwise on another machine. By "base" those of the network
+        that is exported, by another name those of a second network.
 
     Raises:
       ValueError: the run in `directory` was begun from other weights, unless config.resume is "force".
@@ -143,9 +141,9 @@ def find_base(run: Path, saved: Mapping[str, Any]) -> str | None:
     return str(run.parent / base["within"]) if base["within"] else base["model"]
 
 
-def check_base(run: Path, saved: Mapping[str, Any], start: Params) -> None:
-    """Raises ValueError if the adapters of a run with this config belong to other weights than `start`."""
-    if files.sha256_of_params(start) != saved["lora"][BASE]["sha256"][BASE]:
+def check_base(run: Path, saved: Mapping[str, Any], loaded: Params) -> None:
+    """Raises ValueError if the adapters of a run with this config belong to other weights than those `loaded`."""
+    if files.sha256_of_params(loaded) != saved["lora"][BASE]["sha256"][BASE]:
         raise ValueError(
             f"{run} holds adapters of {saved['lora'][BASE]['model']}, whose weights have changed since: put back that "
             "model, or train again"

@@ -165,7 +165,7 @@ def train_flow(
     shape = tuple(pairs.manifest["recipe"]["latent_shape"])
     start = initial_params(pipe, options.warm_start and dynamics == FLOW)
     trained = adapters.prepare(
-        options.train, options.lora, directory, source, pipe.nets["unet"], start, loss, with_text(pipe, frozen)
+        options.train, options.lora, directory, source, pipe, start, loss, with_text(pipe, frozen)
     )
     evaluate = make_evaluate(options.eval, pipe, shape, dynamics)
     state = fit.train(

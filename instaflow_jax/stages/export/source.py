@@ -139,8 +139,8 @@ def load_adapters(
     Raises:
       ValueError: the model that the adapters belong to has changed.
     """
+    adapters.check_base(run, saved, pipe.params["unet"])
     start, lora = flow_training.initial_params(pipe, saved["warm_start"]), adapters.read_saved_lora(saved)
-    adapters.check_base(run, saved, start)
     params = jax.device_get(read(like=adapters.shapes(lora, pipe.nets["unet"])))
     is_converted = start is not pipe.params["unet"] or saved.get("stacked", {}).get("enabled", False)
     found = Adapters(to_layers(params, lora.alpha), saved["lora"]["base"]["model"], is_converted)
