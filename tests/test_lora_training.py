@@ -368,7 +368,7 @@ def test_the_export_of_a_run_is_read_back(run, teacher, tmp_path):
 def test_adapters_that_no_other_program_could_use_are_not_exported(run, teacher, tmp_path):
     config = read_config("export")
     config.update({"model": str(run / "reflow" / "export"), "formats": ("lora",)})
-    with pytest.raises(ValueError, match=r"is not a run that trained adapters .*leave 'lora' out of config\.formats"):
+    with pytest.raises(ValueError, match=r"is not a run that trained adapters .*leave it out of config\.formats"):
         main.run(config, str(tmp_path))
     source = export_source.load(str(run / "reflow"), "params", "auto", loading.WeightOptions())
     warm = dataclasses.replace(source, adapters=dataclasses.replace(source.adapters, is_converted=True))
