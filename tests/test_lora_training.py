@@ -112,9 +112,10 @@ def test_the_gradient_of_adapters_is_that_of_the_merged_loss_by_the_chain_rule()
     """By hand in numpy: dA = alpha/rank · dW Bᵀ, dB = alpha/rank · Aᵀ dW, summed over a convolution's window."""
     params, frozen, key = random_adapters(ADAPTERS, WEIGHTS), {"factor": 2.0}, jax.random.key(1)
     merged = lora.merge(WEIGHTS, params, 6.0)
-    (want, _), dW = jax.value_and_grad(loss, has_aux=True)(merged, frozen, BATCH, key)
-    adapted = lora.adapt(loss, 6.0, BASE, {})
-    (value, _), found = jax.value_and_grad(adapted, has_aux=True)(params, frozen | {BASE: WEIGHTS}, BATCH, key)
+    gradient, adapted = jax.jit(jax.value_and_grad(loss, has_aux=True)), lora.adapt(loss, 6.0, BASE, {})
+    (want, _), dW = gradient(merged, frozen, BATCH, key)
+    gradient = jax.jit(jax.value_and_grad(adapted, has_aux=True))
+    (value, _), found = gradient(params, frozen | {BASE: WEIGHTS}, BATCH, key)
     assert relative(value, want) < 1e-5 and len(found) == 6
     for name, rank in lora.find_ranks(ADAPTERS, WEIGHTS).items():
         layer, full = name.removesuffix(".kernel"), np.asarray(dW[name], np.float64)
