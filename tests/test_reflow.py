@@ -10,6 +10,8 @@ from helpers import killed_at, load, reflow_config, relative
 from instaflow_jax import main, sampling, solvers
 from instaflow_jax.infra.checkpoint import load_config
 from instaflow_jax.models.unet import UNet2DConditionModel
+from instaflow_jax.stages.common.loading import WeightOptions
+from instaflow_jax.stages.export import source as export_source
 
 
 def configured(teacher):
@@ -62,6 +64,9 @@ def test_a_reflow_that_keeps_the_head_makes_a_teacher_for_one_step_of_ddim(kille
     assert pipe.index["_class_name"] == before.index["_class_name"]
     schedule = sampling.read_dynamics(pipe.scheduler, pipe.index, "auto")
     np.testing.assert_array_equal(schedule.abar, sampling.read_dynamics(before.scheduler, before.index, "auto").abar)
+    run = export_source.load(str(tmp_path / "reflow"), "ema", "auto", WeightOptions(attention="xla"))
+    assert run.pipe.scheduler == pipe.scheduler and np.array_equal(run.dynamics.abar, schedule.abar)
+    assert all(np.array_equal(p, pipe.params["unet"][name]) for name, p in run.pipe.params["unet"].items())
 
     theirs = DDIMScheduler.from_pretrained(tmp_path / "reflow" / "export" / "scheduler")
     theirs.set_timesteps(1)

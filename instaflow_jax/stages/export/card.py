@@ -10,7 +10,7 @@ from instaflow_jax.models.stacked_unet import StackedUNet
 from instaflow_jax.stages.export import single_file
 from instaflow_jax.stages.export.formats import Options
 from instaflow_jax.stages.export.licence import Licence, base_model, legal
-from instaflow_jax.stages.export.source import Source, flow_steps, parents
+from instaflow_jax.stages.export.source import Source, flow_steps, keeps_head, parents
 
 TABLE = "evaluate/table.md"  # in the workdir, written by stage `evaluate`
 FOLDERS = "Run these lines in this folder. From the Hub, fetch it first: `hf download OWNER/NAME --local-dir FOLDER`."
@@ -30,6 +30,10 @@ def card(source: Source, licence: Licence, options: Options, workdir: Path) -> s
     else:
         tags, title = "stable-diffusion, jax", "many steps"
         summary = "A teacher (a noise predictor), unchanged."
+    if keeps_head(source.run or {}):
+        tags, title = "stable-diffusion, rectified-diffusion, jax", "few steps"
+        summary = "A Stable Diffusion with straight paths, trained with instaflow_jax by rectified diffusion "
+        summary += "(arXiv 2410.07303). Its own scheduler (DDIM) draws in one or a few steps."
     front = f"license: {licence.name}\nlibrary_name: diffusers\npipeline_tag: text-to-image\ntags: [{tags}]"
     front += f"\nbase_model: {base_model(source)}" if base_model(source) else ""
     parts = [f"---\n{front}\n---", f"# Text to image in {title}", summary]
@@ -148,6 +152,17 @@ unet, params = FlaxUNet2DConditionModel.from_pretrained("msgpack", subfolder="un
 def use_lora(source: Source, options: Options) -> str:
     assert source.adapters
     base = source.adapters.base
+    if keeps_head(source.run or {}):
+        return f"""`lora/`: the adapters alone, in the naming of diffusers and, `kohya.safetensors`, of kohya's trainer.
+They belong to `{base}`, which then draws in one or a few steps of DDIM:
+
+```python
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+pipe = StableDiffusionPipeline.from_pretrained("{base}")
+pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True)
+pipe.load_lora_weights("lora")
+pipe("red apple", num_inference_steps=4, guidance_scale=1.0).images[0].save("apple.png")
+```"""
     if options.convention == "released":
         return (
             "`lora/`: the adapters alone, in the naming of diffusers and, `kohya.safetensors`, of kohya's trainer. "

@@ -99,8 +99,8 @@ def write_single_file(source: Source, directory: Path, options: Options) -> None
 def write_lora(source: Source, directory: Path, options: Options) -> None:
     """The adapters in the naming of diffusers and of kohya's trainer, for their base in `options.convention`."""
     assert source.adapters
-    layers = source.adapters.layers
-    if options.convention == "stock":  # a target may be the last convolution, whose output has another scale there
+    layers, is_flow = source.adapters.layers, isinstance(source.dynamics, sampling.Flow)
+    if is_flow and options.convention == "stock":  # a target may be the last convolution, which has another scale there
         factor = np.float32(stock_factor(source.dynamics.num_timesteps))
         layers = {
             (net, name): dataclasses.replace(layer, up=factor * layer.up) if name.endswith("conv_out.kernel") else layer
@@ -109,16 +109,6 @@ def write_lora(source: Source, directory: Path, options: Options) -> None:
     directory.mkdir()
     lora.write_diffusers(layers, directory / "pytorch_lora_weights.safetensors")
     lora.write_kohya(layers, directory / "kohya.safetensors")
-
-
-WRITERS: dict[str, Callable[[Source, Path, Options], None]] = {
-    "orbax": write_orbax,
-    "diffusers": write_diffusers,
-    "stablehlo": write_stablehlo,
-    "msgpack": write_msgpack,
-    "single_file": write_single_file,
-    "lora": write_lora,
-}
 
 
 def abstract_inputs(pipe: pipeline.Pipeline, weights: dict[str, np.ndarray]) -> tuple:
@@ -149,6 +139,8 @@ WRITERS: dict[str, Callable[[Source, Path, Options], None]] = {
     "diffusers": write_diffusers,
     "stablehlo": write_stablehlo,
     "msgpack": write_msgpack,
+    "single_file": write_single_file,
     "onnx": write_onnx,
     "web": write_web,
+    "lora": write_lora,
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from instaflow_jax import pipeline, sampling
+from instaflow_jax import pipeline, sampling, teacher
 from instaflow_jax.arrays import Params
 from instaflow_jax.infra import checkpoint, devices, files, stores
 from instaflow_jax.infra.stores import CHECKPOINTS
@@ -104,8 +104,16 @@ def load_run(run: Path, weights: str, options: WeightOptions) -> Source:
     else:
         unet, found = jax.device_get(read(like=pipe.nets["unet"].shapes)), None
     loading.check_finite(f"{run / CHECKPOINTS / str(step) / weights}", unet)
-    pipe, flow = replace_unet(pipe, unet), sampling.Flow(1, NUM_TIMESTEPS)
-    return Source(stores.address(run), pipe, flow, saved, step, weights, found)
+    pipe, dynamics = replace_unet(pipe, unet), sampling.Flow(1, NUM_TIMESTEPS)
+    if keeps_head(saved):
+        pipe = flow_training.as_straight_teacher(pipe, unet)
+        dynamics = teacher.read_schedule(pipe.scheduler)
+    return Source(stores.address(run), pipe, dynamics, saved, step, weights, found)
+
+
+def keeps_head(run: dict[str, Any]) -> bool:
+    """Whether a run with this config trained a teacher's own head (rectified diffusion) and not a flow."""
+    return run.get("path") == "sd"
 
 
 def load_base_pipeline(run: Path, saved: dict[str, Any], options: WeightOptions) -> pipeline.Pipeline:
@@ -140,7 +148,8 @@ def load_adapters(
       ValueError: the model that the adapters belong to has changed.
     """
     adapters.check_base(run, saved, pipe.params["unet"])
-    start, lora = flow_training.initial_params(pipe, saved["warm_start"]), adapters.read_saved_lora(saved)
+    warm_start = saved["warm_start"] and not keeps_head(saved)
+    start, lora = flow_training.initial_params(pipe, warm_start), adapters.read_saved_lora(saved)
     params = jax.device_get(read(like=adapters.shapes(lora, pipe.nets["unet"])))
     is_converted = start is not pipe.params["unet"] or saved.get("stacked", {}).get("enabled", False)
     found = Adapters(to_layers(params, lora.alpha), saved["lora"]["base"]["model"], is_converted)
