@@ -394,7 +394,7 @@ def test_other_users_can_read_every_file(exported):
 @pytest.mark.parametrize(
     "fields,error,words",
     [
-        ({"formats": ("gguf",)}, ValueError, "must name some of orbax, diffusers, stablehlo, msgpack, onnx, web"),
+        ({"formats": ("gguf",)}, ValueError, "must name some of orbax, diffusers, stablehlo, msgpack, single_file"),
         ({"formats": ()}, ValueError, "must name some of"),
         ({"weights": "best"}, ValueError, "config.weights='best' is not one of ema, params"),
         ({"convention": "sd"}, ValueError, "config.convention='sd' is not one of stock, released"),
