@@ -23,7 +23,7 @@ from ml_collections import ConfigDict, config_flags
 from instaflow_jax.infra import devices, stores
 
 STAGES = {  # name of a stage → its module in instaflow_jax.stages
-    **{name: name for name in ("sample", "reflow", "distill", "refine", "progressive")},
+    **{name: name for name in ("sample", "reflow", "distill", "refine", "progressive", "control")},
     **{
         name: f"{name}.stage"
         for name in ("pretrain", "generate", "evaluate", "evaluate_coco", "export", "serve", "demo", "plan")

@@ -363,6 +363,13 @@ def refine_config(teacher):
     return config
 
 
+def control_config(teacher):
+    config = shrink_training(read_config("control"), teacher)
+    shrink_training(config.reflow, teacher).model = str(teacher)
+    config.channels, config.eval.N = (8,), (1,)
+    return config
+
+
 def progressive_config(teacher):
     config = shrink_training(read_config("progressive"), teacher)
     config.model, config.rounds = str(teacher), {"N": (2, 1), "steps": (4, 4)}

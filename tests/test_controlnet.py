@@ -1,5 +1,6 @@
-"""ControlNets: the networks against diffusers, files of every kind, `sample` and `serve`."""
+"""ControlNets: the networks against diffusers, files of every kind, `sample`, `serve`, and training one."""
 
+import json
 from types import SimpleNamespace
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 import safetensors.torch
 from helpers import (
     UNET_PARTS,
+    control_config,
     drawn,
     free_port,
     load,
@@ -29,8 +31,13 @@ from instaflow_jax.models import controlnet
 from instaflow_jax.models.controlnet import ControlNetModel
 from instaflow_jax.models.stacked_unet import stack_net, stack_params
 from instaflow_jax.models.unet import UNet2DConditionModel
+from instaflow_jax.stages import control as control_stage
 from instaflow_jax.stages.common import control as loading_control
+from instaflow_jax.stages.common import flow_training
 from instaflow_jax.stages.common.loading import WeightOptions
+from instaflow_jax.stages.serve import models as serve_models
+from instaflow_jax.stages.serve import stage as serve_stage
+from instaflow_jax.train.control import outline
 
 SD1 = {  # SD 1.x's layout: convolutions as projections, no attention in the innermost block
     "block_out_channels": (16, 32),
@@ -40,7 +47,6 @@ SD1 = {  # SD 1.x's layout: convolutions as projections, no attention in the inn
     "attention_head_dim": 2,
     "norm_num_groups": 8,
 }
-SD2 = SD1 | {"attention_head_dim": (2, 4), "use_linear_projection": True}
 ONLY_UNET = {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "sample_size": 8}
 ONLY_CONTROL = {"conditioning_embedding_out_channels": (8, 12, 16)}  # images four times as large as the latents
 SCALES = (0.8, 0.35)
@@ -58,14 +64,14 @@ X, TEXT, TAU = normal(0, 2, 8, 6, 4), normal(1, 2, 7, 24), np.array([1000.0, 3.5
 IMAGES = [np.random.default_rng(B).random((B, 32, 24, 3), np.float32) for B in (2, 1)]  # for each sample, for both
 
 
-@pytest.fixture(scope="module", params=[SD1, SD2], ids=["sd1", "sd2"])
-def twins(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory):
     """diffusers' UNet and two ControlNets with random weights, none of them zero, and the same in this package."""
     references()
     import diffusers
 
-    unet = randomize(diffusers.UNet2DConditionModel(**request.param | ONLY_UNET))
-    fields = request.param | ONLY_CONTROL
+    unet = randomize(diffusers.UNet2DConditionModel(**SD1 | ONLY_UNET))
+    fields = SD1 | ONLY_CONTROL
     controls = [
         randomize(diffusers.ControlNetModel(**fields | {"controlnet_conditioning_channel_order": order}), seed)
         for seed, order in ((1, "rgb"), (2, "bgr"))
@@ -115,7 +121,6 @@ def test_residuals_and_unet_equal_diffusers(twins):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("twins", [SD2], indirect=True, ids=["sd2"])
 def test_both_halves_of_the_stacked_unet_get_the_residuals(twins):
     """Against diffusers' UNet twice: half 2's first residual is added to the features that half 1 passes on."""
     torch, (reference, controls, ours) = references(), twins
@@ -299,23 +304,23 @@ def test_a_guided_teacher_equals_diffusers_pipeline(world, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_one_step_flow_is_steered_at_timestep_1000(world, tmp_path):
-    torch, pipe = references(), world.pipe
-    noise = np.asarray(sampling.noise(np.array([5, 5]), world.ours.latent_shape))
-    text = world.ours.nets["text_encoder"].apply(
-        world.ours.params["text_encoder"], world.ours.tokenizer(["red apple", "house"])
-    )
-    inputs = nchw(noise), 1000.0, torch.tensor(np.asarray(text.last_hidden_state))
+def test_a_one_step_flow_is_steered_at_timestep_1000(world):
+    """As `serve` draws it, beside diffusers' networks at that timestep."""
+    torch, pipe, ours = references(), world.pipe, world.ours
+    noise = np.asarray(sampling.noise(np.array([5]), ours.latent_shape))
+    text = ours.nets["text_encoder"].apply(ours.params["text_encoder"], ours.tokenizer(["house"])).last_hidden_state
+    inputs = nchw(noise), 1000.0, torch.tensor(np.asarray(text))
     image = Image.open(world.root / "a.png").resize((16, 16), Image.Resampling.LANCZOS)
     with torch.no_grad():
-        condition = nchw(np.asarray(image, np.float32)[None].repeat(2, 0) / 255)
+        condition = nchw(np.asarray(image, np.float32)[None] / 255)
         down, mid = world.controls[0](*inputs, condition, conditioning_scale=0.8, return_dict=False)
         residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
         X1 = nchw(noise) + pipe.unet(*inputs, **residuals).sample
         want = pipe.vae.decode(X1 / pipe.vae.config.scaling_factor).sample
-    one = {"controls": f"{world.root / 'a'}=0.8", "conditions": str(world.root / "a.png")}
-    got, _ = images_of(world, tmp_path, dynamics="flow", N=1, alpha=1.0, **one)
-    assert np.abs(got - images.to_uint8(nhwc(want)).astype(int)).max() <= 1
+    controls = controls_of(world, f"{world.root / 'a'}=0.8")
+    model = serve_models.make_model(ours, "", dynamics="flow", alpha=1.0, choices=(1,), controls=controls)
+    got = model.draw("house", 5, 1, images.load_rgb(world.root / "a.png"))
+    assert np.abs(got.astype(int) - images.to_uint8(nhwc(want))[0]).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -337,30 +342,95 @@ def test_wrong_conditions_end_in_one_line_before_anything_is_compiled(fields, wo
 
 
 @pytest.mark.slow
-def test_the_page_takes_an_image_for_each_controlnet(world, fast_compilation):
-    """Through gradio's client: two images change what is drawn, and one that is missing is asked for."""
+def test_the_page_takes_an_image_for_each_controlnet(world):
+    """Through gradio's client: the model gets both images, and one that is missing or is not an image is refused."""
     pytest.importorskip("gradio")
     from gradio_client import Client, handle_file
     from gradio_client.exceptions import AppError
 
-    from instaflow_jax.stages.serve import stage
+    from instaflow_jax.stages.serve import page as serve_page
 
-    config = read_config("serve")
-    config.update({"model": str(world.root / "sd"), "dynamics": "flow", "N": (1,), "port": free_port()})
-    config.update({"controls": f"{world.root / 'a'}=0.8|{world.root / 'b'}", "teacher": ""})
-    page = stage.start(config, "nowhere")
+    def draw(prompt, seed, N, *files):
+        return np.stack([file[0, 0] for file in files])[None].repeat(2, 0)
+
+    model = serve_models.Model("", (1,), 5, lambda prompt: len(prompt.split()), draw)
+    limits = {"max_chars": 9, "max_images": 1, "controls": ("edges", "depth")}
+    respond = serve_models.make_respond([model], **limits)
+    page = serve_page.make_page([model], respond, notice="", examples=("a",), **limits)
     try:
-        client = Client(page.local_url, verbose=False, analytics_enabled=False)
+        url = serve_page.open_page(page, host="127.0.0.1", port=free_port(), queue=1, uploads=True)
+        client = Client(url, verbose=False, analytics_enabled=False)
         files = [handle_file(world.root / f"{name}.png") for name in "ab"]
-
-        def draw(*uploads):
-            gallery = client.predict("cat face", 3, 1, 1, *uploads, api_name="/draw")[1]["value"]
-            return images.load_png(gallery[0]["image"])[0]
-
-        assert np.any(draw(*files) != draw(*files[::-1]))
-        with pytest.raises(AppError, match=r"the image for b is missing; choose a file"):
-            draw(files[0], None)
-        with pytest.raises(AppError, match="file"):
-            draw(files[0], handle_file(__file__))
+        gallery = client.predict("cat", 3, 1, 1, *files, api_name="/draw")[1]["value"]
+        shown = images.load_png(gallery[0]["image"])[0]
+        want = [images.load_rgb(world.root / f"{name}.png")[0, 0] for name in "ab"]
+        np.testing.assert_array_equal(shown[0], want)
+        with pytest.raises(AppError, match=r"the image for depth is missing; choose a file"):
+            client.predict("cat", 3, 1, 1, files[0], None, api_name="/draw")
+        with pytest.raises(AppError, match="Invalid file type"):
+            client.predict("cat", 3, 1, 1, files[0], handle_file(__file__), api_name="/draw")
     finally:
         page.close()
+
+
+@pytest.mark.slow
+def test_serve_refuses_a_controlnet_that_does_not_fit(world):
+    config = read_config("serve")
+    config.update({"model": str(world.root / "sd"), "dynamics": "flow", "N": (1,), "port": free_port()})
+    config.controls = str(world.root / "a")
+    with pytest.raises(ValueError, match=r"a: this ControlNet has in_channels=4, but the U-Net has 8; use"):
+        serve_stage.load_models(config, "nowhere")  # it fits the model, but not the embedded teacher beside it
+    config.teacher = ""
+    ((_, options),) = serve_stage.load_models(config, "nowhere")[0]
+    assert [control.source for control in options["controls"]] == [config.controls]
+
+
+# ---------------------------------------------------------------- the stage `control`
+
+
+def test_an_outline_is_where_colours_change():
+    pixels = np.full((1, 6, 6, 3), -1.0, np.float32)
+    assert not np.any(outline(pixels, 0.25))
+    pixels[:, :, 3:, 1] = 1.0  # one channel of the right half
+    lines = np.asarray(outline(pixels, 0.25))
+    assert lines.shape == pixels.shape and np.array_equal(np.unique(lines), [0, 1])
+    np.testing.assert_array_equal(lines[0, :, :, 0], np.tile([0, 0, 1, 1, 0, 0], (6, 1)))
+
+
+@pytest.fixture(scope="module")
+def run(teacher, fast_compilation, tmp_path_factory):
+    """A workdir with a flow, pairs, and the ControlNet that was trained with them."""
+    workdir, pipe = tmp_path_factory.mktemp("run"), load(teacher)
+    flow_training.export(pipe, drawn(pipe.nets["unet"]), workdir / "reflow" / "export")
+    main.run(control_config(teacher), str(workdir))
+    return workdir
+
+
+@pytest.mark.slow
+def test_a_trained_controlnet_fits_the_flow_and_follows_its_config(run, teacher):
+    folder = run / "control"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
+    assert (folder / "grids" / "0000004.png").is_file() and any("outline_error_N1" in row for row in rows)
+    config = read_config("sample")
+    config.update({"model": str(run / "reflow" / "export"), "controls": str(folder / "export"), "check": True})
+    config.conditions = str(folder / "outlines" / "red-apple.png")
+    main.run(config, str(run))
+    net, params = ControlNetModel.from_pretrained(folder / "export")
+    before = load(run / "reflow" / "export").params["unet"]
+    assert net.config.conditioning_embedding_out_channels == (8,)
+    assert np.any(params["controlnet_mid_block.kernel"]) and np.any(
+        params["conv_in.kernel"] != before["conv_in.kernel"]
+    )
+
+
+def test_a_controlnet_is_trained_for_a_flow_and_its_autoencoder(teacher, tmp_path):
+    config = control_config(teacher)
+    config.model = str(teacher)
+    with pytest.raises(ValueError, match="a ControlNet is trained for a flow with one U-Net: use"):
+        control_stage.check(config, str(tmp_path))
+    config = control_config(teacher)
+    config.channels = (8, 8)
+    with pytest.raises(ValueError, match=r"config.channels=\(8, 8\) makes images 2 times .* them 1 times .*use 1 numb"):
+        control_stage.check(config, str(tmp_path))
+    assert not list(tmp_path.iterdir())

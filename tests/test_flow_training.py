@@ -9,7 +9,7 @@ import re
 import numpy as np
 import optax
 import pytest
-from helpers import distill_config, load, progressive_config, read_config, refine_config, reflow_config
+from helpers import control_config, distill_config, load, progressive_config, read_config, refine_config, reflow_config
 
 from instaflow_jax import main, sampling
 from instaflow_jax.data import noise
@@ -183,11 +183,11 @@ def test_what_can_be_refused_is_refused_before_pairs_are_made(stage, fields, wor
 
 
 @pytest.mark.parametrize(
-    "stage", ["sample", "generate", "reflow", "distill", "refine", "progressive", "export", "pretrain"]
+    "stage", ["sample", "generate", "reflow", "distill", "refine", "progressive", "control", "export", "pretrain"]
 )
 def test_check_only_checks(stage, teacher, tmp_path, capsys):
     shrunk = {"reflow": reflow_config, "distill": distill_config, "progressive": progressive_config}
-    shrunk["refine"] = refine_config
+    shrunk |= {"refine": refine_config, "control": control_config}
     config = shrunk.get(stage, lambda _: read_config(stage))(teacher)
     if stage in ("sample", "generate", "refine"):
         config.model = str(teacher)
@@ -220,7 +220,7 @@ def test_a_warm_start_converts_sign_and_timesteps_of_a_teacher_only(teacher):
 CONFIGS = [
     *(("sample", v) for v in ("openmoji", "instaflow")),
     *(("reflow", v) for v in ("openmoji", "sd15", "sd15_2")),
-    ("refine", "openmoji"),
+    *((stage, "openmoji") for stage in ("refine", "control")),
     *(("progressive", v) for v in ("openmoji", "sd15")),
     *(("distill", v) for v in ("openmoji", "direct", "sd15_lpips")),
     *(("pretrain", v) for v in ("autoencoder", "diffusion", "clip", "classifier")),

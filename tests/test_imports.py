@@ -27,7 +27,7 @@ CHAIN = ("generate", "reflow", "distill", "export", "demo")  # a stage imports t
 CHAINED = {stage: set(CHAIN[:i]) for i, stage in enumerate(CHAIN)}
 CHAINED["demo"] |= {"evaluate", "progressive"}
 CHAINED["progressive"] = {"generate"}
-CHAINED["refine"] = {"generate", "reflow"}
+CHAINED["refine"] = CHAINED["control"] = {"generate", "reflow"}
 CHAINED["plan"] = {"generate", "reflow", "distill", "refine", "progressive"}  # whose programs it compiles
 ROOMS = {  # package: where it may be imported
     "flax": ("models/", "weights/port.py"),
