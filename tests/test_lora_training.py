@@ -34,6 +34,7 @@ from instaflow_jax.stages.common import adapters, flow_training, loading
 from instaflow_jax.stages.export import formats as export_formats
 from instaflow_jax.stages.export import source as export_source
 from instaflow_jax.stages.export import stage as export_stage
+from instaflow_jax.stages.export.formats import Options
 from instaflow_jax.stages.plan import programs
 from instaflow_jax.train import lora
 from instaflow_jax.train.lora import BASE, Lora
@@ -318,7 +319,7 @@ def test_adapters_that_no_other_program_could_use_are_not_exported(run, teacher,
     source = export_source.load(str(run / "reflow"), "params", "auto", loading.WeightOptions())
     warm = dataclasses.replace(source, adapters=dataclasses.replace(source.adapters, is_converted=True))
     with pytest.raises(ValueError, match=r"warm start or a Stacked U-Net.*leave 'lora' out"):
-        export_stage.check_formats(("lora",), warm)
+        export_stage.check_formats(Options(("lora",), "stock", "", "float32"), warm)
     assert not list(tmp_path.iterdir())
 
 
