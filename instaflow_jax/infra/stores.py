@@ -52,7 +52,10 @@ class Mirror:
         self._here = self._read_index()
         self._objects: dict[str, Object] = {}
         self._fetching = threading.Lock()
-        self.refresh()
+        with contextlib.ExitStack() as failed:
+            failed.callback(self.close)
+            self.refresh()
+            failed.pop_all()
 
     # ------------------------------------------------------------ from the bucket
 

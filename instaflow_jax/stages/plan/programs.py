@@ -172,7 +172,8 @@ def _make_method(
         teacher = sampling.read_dynamics(shapes.read_scheduler(model), {}, "teacher")
         loss = progressive.make_loss(config, options, nets, teacher)
     elif config.stage == "reflow":
-        loss = reflow.make_loss(config, options, nets, shapes.read_scheduler(model))
+        scheduler = shapes.read_scheduler(model) if config.path == "sd" else {}
+        loss = reflow.make_loss(config, options, nets, scheduler)
     else:
         loss = distill.make_loss(config, options, nets)
     loss = lora.adapt(loss, options.lora.alpha, BASE, {}) if options.lora else loss
