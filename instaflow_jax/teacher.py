@@ -211,8 +211,13 @@ def make_velocity_at(predict: Predict, schedule: Schedule) -> VelocityAt:
 
 def flow_ends(schedule: Schedule) -> Float[np.ndarray, "2"]:
     """The flow times of the schedule's noisiest and cleanest level, tau = T − 1 and tau = 0."""
+    return flow_times(schedule)[[-1, 0]]
+
+
+def flow_times(schedule: Schedule) -> Float[np.ndarray, " T"]:
+    """The flow time t = alpha / (alpha + sigma) of each tau = 0 .. T − 1."""
     alpha, sigma = alpha_sigma(positive_abar(schedule))
-    return (alpha / (alpha + sigma))[[-1, 0]]
+    return alpha / (alpha + sigma)
 
 
 def equal_noise(schedule: Schedule, t: Float[np.ndarray, " T"]) -> Float[np.ndarray, " T"]:

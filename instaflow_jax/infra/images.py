@@ -1,7 +1,8 @@
 """Images: bytes ⇄ pixels, grids, PNG files."""
 
+import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -100,13 +101,8 @@ def load_png(path: str | Path) -> tuple[UInt8[np.ndarray, "H W 3"], dict[str, st
       FileNotFoundError: there is no such file.
       ValueError: it is not a PNG.
     """
-    try:
-        with Image.open(path, formats=["PNG"]) as file:
-            return np.asarray(file.convert("RGB")), {name: str(value) for name, value in file.text.items()}
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all that PIL raises
-        raise ValueError(f"{path} is not readable as a PNG: {wrong_kind(path) or error}") from error
+    with _decoding(path, "a PNG"), Image.open(path, formats=["PNG"]) as file:
+        return np.asarray(file.convert("RGB")), {name: str(value) for name, value in file.text.items()}
 
 
 def load_rgb(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
@@ -117,12 +113,21 @@ def load_rgb(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
       ValueError: it is not an image, or is damaged.
     """
     try:
-        with Image.open(path) as file:
+        with _decoding(path, "an image"), Image.open(path) as file:
             return np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no image {path}") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all that PIL raises
-        raise ValueError(f"{path} is not readable as an image: {wrong_kind(path) or error}") from error
+
+
+@contextlib.contextmanager
+def _decoding(path: str | Path, kind: str) -> Iterator[None]:
+    """Turns whatever Pillow raises in a block that decodes `path`, but for a missing file, into a ValueError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is not readable as {kind}: {wrong_kind(path) or error}") from error
 
 
 def resize(image: UInt8[np.ndarray, "_ _ 3"], height: int, width: int) -> UInt8[np.ndarray, "{height} {width} 3"]:

@@ -52,10 +52,11 @@ class Mirror:
         self._here = self._read_index()
         self._objects: dict[str, Object] = {}
         self._fetching = threading.Lock()
-        with contextlib.ExitStack() as failed:
-            failed.callback(self.close)
+        try:
             self.refresh()
-            failed.pop_all()
+        except BaseException:
+            self.close()
+            raise
 
     # ------------------------------------------------------------ from the bucket
 

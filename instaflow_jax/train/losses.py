@@ -165,8 +165,8 @@ def make_diffusion_loss(
     """
     times, measure = choose(TIMES, "time", time), choose(PENALTIES, "penalty", penalty)
     renew = choose(NOISES, "noise", noise)
-    alpha, sigma = teacher.alpha_sigma(teacher.positive_abar(schedule))
-    t_of, T = jnp.asarray(alpha / (alpha + sigma), jnp.float32), len(alpha)
+    t_of = jnp.asarray(teacher.flow_times(schedule), jnp.float32)
+    T = len(t_of)
 
     def loss(params, frozen, batch, key):
         batch, key = renew(batch, key)

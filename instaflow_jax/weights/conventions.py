@@ -26,12 +26,17 @@ def as_released(index: Index, num_timesteps: int) -> dict[str, Any]:
     Raises:
       ValueError: the flow has another number of timesteps.
     """
+    way_out = "use config.convention='stock' and leave 'msgpack' out of config.formats"
+    _check_timesteps("the released convention", num_timesteps, way_out)
+    return dict(index) | {"_class_name": "RectifiedFlowPipeline"}
+
+
+def _check_timesteps(what: str, num_timesteps: int, way_out: str) -> None:
+    """Raises ValueError if a flow has another number of timesteps than the released ones."""
     if num_timesteps != NUM_TIMESTEPS:
         raise ValueError(
-            f"the released convention has {NUM_TIMESTEPS} timesteps, but this flow has num_timesteps={num_timesteps}; "
-            "use config.convention='stock' and leave 'msgpack' out of config.formats"
+            f"{what} has {NUM_TIMESTEPS} timesteps, but this flow has num_timesteps={num_timesteps}; {way_out}"
         )
-    return dict(index) | {"_class_name": "RectifiedFlowPipeline"}
 
 
 def as_stock(unet: Params, index: Index, num_timesteps: int) -> tuple[Params, dict[str, Any], dict[str, Any]]:
@@ -82,11 +87,7 @@ def as_single_file(unet: Params, index: Index, num_timesteps: int) -> tuple[Para
     Raises:
       ValueError: the flow has another number of timesteps.
     """
-    if num_timesteps != NUM_TIMESTEPS:
-        raise ValueError(
-            f"a single file has {NUM_TIMESTEPS} timesteps, but this flow has num_timesteps={num_timesteps}; "
-            "leave 'single_file' out of config.formats"
-        )
+    _check_timesteps("a single file", num_timesteps, "leave 'single_file' out of config.formats")
     return scaled(unet, -1.0), *single_file_scheduler(index)
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 
 from instaflow_jax.arrays import Params
 from instaflow_jax.infra import files, stores
@@ -239,6 +238,4 @@ def write_diffusers(layers: Mapping[Target, Layer], path: Path) -> None:
 
 def _save(tensors: Mapping[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
     arrays = {key: np.asarray(tensor, np.float32, order="C") for key, tensor in tensors.items()}
-    size = sum(array.nbytes for array in arrays.values())
-    with files.atomic_write(path, size) as temporary, files.as_os_error(safetensors.SafetensorError):
-        safetensors.numpy.save_file(arrays, temporary, metadata={"format": "pt"} | metadata)
+    port.write_safetensors(path, arrays, metadata)

@@ -94,7 +94,7 @@ def check_same_run(options: TrainOptions, directory: Path, chosen: Sequence[str]
     steps = complete_steps(folder)
     if not steps or options.resume == "force":
         return
-    there, here = (dict(_leaves(config)) for config in (load_config(folder, step=None), options.config))
+    there, here = flat(load_config(folder, step=None)), flat(options.config)
     differ = [name for name in differing(there, here) if name not in chosen and not _MAY_DIFFER.search(name)]
     if options.loop["steps"] < steps[-1]:
         differ.append("loop.steps")
@@ -107,13 +107,16 @@ def check_same_run(options: TrainOptions, directory: Path, chosen: Sequence[str]
 
 
 def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Dotted names of the fields that two configs both have, with different values."""
-    before, now = dict(_leaves(there)), dict(_leaves(here))
-    return [name for name in now if name in before and now[name] != before[name]]
+    """The names of the fields that two `flat` configs both have, with different values."""
+    return [name for name in here if name in there and here[name] != there[name]]
+
+
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Every field of a config by its dotted name, tuples as the lists that JSON makes of them."""
+    return dict(_leaves(config))
 
 
 def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted name and value of every field, tuples as the lists that JSON makes of them."""
     for name, value in config.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{name}.")

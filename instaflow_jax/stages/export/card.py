@@ -35,7 +35,8 @@ def card(source: Source, licence: Licence, options: Options, workdir: Path) -> s
         summary = "A Stable Diffusion with straight paths, trained with instaflow_jax by rectified diffusion "
         summary += "(arXiv 2410.07303). Its own scheduler (DDIM) draws in one or a few steps."
     front = f"license: {licence.name}\nlibrary_name: diffusers\npipeline_tag: text-to-image\ntags: [{tags}]"
-    front += f"\nbase_model: {base_model(source)}" if base_model(source) else ""
+    base = base_model(source)
+    front += f"\nbase_model: {base}" if base else ""
     parts = [f"---\n{front}\n---", f"# Text to image in {title}", summary]
     parts += ["## Recipe", recipe(source), "## Data", data(source), "## Licence", legal(source, licence)]
     parts += ["## Measured", measured(workdir), "## Use", FOLDERS]
