@@ -45,7 +45,8 @@ def guided(network: Network, text: Context, null: NullContext, alpha: float) -> 
         guides; any smaller value runs the text branch alone.
 
     Returns:
-      `predict(Z, tau)` with tau scalar or [B]; when guiding, one batch of 2B in the order [null, text].
+      `predict(Z, tau)` with tau scalar or [B]; when guiding, one batch of 2B that holds each sample twice in a row,
+      with null and with text, so that a batch that is split over devices stays on them.
     """
     if alpha <= 1:
         return lambda Z, tau: network(Z, jnp.broadcast_to(tau, Z.shape[:1]), text)
@@ -54,13 +55,12 @@ def guided(network: Network, text: Context, null: NullContext, alpha: float) -> 
 
 def always_guided(network: Network, text: Context, null: NullContext, alpha: float | Scalar) -> Predict:
     """`guided` for any alpha, which may be a traced array: one program serves every scale."""
-    context = jnp.concatenate([jnp.broadcast_to(null, text.shape), text])
+    context = jnp.stack([jnp.broadcast_to(null, text.shape), text], axis=1).reshape(-1, *text.shape[1:])
 
     def predict(Z, tau):
         tau = jnp.broadcast_to(tau, Z.shape[:1])
-        both = network(jnp.concatenate([Z, Z]), jnp.concatenate([tau, tau]), context)
-        v_null, v_text = jnp.split(both, 2)
-        return guide(v_text, v_null, alpha)
+        pairs = network(jnp.repeat(Z, 2, axis=0), jnp.repeat(tau, 2), context).reshape(-1, 2, *Z.shape[1:])
+        return guide(pairs[:, 1], pairs[:, 0], alpha)
 
     return predict
 

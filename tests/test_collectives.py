@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from helpers import relative
 
 from instaflow_jax.infra.collectives import OPERATIONS, Collective, read, sent_by_operation, unexpected
 
@@ -140,14 +142,68 @@ def advance(fsdp, accumulate):
 print(json.dumps([advance(1, 1), advance(8, 1), advance(4, 2)]))
 """
 
+LOSSES = """
+import json, types
+import jax, jax.numpy as jnp
+from helpers import normal
+from instaflow_jax import sampling
+from instaflow_jax.infra import collectives, devices
+from instaflow_jax.stages import progressive
+from instaflow_jax.train import losses, score_distillation
+
+def network(params, Z, tau, text):
+    return jnp.tanh(Z @ params["mix"] + (tau / 1000)[:, None, None, None] + text.mean((1, 2))[:, None, None, None])
+
+net = types.SimpleNamespace(apply=network)
+text = types.SimpleNamespace(apply=lambda params, ids: types.SimpleNamespace(last_hidden_state=params[ids]))
+flow = sampling.Flow(1, 1000)
+teacher = progressive.make_grid(flow, 4), progressive.make_bind(flow, 3.0)
+fields = {"prompt_dropout": 0.0, "num_timesteps": 1000}
+method = score_distillation.Method(net, net, text, None, (0.1, 0.9), 0.0, 1000)
+made = {
+    "progressive": losses.make_progressive_loss(net, text, *teacher[::-1], **fields),
+    "distill": losses.make_distill_loss(net, text, losses.latent_distance, match=0.25, **fields),
+    "refine": score_distillation.make_student_loss(method, matching=1, regression=0.25, adversarial=0),
+}
+weights = [{"mix": normal(i, 4, 4)} for i in range(2)]
+frozen = {"text_encoder": normal(2, 16, 8), "null_ids": jnp.zeros((1, 3), int)}
+frozen |= dict(zip(("teacher", "real", "fake"), (weights[1], *weights)))
+batch = {"X0": normal(3, 64, 8, 8, 4), "X1": normal(4, 64, 8, 8, 4), "ids": jnp.arange(192).reshape(64, 3) % 16}
+
+def compute(loss, count):
+    mesh = devices.make_mesh(fsdp=1, devices=jax.devices()[:count])
+    inputs = devices.replicate((weights[0], frozen), mesh)
+    inputs += devices.global_batch(batch, mesh), devices.replicate_key(jax.random.key(1), mesh)
+    step = jax.jit(jax.grad(loss, has_aux=True), out_shardings=devices.replicated(mesh)).lower(*inputs)
+    step = step.compile({"xla_backend_optimization_level": 0})
+    return collectives.unexpected(collectives.read(step.as_text()), [], sums=1), step(*inputs)[0]["mix"].tolist()
+
+print(json.dumps({name: [compute(loss, count) for count in (8, 1)] for name, loss in made.items()}))
+"""
+
 
 @pytest.fixture(scope="module")
 def steps():
     """The toy step on 8 devices: data-parallel, FSDP 8, and FSDP 2 × 4 in two micro-batches."""
+    return on_eight_devices(SCRIPT)
+
+
+def on_eight_devices(script):
+    """What the script prints last, as JSON."""
     here = Path(__file__).parent
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": f"{here}:{here.parent}"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, cwd=here.parent, check=True, stdout=subprocess.PIPE)
+    done = subprocess.run([sys.executable, "-c", script], env=env, cwd=here.parent, check=True, stdout=subprocess.PIPE)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_no_sample_of_a_loss_moves_between_devices():
+    """Guided teachers and shares of a batch, which double and cut it."""
+    found = on_eight_devices(LOSSES)
+    assert set(found) == {"progressive", "distill", "refine"}
+    for name, ((moved, gradient), (_, alone)) in found.items():
+        assert not moved, name
+        assert relative(gradient, np.asarray(alone)) < 1e-5, name
 
 
 @pytest.mark.slow

@@ -130,9 +130,10 @@ def test_a_share_of_the_batch_regresses_its_own_pairs():
     frozen = FROZEN | {"real": at(1), "fake": at(2)}
     value, metrics = loss(at(0.5), frozen, BATCH, jax.random.key(0))
     (Z, tau), *_ = seen  # without jit
-    np.testing.assert_array_equal(Z[:16], BATCH["X0"][:16])
-    assert not np.any(Z[16:] == BATCH["X0"][16:]) and np.all(tau == 1000)
-    error = np.mean((BATCH["X0"][:16] + 0.5 - BATCH["X1"][:16]) ** 2)
+    chosen = np.arange(64) % 4 == 0
+    np.testing.assert_array_equal(Z[chosen], BATCH["X0"][chosen])
+    assert not np.any(Z[~chosen] == BATCH["X0"][~chosen]) and np.all(tau == 1000)
+    error = np.mean((BATCH["X0"] + 0.5 - BATCH["X1"])[chosen] ** 2)
     np.testing.assert_allclose(metrics["regression"], error, rtol=1e-5)
     alone = loss(at(0.5), frozen | {"real": at(2)}, BATCH, jax.random.key(0))[0]
     np.testing.assert_allclose(alone, 0.25 * error, rtol=1e-5)  # the scores agree

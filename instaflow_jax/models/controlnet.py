@@ -115,8 +115,8 @@ def make_apply(unet: Net, controls: Sequence[Net]) -> Callable:
     """A UNet with ControlNets, called as the UNet alone: `apply(params, sample, timestep, encoder_hidden_states)`.
 
     `params` holds the UNet's weights as "unet" and, as "controls", for each ControlNet its weights "params", the image
-    "condition" in [0, 1], and the scalar "scale". There is one image for all samples, or one for each; a guided batch
-    of twice as many samples takes them twice. The residuals of several ControlNets are added up.
+    "condition" in [0, 1], and the scalar "scale". There is one image for all samples, or one for each; a guided batch,
+    which holds each sample twice in a row, takes them so too. The residuals of several ControlNets are added up.
     """
 
     def apply(params: Mapping[str, Any], sample, timestep, encoder_hidden_states):
@@ -133,7 +133,7 @@ def make_apply(unet: Net, controls: Sequence[Net]) -> Callable:
 
 def _fit_batch(condition: Float[AnyArray, "b H W 3"], count: int) -> Float[AnyArray, "_ H W 3"]:
     """The images of a batch of `count` samples; a single one is left as it is."""
-    return condition if len(condition) == 1 else jnp.tile(condition, (count // len(condition), 1, 1, 1))
+    return condition if len(condition) == 1 else jnp.repeat(condition, count // len(condition), axis=0)
 
 
 def init_from_unet(control: Net, unet: Params, key: Key) -> Params:

@@ -6,6 +6,7 @@ trained: "text_encoder", "null_ids" [1, L], for LPIPS "vae" and "lpips", and for
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from instaflow_jax import flow, teacher
 from instaflow_jax.arrays import (
@@ -37,6 +38,7 @@ BUCKETS = 4  # intervals of t for which the error is logged separately
 Times = Callable[[Key, int], PerSample]
 Penalty = Callable[[Latent], PerSample]
 Renew = Callable[[Batch, Key], tuple[Batch, Key]]
+Split = Callable[[AnyArray], tuple[Array, Array]]
 Bind = Callable[[Network, Context, NullContext], VelocityAt]
 Distance = Callable[[Mapping[str, Any], Latent, Mapping[str, Any], Key], tuple[Scalar, Metrics]]
 
@@ -205,19 +207,35 @@ def make_distill_loss(
     def loss(params, frozen, batch, key):
         time_key, drop_key, distance_key = jax.random.split(key, 3)
         count = len(batch["X0"])
-        matched = round(match * count)  # the first rows; pairs are shuffled
-        t = jnp.where(jnp.arange(count) < matched, uniform(time_key, count), 0.0)
+        matched, split = make_split(count, match)
+        t = jnp.where(matched, uniform(time_key, count), 0.0)
         v, error = errors(params, frozen, batch, t, drop_key)
 
-        rest = {name: rows[matched:] for name, rows in batch.items()}
-        value, metrics = distance(frozen, rest["X0"].astype(jnp.float32) + v[matched:], rest, distance_key)
-        if not matched:
+        rest = {name: split(rows)[1] for name, rows in batch.items()}
+        value, metrics = distance(frozen, rest["X0"].astype(jnp.float32) + split(v)[1], rest, distance_key)
+        matching = split(squared(error))[0]
+        if not len(matching):
             return value, metrics
-        matching = jnp.mean(squared(error)[:matched])
-        share = matched / count
+        share, matching = len(matching) / count, jnp.mean(matching)
         return (1 - share) * value + share * matching, metrics | {"matching": matching}
 
     return loss
+
+
+def make_split(count: int, share: float) -> tuple[Bool[Array, " B"], Split]:
+    """Chooses a share of a batch's rows: whether each row is chosen, and `split(rows [B, ...]) → (chosen, others)`.
+
+    The chosen rows are spread evenly, so that a batch that is split over devices stays on them; pairs are shuffled.
+    """
+    chosen = round(share * count)
+    blocks = math.gcd(chosen, count)
+    size, first = count // blocks, chosen // blocks
+
+    def split(rows):
+        parts = rows.reshape(blocks, size, *rows.shape[1:])
+        return tuple(part.reshape(-1, *rows.shape[1:]) for part in (parts[:, :first], parts[:, first:]))
+
+    return jnp.arange(count) % size < first, split
 
 
 def make_errors(unet, text_encoder, prompt_dropout: float, num_timesteps: int) -> Callable:
@@ -291,10 +309,9 @@ def make_progressive_loss(
         X1 = batch["X1"].astype(jnp.float32)
         X0 = jax.random.normal(noise_key, X1.shape)
         first = 2 * jax.random.randint(time_key, (len(X1),), 0, len(grid.tau) // 2)  # of the two steps
-        ids = drop_prompts(drop_key, batch["ids"], frozen["null_ids"], prompt_dropout)
-        both = jnp.concatenate([frozen["null_ids"], ids])
-        both = text_encoder.apply(frozen["text_encoder"], both).last_hidden_state
-        text, null = both[1:], both[:1]
+        text = encode(text_encoder, frozen, batch["ids"], prompt_dropout, drop_key)
+        # By itself: in a batch of B + 1 rows, most rows would move between devices.
+        null = text_encoder.apply(frozen["text_encoder"], frozen["null_ids"]).last_hidden_state
 
         t = times[first]
         Z = flow.interpolate(X0, X1, t)

@@ -79,15 +79,15 @@ def make_student_loss(method: Method, *, matching: float, regression: float, adv
     def loss(params, frozen, batch, key):
         noise_key, drop_key, noised_key = jax.random.split(key, 3)
         text, count = encode(method, frozen, batch, drop_key), len(batch["X1"])
-        regressed = round(regression * count)  # the first rows; pairs are shuffled
-        from_pairs = (jnp.arange(count) < regressed)[:, None, None, None]
-        Z = jnp.where(from_pairs, batch["X0"], jax.random.normal(noise_key, batch["X1"].shape))
-        x = draw(method, params, Z, text)
+        from_pairs, split = losses.make_split(count, regression)
+        noise = jax.random.normal(noise_key, batch["X1"].shape)
+        Z = jnp.where(from_pairs[:, None, None, None], batch["X0"], noise)
+        regressed, x = split(draw(method, params, Z, text))
 
-        value, metrics = distribution_loss(frozen, x[regressed:], text[regressed:], noised_key)
-        if not regressed:
+        value, metrics = distribution_loss(frozen, x, split(text)[1], noised_key)
+        if not len(regressed):
             return value, metrics
-        error, share = jnp.mean(squared(x[:regressed] - batch["X1"][:regressed])), regressed / count
+        error, share = jnp.mean(squared(regressed - split(batch["X1"])[0])), len(regressed) / count
         return (1 - share) * value + share * error, metrics | {"regression": error}
 
     def distribution_loss(frozen, x: Latent, text: Context, key: Key) -> tuple[Scalar, Metrics]:
