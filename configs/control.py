@@ -21,7 +21,7 @@ KINDS = ("a face", "a person", "an animal", "a flag")  # which leave the shape o
 
 
 def get_config(variant: str = "openmoji") -> ConfigDict:
-    config = reflow.training()
+    config = reflow.network()
     config.stage = "control"
     config.model = ""  # the flow; "" is DIR/reflow/export
     config.output = "control"  # folder of the workdir to train in
@@ -36,7 +36,6 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
 
 def openmoji(config: ConfigDict) -> None:
     reflow.emoji_budget(config, steps=1000)
-    config.warm_start = False
     config.prompt_dropout = 0.5  # a full name says nearly all; without one the outline has to be followed
     config.eval.prompts = KINDS
     config.eval_every = 500

@@ -52,6 +52,7 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
 def openmoji(config: ConfigDict) -> None:
     config.pairs = reflow.flow_pairs()
     reflow.emoji_budget(config, steps=900)
+    config.warm_start = True
 
 
 def lpips(config: ConfigDict) -> None:

@@ -41,6 +41,7 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
 
 def openmoji(config: ConfigDict) -> None:
     reflow.emoji_budget(config, steps=150)
+    config.warm_start = True
     config.schedule = {"name": "constant", "peak": 5e-5, "warmup_steps": 10}
     config.fake.schedule = {"name": "constant", "peak": 2e-4, "warmup_steps": 10}
     config.loop.save_every = 50

@@ -40,13 +40,19 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
 
 
 def training() -> ConfigDict:
-    """What reflow and distillation share; training starts from the weights `config.model`."""
+    """What the stages that train a flow share."""
+    config = network()
+    config.warm_start = False  # convert a teacher's weights to a flow's sign and timesteps before the first step
+    config.lora = lora()
+    return config
+
+
+def network() -> ConfigDict:
+    """What they share with the training of a ControlNet; it starts from the weights `config.model`."""
     config = common.weights()
     config.update(common.training())
     config.schedule = {"name": "constant", "peak": 1e-6, "warmup_steps": 1000}
     config.remat = {"unet": "none"}  # or attention, blocks: what the backward pass recomputes to save memory
-    config.warm_start = False  # convert a teacher's weights to a flow's sign and timesteps before the first step
-    config.lora = lora()
     config.prompt_dropout = 0.1  # share of prompts replaced by the empty one, which keeps guidance possible
     config.eval = {"prompts": PROMPTS, "seeds": 2, "N": (1, 2, 4, 25), "alpha": 1.0}  # the grid; S takes the largest N
     return config
@@ -67,6 +73,7 @@ def openmoji(config: ConfigDict) -> None:
     config.model = "openmoji"
     config.pairs = generate.get_config("openmoji")
     emoji_budget(config, steps=1500)
+    config.warm_start = True
     config.prompt_dropout = 0.05
     config.later = later(flow_pairs(), steps=1500, peak=3e-4)
 
@@ -86,7 +93,6 @@ def later(pairs: ConfigDict, *, steps: int, peak: float) -> ConfigDict:
 def emoji_budget(config: ConfigDict, steps: int) -> None:
     """For a few minutes on two CPU cores: few steps with a high learning rate that falls to 0 at the last step."""
     config.batch_size = 32
-    config.warm_start = True
     config.loop.update({"steps": steps, "save_every": 250})
     config.ema_decay = 0.99
     config.schedule = common.cosine(config, peak=1e-3, warmup_steps=50, end=0.0)

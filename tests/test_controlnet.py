@@ -424,6 +424,11 @@ def test_a_trained_controlnet_fits_the_flow_and_follows_its_config(run, teacher)
     )
 
 
+def test_its_config_has_no_field_that_only_training_of_a_flow_reads():
+    config = read_config("control")
+    assert not {"lora", "warm_start"} & set(config) and {"lora", "warm_start"} <= set(config.reflow)
+
+
 def test_a_controlnet_is_trained_for_a_flow_and_its_autoencoder(teacher, tmp_path):
     config = control_config(teacher)
     config.model = str(teacher)

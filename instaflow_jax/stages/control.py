@@ -77,14 +77,14 @@ def check(config: ConfigDict, workdir: str) -> None:
     flow_training.check_loss(options, recipe, loss, net.shapes, make_frozen(pipe))
 
 
-def read_options(config: ConfigDict, workdir: str) -> flow_training.FlowOptions:
+def read_options(config: ConfigDict, workdir: str) -> flow_training.NetworkOptions:
     """Checks and unpacks the config before anything is loaded. Raises ValueError."""
-    options = flow_training.read_flow_options(config)
+    options = flow_training.read_network_options(config)
     fit.check_same_run(options.train, Path(workdir) / config.output)
     return options
 
 
-def make_net(config: ConfigDict, options: flow_training.FlowOptions, pipe: pipeline.Pipeline) -> Net:
+def make_net(config: ConfigDict, options: flow_training.NetworkOptions, pipe: pipeline.Pipeline) -> Net:
     """The ControlNet of the flow's U-Net.
 
     Raises:
@@ -103,7 +103,7 @@ def make_net(config: ConfigDict, options: flow_training.FlowOptions, pipe: pipel
     return net
 
 
-def make_loss(config: ConfigDict, options: flow_training.FlowOptions, nets: Mapping[str, Net], net: Net) -> Loss:
+def make_loss(config: ConfigDict, options: flow_training.NetworkOptions, nets: Mapping[str, Net], net: Net) -> Loss:
     """The loss of `config.loss`. Raises ValueError for an unknown choice."""
     return make_control_loss(
         nets["unet"].with_remat(options.remat["unet"]),

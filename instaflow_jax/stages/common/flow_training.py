@@ -40,14 +40,12 @@ FLOW = sampling.Flow(1, NUM_TIMESTEPS)
 
 
 @dataclasses.dataclass(frozen=True)
-class FlowOptions:
-    """The fields of `configs/reflow.py:training`.
+class NetworkOptions:
+    """The fields of `configs/reflow.py:network`.
 
     Attributes:
       remat: for each network, what the backward pass recomputes; one of `REMAT`.
       prompt_dropout: share of prompts replaced by the empty one.
-      warm_start: whether a teacher's weights are converted to a flow's sign and timesteps before the first step.
-      lora: the adapters that are trained in place of all weights; None to train all.
     """
 
     weights: WeightOptions
@@ -55,25 +53,40 @@ class FlowOptions:
     eval: fit.EvalOptions
     remat: Mapping[str, str]
     prompt_dropout: float
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowOptions(NetworkOptions):
+    """The fields of `configs/reflow.py:training`.
+
+    Attributes:
+      warm_start: whether a teacher's weights are converted to a flow's sign and timesteps before the first step.
+      lora: the adapters that are trained in place of all weights; None to train all.
+    """
+
     warm_start: bool
     lora: Lora | None
 
 
-def read_flow_options(config: ConfigDict) -> FlowOptions:
+def read_network_options(config: ConfigDict) -> NetworkOptions:
     """Checks and unpacks the config before anything is loaded.
 
     Raises:
       ValueError: naming the field, its value and the rule.
     """
-    return FlowOptions(
+    return NetworkOptions(
         weights=read_weight_options(config),
         train=fit.read_train_options(config),
         eval=fit.read_eval_options(config.eval),
         remat=read_remat(config.remat),
         prompt_dropout=config.prompt_dropout,
-        warm_start=config.warm_start,
-        lora=adapters.read_lora(config.lora),
     )
+
+
+def read_flow_options(config: ConfigDict) -> FlowOptions:
+    """As `read_network_options`, for a stage that trains a flow. Raises ValueError."""
+    options = read_network_options(config)
+    return FlowOptions(**vars(options), warm_start=config.warm_start, lora=adapters.read_lora(config.lora))
 
 
 def read_remat(config: ConfigDict) -> dict[str, str]:
@@ -110,7 +123,7 @@ def check(
 
 
 def check_loss(
-    options: FlowOptions, recipe: Mapping[str, Any], loss: Loss, params: PyTree, frozen: Mapping[str, Any]
+    options: NetworkOptions, recipe: Mapping[str, Any], loss: Loss, params: PyTree, frozen: Mapping[str, Any]
 ) -> None:
     """Traces a loss of these parameters, arrays or shapes, on pairs of this recipe. Raises as the loss does."""
     train = options.train
