@@ -323,10 +323,10 @@ def _tensors(configs: Mapping[str, Any], params: Mapping[str, Params]) -> Iterat
             yield place, array[..., None, None] if convolution else array
 
 
-def check_range(params: Mapping[str, Params], dtype: str) -> None:
+def check_range(weights: Mapping[str, np.ndarray], dtype: str) -> None:
     """Raises ValueError naming the first weight that is too large for one of `DTYPES`."""
-    largest = float(np.finfo(DTYPES[dtype]).max)
-    for net, weights in params.items():
-        for name, value in weights.items():
-            if np.abs(value).max(initial=0) > largest:
-                raise ValueError(f"{net}: weight {port.torch_key(name)} exceeds {largest:g}, the largest {dtype}")
+    limit = float(np.finfo(DTYPES[dtype]).max)
+    for name, array in weights.items():
+        largest = float(np.abs(array).max(initial=0))
+        if largest > limit:
+            raise ValueError(f"weight {name} has values up to {largest:g}, but {dtype} ends at {limit:g}")

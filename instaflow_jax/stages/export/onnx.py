@@ -50,22 +50,14 @@ def save(source: Source, path: Path, *, batch: int | str, half: bool, external: 
 
 
 def stored(pipe: pipeline.Pipeline, half: bool) -> dict[str, np.ndarray]:
-    """The weights that sampling uses, as by `flat`; with `half` kernels and embeddings in float16.
-
-    Raises:
-      ValueError: a weight is too large for float16.
-    """
+    """The weights that sampling uses, as by `flat`; with `half` those of `to_halve` in float16."""
     weights = flat(pipe)
-    if not half:
-        return weights
-    limit = np.finfo(np.float16).max
-    for name, array in weights.items():
-        if array.ndim > 1 and np.abs(array).max() > limit:
-            raise ValueError(
-                f"weight {name} has values up to {np.abs(array).max():g}, but float16 ends at {limit:g}; use the "
-                "format 'onnx', which stores float32"
-            )
-    return {name: array.astype(np.float16) if array.ndim > 1 else array for name, array in weights.items()}
+    return weights | {name: array.astype(np.float16) for name, array in to_halve(weights).items()} if half else weights
+
+
+def to_halve(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The kernels and embeddings."""
+    return {name: array for name, array in weights.items() if array.ndim > 1}
 
 
 def convert(source: Source, weights: dict[str, np.ndarray], batch: int | str) -> Any:

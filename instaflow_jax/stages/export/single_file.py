@@ -44,10 +44,11 @@ def check(source: Source, dtype: str) -> None:
         )
     if isinstance(source.dynamics, sampling.Flow):
         as_single_file({}, source.pipe.index, source.dynamics.num_timesteps)
+    named = source.pipe.params.items()
     try:
-        ldm.check_range(source.pipe.params, dtype)
+        ldm.check_range({f"{net}/{name}": array for net, params in named for name, array in params.items()}, dtype)
     except ValueError as error:
-        raise ValueError(f"{source.name}, {error}: use config.single_file_dtype='float32'") from error
+        raise ValueError(f"{source.name}: {error}; use config.single_file_dtype='float32'") from error
 
 
 def family(source: Source) -> str:

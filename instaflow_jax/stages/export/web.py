@@ -13,7 +13,9 @@ from instaflow_jax import pipeline
 from instaflow_jax.infra import files
 from instaflow_jax.stages.export import onnx
 from instaflow_jax.stages.export.licence import TEXTS, attribution, licence
+from instaflow_jax.stages.export.program import flat
 from instaflow_jax.stages.export.source import Source
+from instaflow_jax.weights import ldm
 
 ASSETS = pipeline.EMBEDDED / "web"
 SCRIPT, PAGE, ORT_LICENCE = "draw.js", "index.html", "onnxruntime_LICENSE"
@@ -54,7 +56,10 @@ def save(source: Source, directory: Path, package: Path, examples: Sequence[str]
 
 
 def check(source: Source, package: str) -> None:
-    """Raises ValueError if ONNX Runtime Web is not in the folder `package`, or the model is too large for a browser."""
+    """Raises ValueError if ONNX Runtime Web is not in the folder `package`, or the model does not fit into a browser.
+
+    It does not if its weights in float16 are too many, or one of them is too large for float16.
+    """
     missing = [name for name in ort_names() if not (Path(package) / "dist" / name).is_file()]
     if not package or missing:
         raise ValueError(
@@ -62,7 +67,13 @@ def check(source: Source, package: str) -> None:
             f"'web': run npm pack onnxruntime-web@{ORT_VERSION} && tar xzf onnxruntime-web-{ORT_VERSION}.tgz, and use "
             "--config.onnxruntime_web=package"
         )
-    size = sum(array.nbytes for array in onnx.stored(source.pipe, half=True).values())
+    weights = flat(source.pipe)
+    halved = onnx.to_halve(weights)
+    try:
+        ldm.check_range(halved, "float16")
+    except ValueError as error:
+        raise ValueError(f"{source.name}: {error}; use the format 'onnx', which stores float32") from error
+    size = sum(2 * array.size if name in halved else array.nbytes for name, array in weights.items())
     if size > LARGEST:
         raise ValueError(
             f"{source.name} has {files.format_bytes(size)} of weights in float16, too many for a browser, which takes "
