@@ -134,18 +134,13 @@ def make_reflow_loss(
     Raises:
       ValueError: an unknown time, penalty or noise.
     """
-    times, measure = choose(TIMES, "time", time), choose(PENALTIES, "penalty", penalty)
-    renew = choose(NOISES, "noise", noise)
     errors = make_errors(unet, text_encoder, prompt_dropout, num_timesteps)
-
-    def loss(params, frozen, batch, key):
-        batch, key = renew(batch, key)
-        time_key, drop_key = jax.random.split(key)
-        t = times(time_key, len(batch["X0"]))
-        _, error = errors(params, frozen, batch, t, drop_key)
-        return jnp.mean(measure(error)), buckets(t, squared(error))
-
-    return loss
+    return make_line_loss(
+        lambda params, frozen, batch, t, key: (t, errors(params, frozen, batch, t, key)[1]),
+        time=time,
+        penalty=penalty,
+        noise=noise,
+    )
 
 
 def make_diffusion_loss(
@@ -165,21 +160,39 @@ def make_diffusion_loss(
     Raises:
       ValueError: an unknown time, penalty or noise.
     """
-    times, measure = choose(TIMES, "time", time), choose(PENALTIES, "penalty", penalty)
-    renew = choose(NOISES, "noise", noise)
     t_of = jnp.asarray(teacher.flow_times(schedule), jnp.float32)
     T = len(t_of)
 
-    def loss(params, frozen, batch, key):
-        batch, key = renew(batch, key)
-        time_key, drop_key = jax.random.split(key)
+    def errors(params, frozen, batch, u, key):
         X0, X1 = batch["X0"].astype(jnp.float32), batch["X1"].astype(jnp.float32)
-        tau = T - 1 - jnp.floor(times(time_key, len(X0)) * T).astype(jnp.int32)
+        tau = T - 1 - jnp.floor(u * T).astype(jnp.int32)
         t = t_of[tau]
-        text = encode(text_encoder, frozen, batch["ids"], prompt_dropout, drop_key)
+        text = encode(text_encoder, frozen, batch["ids"], prompt_dropout, key)
         velocity_at = teacher.make_velocity_at(lambda x, tau: unet.apply(params, x, tau, text), schedule)
         v = velocity_at(flow.interpolate(X0, X1, t), t, tau)
-        error = (1 - t)[:, None, None, None] * (v - flow.velocity_target(X0, X1))
+        return t, (1 - t)[:, None, None, None] * (v - flow.velocity_target(X0, X1))
+
+    return make_line_loss(errors, time=time, penalty=penalty, noise=noise)
+
+
+def make_line_loss(errors: Callable, *, time: str, penalty: str, noise: str) -> Loss:
+    """The mean penalty of errors at random points of the straight lines from X0 to X1.
+
+    Args:
+      errors: `errors(params, frozen, batch, t, key) → (t, error)` at the drawn times [B]; it returns the flow time of
+        the point it took, at which the error is logged.
+      time, penalty, noise: as for `make_reflow_loss`.
+
+    Raises:
+      ValueError: an unknown time, penalty or noise.
+    """
+    times, measure = choose(TIMES, "time", time), choose(PENALTIES, "penalty", penalty)
+    renew = choose(NOISES, "noise", noise)
+
+    def loss(params, frozen, batch, key):
+        batch, key = renew(batch, key)
+        time_key, error_key = jax.random.split(key)
+        t, error = errors(params, frozen, batch, times(time_key, len(batch["X0"])), error_key)
         return jnp.mean(measure(error)), buckets(t, squared(error))
 
     return loss
