@@ -117,13 +117,18 @@ def abstract(tree: PyTree, mesh: Mesh) -> PyTree:
     )
 
 
+def platform(mesh: Mesh) -> str:
+    """ "cpu", "gpu" or "tpu": of the devices of a mesh, which are of one kind."""
+    return mesh.devices.flat[0].platform
+
+
 def sums_behind_loops(mesh: Mesh) -> bool:
     """Whether the compiler moves a sum over devices out of the loop over micro-batches.
 
     Then whole weights and gradients outside of that loop let each step gather and scatter once. TPUs' does not (libtpu
     0.0.42): there it would sum whole gradients in each micro-batch, so shards inside of the loop take less.
     """
-    return mesh.devices.flat[0].platform != "tpu"
+    return platform(mesh) != "tpu"
 
 
 def gathering(gradient: Callable, mesh: Mesh, others: Sequence[str] = ()) -> Callable:

@@ -277,7 +277,7 @@ def make_method(config: ConfigDict, options: flow_training.FlowOptions, losses: 
         accumulate=train.accumulate,
         updates=config.fake.updates,
         first=config.fake.first,
-        unroll=mesh.devices.flat[0].platform == "cpu",  # where convolutions in a loop are slow
+        unroll=devices.platform(mesh) == "cpu",  # where convolutions in a loop are slow
         sharded=(BASE,) if options.lora else (),
     )
     create: Any = functools.partial(train_state.create_two, optimizer=optimizer, fake_optimizer=fake_optimizer)
