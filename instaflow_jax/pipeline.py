@@ -59,6 +59,12 @@ class Pipeline:
         """See `latent_shape`."""
         return latent_shape(self.nets)
 
+    def image_size(self, shape: tuple[int, int, int]) -> tuple[int, int]:
+        """Height and width in pixels of the images of latents of `shape` [h, w, c]."""
+        h, w, _ = shape
+        factor = self.nets["vae"].config.factor
+        return h * factor, w * factor
+
 
 def inference_params(nets: Mapping[str, Net], params: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """The weights that text-to-image reads, in the types it computes with; arrays or shapes.

@@ -150,7 +150,7 @@ def make_evaluate(options: fit.EvalOptions, pipe: pipeline.Pipeline, net: Net, t
     solves = {N: sampling.make_solve(apply, flow_training.FLOW, "euler", N, options.alpha) for N in counts}
     programs = {N: jax.jit(sampling.make_generate(pipe.nets, solve)) for N, solve in solves.items()}
     names = [loading.name_image(prompt, seed) for prompt in prompts for seed in range(seeds)]
-    size = [side * net.config.factor for side in pipe.latent_shape[:2]]
+    size = pipe.image_size(pipe.latent_shape)
 
     def draw(ema, condition, scale: float, N: int, X0) -> np.ndarray:
         part = {"params": ema, "condition": condition, "scale": np.float32(scale)}

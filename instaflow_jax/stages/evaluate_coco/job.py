@@ -77,7 +77,7 @@ def prepare(options: Options, photos: list[coco.Photo], directory: Path) -> Job:
     """
     solving, pipe = options.solving, load(options.model, options.weights)
     shape = latent_shape(pipe.nets, solving.height, solving.width)
-    height, width = (side * pipe.nets["vae"].config.factor for side in shape[:2])
+    height, width = pipe.image_size(shape)
     if min(height, width) < options.size:
         raise ValueError(
             f"config.size={options.size} exceeds the images of {options.model}, {width}×{height}, which are only ever "

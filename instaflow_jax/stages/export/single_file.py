@@ -63,7 +63,7 @@ def metadata(source: Source, licence: str) -> dict[str, str]:
 
     A flow has an architecture of its own: the specification asks for one wherever programs must act differently.
     """
-    width, height = image_size(source)
+    height, width = source.pipe.image_size(source.pipe.latent_shape)
     fields = {
         "sai_model_spec": "1.0.0",
         "architecture": family(source) or "latent-diffusion",
@@ -85,16 +85,9 @@ def metadata(source: Source, licence: str) -> dict[str, str]:
     return {f"modelspec.{name}": value for name, value in fields.items()}
 
 
-def image_size(source: Source) -> tuple[int, int]:
-    """Width and height in pixels of the images that the model was made for."""
-    h, w, _ = source.pipe.latent_shape
-    factor = source.pipe.nets["vae"].config.factor
-    return w * factor, h * factor
-
-
 def comfyui_graph(source: Source, prompt: str) -> dict[str, Any]:
     """A graph in ComfyUI's API format, which its page opens too; [node, output] connects two nodes."""
-    width, height = image_size(source)
+    height, width = source.pipe.image_size(source.pipe.latent_shape)
     noise = {"seed": 0, "denoise": 1.0, "latent_image": ["empty", 0]}
     solver = {"steps": flow_steps(source), "sampler_name": "euler", "scheduler": "simple"}
     guidance = {"positive": ["prompt", 0], "negative": ["null", 0], "cfg": 1.0}  # at 1, "negative" is not computed

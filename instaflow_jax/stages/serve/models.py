@@ -78,7 +78,7 @@ def make_model(
     The batch size is 1, so the seconds shown are those of one image, as in the paper's table.
     """
     read = sampling.read_dynamics(pipe.scheduler, pipe.index, dynamics)
-    size = [side * pipe.nets["vae"].config.factor for side in pipe.latent_shape[:2]]
+    size = pipe.image_size(pipe.latent_shape)
     blank = [np.zeros((1, *size, 3), np.float32)] * len(controls)
     params, null = jax.device_put(control.inference_params(pipe, controls, blank)), pipe.tokenizer([""])
     noise = jax.jit(functools.partial(sampling.noise, shape=pipe.latent_shape))
