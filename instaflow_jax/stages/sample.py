@@ -4,7 +4,7 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from instaflow_jax.infra.progress import Progress
 from instaflow_jax.infra.runner import BatchedRunner
 from instaflow_jax.stages.common import control
 from instaflow_jax.stages.common.loading import (
+    SolveOptions,
     check_drawn,
     latent_shape,
     load,
@@ -30,18 +31,37 @@ from instaflow_jax.stages.common.ranges import check_ranges
 Job = tuple[int, int]  # row of the prompts, and seed
 
 
+class Prepared(NamedTuple):
+    """What a run needs before it draws.
+
+    Attributes:
+      shape: of the latents, [h, w, c].
+      params: weights, and the images that the ControlNets see; what `solve` and `draw` take.
+    """
+
+    prompts: list[str]
+    seeds: tuple[int, ...]
+    options: SolveOptions
+    pipe: pipeline.Pipeline
+    shape: tuple[int, int, int]
+    dynamics: sampling.Dynamics
+    solve: sampling.Solve
+    params: Mapping[str, Any]
+
+
 def run(config: ConfigDict, workdir: str) -> None:
     """Writes `workdir`/sample/: one PNG for each prompt and seed, and grid.png.
 
     Raises:
       ValueError, FileNotFoundError: a field of the config, or a file of the model, is wrong.
     """
-    prompts, seeds, options, pipe, shape, dynamics, solve, params = prepare(config)
-    jobs = list(itertools.product(range(len(prompts)), seeds))
-    factor = pipe.nets["vae"].config.factor
+    ready = prepare(config)
+    options, jobs = ready.options, list(itertools.product(range(len(ready.prompts)), ready.seeds))
+    kind = "flow" if isinstance(ready.dynamics, sampling.Flow) else "teacher"
+    height, width = ready.pipe.image_size(ready.shape)
     print(
-        f"{config.model} as a {'flow' if isinstance(dynamics, sampling.Flow) else 'teacher'}: {len(jobs)} images of "
-        f"{shape[1] * factor}×{shape[0] * factor} pixels, N={options.N}, alpha={options.alpha:g}",
+        f"{config.model} as a {kind}: {len(jobs)} images of {width}×{height} pixels, N={options.N}, "
+        f"alpha={options.alpha:g}",
         flush=True,
     )
     names = ("model", "dynamics", "solver", "N", "alpha", "negative", "dtype", "loras", "controls", "conditions")
@@ -50,8 +70,17 @@ def run(config: ConfigDict, workdir: str) -> None:
         settings["delta"] = "{scale} * ({custom} - {origin})".format(**config.delta)
     directory = Path(workdir) / "sample"
     directory.mkdir(parents=True, exist_ok=True)
-    drawn = draw(pipe, params, solve, prompts, jobs, negative=options.negative, shape=shape, batch=config.batch)
-    write(directory, prompts, seeds, drawn, settings, ending=f"N{options.N}_alpha{options.alpha:g}")
+    drawn = draw(
+        ready.pipe,
+        ready.params,
+        ready.solve,
+        ready.prompts,
+        jobs,
+        negative=options.negative,
+        shape=ready.shape,
+        batch=config.batch,
+    )
+    write(directory, ready.prompts, ready.seeds, drawn, settings, ending=f"N{options.N}_alpha{options.alpha:g}")
 
 
 def check(config: ConfigDict, workdir: str) -> None:
@@ -59,8 +88,8 @@ def check(config: ConfigDict, workdir: str) -> None:
     prepare(config)
 
 
-def prepare(config: ConfigDict) -> tuple:
-    """Prompts, seeds, solver options, pipeline, latents' shape, dynamics, ODE and parameters; all checks of `run`."""
+def prepare(config: ConfigDict) -> Prepared:
+    """All checks of `run`, and what they read. Raises as `run` does."""
     check_ranges(config)
     prompts, seeds = read_prompts(config.prompts), tuple(config.seeds)
     weights, options = read_weight_options(config), read_solve_options(config)
@@ -68,12 +97,12 @@ def prepare(config: ConfigDict) -> tuple:
     shape = latent_shape(pipe.nets, options.height, options.width)
     dynamics = sampling.read_dynamics(pipe.scheduler, pipe.index, options.dynamics)
     controls = control.load_controls(config.controls, pipe, weights)
-    size = [side * pipe.nets["vae"].config.factor for side in shape[:2]]
+    size = pipe.image_size(shape)
     conditions = [control.to_condition(image, *size) for image in control.read_conditions(config.conditions, controls)]
     apply = control.make_apply(pipe, controls)
     solve = sampling.make_solve(apply, dynamics, options.solver, options.N, options.alpha)
     params = control.inference_params(pipe, controls, conditions)
-    return prompts, seeds, options, pipe, shape, dynamics, solve, params
+    return Prepared(prompts, seeds, options, pipe, shape, dynamics, solve, params)
 
 
 def draw(
