@@ -13,6 +13,7 @@ from helpers import ROOT, free_port, load, read_config
 
 from instaflow_jax import main, sampling
 from instaflow_jax.stages.export import card, licence
+from instaflow_jax.stages.export import source as export_source
 from instaflow_jax.stages.export.source import Source
 from instaflow_jax.weights import hub
 
@@ -225,6 +226,30 @@ def test_the_card_names_the_model_that_the_lineage_begins_with(model, base, teac
     pipe = load(teacher)
     source = Source("runs/distill", pipe, sampling.Flow(1, 1000), runs["runs/distill"], 1)
     assert licence.base_model(source) == base
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_the_card_of_a_distillation_names_what_its_workdirs_flow_was_made_from(
+    recorded, teacher, tmp_path, monkeypatch
+):
+    """The flow came from elsewhere than `config.reflow` of the distillation says, or has no record at all."""
+    trained = {"stage": "reflow", "model": "owner/model", "pairs": {"model": "owner/model"}}
+    default = {"model": "openmoji", "output": "reflow"}
+    distilled = {"stage": "distill", "model": "", "pairs": {"model": "openmoji"}, "reflow": default}
+    runs = {tmp_path / "distill" / "checkpoints": distilled} | (
+        {tmp_path / "reflow" / "checkpoints": trained} if recorded else {}
+    )
+    monkeypatch.setattr(export_source.checkpoint, "complete_steps", lambda folder: [1] if folder in runs else [])
+    monkeypatch.setattr(export_source.checkpoint, "load_config", lambda folder, step: runs[folder])
+    assert export_source.run_config(str(tmp_path / "distill")) == distilled  # nothing is known of a flow that is gone
+    flow = tmp_path / "reflow" / "export"
+    flow.mkdir(parents=True)
+    (flow / "model_index.json").write_text("{}")
+    run = export_source.run_config(str(tmp_path / "distill"))
+    source = Source(str(tmp_path / "distill"), load(teacher), sampling.Flow(1, 1000), run, 1)
+    assert export_source.parents(run)[0] == run["pairs"]["model"] == str(flow)
+    assert licence.base_model(source) == ("owner/model" if recorded else "")
+    assert "openmoji" not in licence.lineage(source)
 
 
 @pytest.mark.slow

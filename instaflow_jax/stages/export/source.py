@@ -85,7 +85,7 @@ def load(name: str, weights: str, dynamics: str, options: WeightOptions) -> Sour
 
 def load_run(run: Path, weights: str, options: WeightOptions) -> Source:
     """The newest checkpoint of a run that trained a flow, in the pipeline it was trained in."""
-    saved, step = checkpoint.load_config(run / CHECKPOINTS, step=None), checkpoint.complete_steps(run / CHECKPOINTS)[-1]
+    saved, step = read_run(run), checkpoint.complete_steps(run / CHECKPOINTS)[-1]
     if saved.get("stage") not in ("reflow", "distill", "refine", "progressive"):
         raise ValueError(
             f"{run} is a run of stage {saved.get('stage')!r}, not of reflow, distill, refine or progressive; "
@@ -172,7 +172,7 @@ def run_config(name: str) -> dict[str, Any]:
     """The resolved config of a run directory, or of the run behind an export; {} if there is none."""
     for run in (_path(name), _path(name).parent):
         if checkpoint.complete_steps(run / CHECKPOINTS):
-            return checkpoint.load_config(run / CHECKPOINTS, step=None)
+            return read_run(run)
     manifest = _path(name).parent / MANIFEST
     if not manifest.is_file():
         return {}
@@ -180,6 +180,22 @@ def run_config(name: str) -> dict[str, Any]:
     if damage:
         raise ValueError(f"{damage}; make the export again")
     return files.read_json(manifest)["run"]
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """The config that the newest checkpoint of a run holds.
+
+    A distillation with `model` "" took the flow of its own workdir: `pairs.model` then names that flow, and `reflow`
+    holds the config that the flow was trained with, if the flow is still there.
+    """
+    saved = checkpoint.load_config(run / CHECKPOINTS, step=None)
+    if saved.get("stage") != "distill" or saved["model"]:
+        return saved
+    flow = run.parent / saved["reflow"].get("output", "reflow")
+    if not loading.has_export(flow):
+        return saved
+    source = stores.address(flow / loading.EXPORT)
+    return saved | {"pairs": saved["pairs"] | {"model": source}, "reflow": run_config(source) or {"model": ""}}
 
 
 def flow_steps(source: Source) -> int:
