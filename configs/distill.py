@@ -43,6 +43,8 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
     # second: another model whose U-Net half 2 starts from. middle_norm: keep half 1's last GroupNorm and SiLU.
     config.stacked = {"enabled": False, "second": "", "middle_norm": True}
     config.match = 0.0  # share of each batch that keeps matching velocities at t > 0, for use at 2 and 4 steps
+    # Numbers of steps to train consistency for, as in (1, 2, 4, 8); () trains one step alone.
+    config.consistency = ()
     config.reflow = reflow.get_config("sd15" if variant.startswith("sd15") else "openmoji")
     config.eval.N = (1, 2, 4)
     common.pick(VARIANTS, variant)(config)
@@ -69,6 +71,12 @@ def direct(config: ConfigDict) -> None:
     config.model = "openmoji"
     config.pairs = config.reflow.pairs
     config.pairs_folder, config.output = "", "direct"
+
+
+def consistency(config: ConfigDict) -> None:
+    """The same number of steps from the same flow and pairs as `openmoji`, for 1, 2, 4 and 8 steps of the sampler."""
+    openmoji(config)
+    config.consistency, config.output = (1, 2, 4, 8), "consistency"
 
 
 def stacked(config: ConfigDict) -> None:
@@ -98,6 +106,19 @@ def sd15_lpips(config: ConfigDict) -> None:
     config.loop.steps = 18_000
 
 
+def sd15_consistency(config: ConfigDict) -> None:
+    """20,000 steps of 128 at 5e-6 with weight decay 1e-3.
+
+    Rate, weight decay and steps are those of rectified diffusion's phased consistency stage (arXiv 2410.07303, the
+    released script); the batch is its first stage's, since the script gives only 20 a GPU.
+    """
+    sd15_l2(config)
+    config.consistency, config.output = (1, 2, 4, 8), "consistency"
+    config.batch_size, config.accumulate = 128, 2
+    config.optim.weight_decay, config.schedule.peak = 1e-3, 5e-6
+    config.loop.steps = 20_000
+
+
 def sd15_stacked_l2(config: ConfigDict) -> None:
     """InstaFlow-1.7B's first phase: 110,000 steps of 64, both halves from the 2-rectified flow."""
     sd15_l2(config)
@@ -115,5 +136,6 @@ def sd15_stacked_lpips(config: ConfigDict) -> None:
 
 
 VARIANTS = {"openmoji": openmoji, "lpips": lpips, "direct": direct, "stacked": stacked}
+VARIANTS |= {"consistency": consistency, "sd15_consistency": sd15_consistency}
 VARIANTS |= {"sd15_l2": sd15_l2, "sd15_lpips": sd15_lpips}
 VARIANTS |= {"sd15_stacked_l2": sd15_stacked_l2, "sd15_stacked_lpips": sd15_stacked_lpips}

@@ -133,19 +133,21 @@ def test_extra_folders_are_evaluated_like_distill(run, tiny, no_drawing, tmp_pat
 @pytest.mark.slow
 def test_later_reflows_and_rounds_of_progressive_distillation_are_rows(run, tiny, no_drawing, tmp_path):
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
-    for source, name in (("reflow", "reflow_3"), ("distill", "progressive_1"), ("distill", "progressive_2")):
+    made = (("reflow", "reflow_3"), *(("distill", name) for name in ("progressive_1", "progressive_2", "consistency")))
+    for source, name in made:
         shutil.copytree(copy / source, copy / name)
     (copy / "reflow_10").mkdir()  # not trained yet
     main.run(configured(tiny), str(copy))
     rows = {(row["model"], row["N"]): row for row in results(copy)["rows"]}
     assert [key for key in rows if key[1]][2:] == [
         *(("reflow", 2), ("reflow", 1), ("reflow_3", 2), ("reflow_3", 1), ("distill", 1)),
+        ("consistency", 1),
         *(("progressive_2", 2), ("progressive_1", 1)),
     ]
     assert rows["reflow_3", 2] == rows["reflow", 2] | {"model": "reflow_3", "title": "3-RF"}
     assert rows["progressive_1", 1] == rows["distill", 1] | {"model": "progressive_1", "title": "progressive"}
     columns = images.load_png(copy / "evaluate" / "grid.png")[1]["columns"]
-    assert columns.endswith("2-RF, 1|3-RF, 2|3-RF, 1|reflow + distil, 1|progressive, 1")
+    assert columns.endswith("3-RF, 2|3-RF, 1|reflow + distil, 1|reflow + consistency, 1|progressive, 1")
     assert images.load_png(copy / "evaluate" / "straightness.png")[0].shape[2] == 3
     with pytest.raises(ValueError, match="'reflow_3' is empty, repeated, or one of"):
         evaluate_models.split_extra("reflow_3")

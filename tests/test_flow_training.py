@@ -222,7 +222,7 @@ CONFIGS = [
     *(("reflow", v) for v in ("openmoji", "sd15", "sd15_2")),
     *((stage, "openmoji") for stage in ("refine", "control")),
     *(("progressive", v) for v in ("openmoji", "sd15")),
-    *(("distill", v) for v in ("openmoji", "direct", "sd15_lpips")),
+    *(("distill", v) for v in ("openmoji", "direct", "sd15_lpips", "sd15_consistency")),
     *(("pretrain", v) for v in ("autoencoder", "diffusion", "clip", "classifier")),
     *(("evaluate", v) for v in ("openmoji", "coco5k")),
     *(("generate", "rf2"), ("serve", "openmoji"), ("export", "openmoji"), ("demo", "full")),

@@ -66,6 +66,11 @@ def read_options(config: ConfigDict, workdir: str) -> flow_training.FlowOptions:
         raise ValueError(f"config.distance={config.distance!r} is not one of {', '.join(DISTANCES)}")
     if config.lpips.net not in PUBLISHED:
         raise ValueError(f"config.lpips.net={config.lpips.net!r} is not one of {', '.join(PUBLISHED)}")
+    if config.match and config.consistency:
+        raise ValueError(
+            f"config.match={config.match:g} has no effect with config.consistency={tuple(config.consistency)}: "
+            "use one of them"
+        )
     options = flow_training.read_flow_options(config)
     fit.check_same_run(options.train, Path(workdir) / config.output, chosen=("pairs.model",))
     return options
@@ -123,11 +128,14 @@ def make_loss(config: ConfigDict, options: flow_training.FlowOptions, nets: Mapp
         fields = {name: config.lpips[name] for name in config.lpips if name not in LPIPS_FILES}
         vae, lpips = (nets[name].with_remat(remat[name]) for name in ("vae", "lpips"))
         distance = losses.make_lpips_distance(vae, lpips, **fields)
-    return losses.make_distill_loss(
+    make, chosen = losses.make_distill_loss, {"match": config.match}
+    if config.consistency:
+        make, chosen = losses.make_consistency_loss, {"steps": tuple(config.consistency)}
+    return make(
         nets["unet"].with_remat(remat["unet"]),
         nets["text_encoder"],
         distance,
-        match=config.match,
+        **chosen,
         prompt_dropout=options.prompt_dropout,
         num_timesteps=NUM_TIMESTEPS,
     )

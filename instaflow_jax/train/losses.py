@@ -1,4 +1,5 @@
-"""The paper's two losses, reflow (Eq. 5) and one-step distillation (Eq. 6), and progressive distillation beside them.
+"""The paper's two losses, reflow (Eq. 5) and one-step distillation (Eq. 6), and beside them consistency and progressive
+distillation.
 
 The `make_…_loss` functions return a loss `(params, frozen, batch, key) → (scalar, metrics)` for `step.make_train_step`.
 The batch holds pairs: "X0", "X1" [B, h, w, c] and the token ids "ids" [B, L] of the prompts. `frozen` holds what is not
@@ -7,7 +8,7 @@ trained: "text_encoder", "null_ids" [1, L], for LPIPS "vae" and "lpips", and for
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -112,7 +113,7 @@ def choose(table: Mapping[str, Any], field: str, name: str) -> Any:
     return table[name]
 
 
-# ---------------------------------------------------------------- the two losses
+# ---------------------------------------------------------------- the losses on pairs
 
 
 def make_reflow_loss(
@@ -233,6 +234,53 @@ def make_distill_loss(
         return (1 - share) * value + share * matching, metrics | {"matching": matching}
 
     return loss
+
+
+def make_consistency_loss(
+    unet, text_encoder, distance: Distance, *, steps: Sequence[int], prompt_dropout: float, num_timesteps: int
+) -> Loss:
+    """Consistency training on the pairs' straight paths, for sampling with any of the numbers of steps N in `steps`.
+
+    For each sample N is drawn from `steps`, then one of the N Euler steps, from t to t' = t + 1/N. The X1 predicted at
+    t, f(Xt, t) = Xt + (1 − t) v(Xt, t), is trained to be the one predicted at t', without a gradient. At t' = 1 that
+    is the pair's X1, so N = 1 is Eq. 6, and larger N carry X1 back along the line. f, both points on one line and all
+    weights equal are Consistency-FM's (arXiv 2407.02398), which has independent noise and one small t' − t. The target
+    takes the trained weights and not their moving average, as there and in iCT (2310.14189).
+
+    Args:
+      distance: of the two predictions, as for `make_distill_loss`.
+      steps: each of at least 1.
+
+    Raises:
+      ValueError: `steps` is empty or holds a number below 1.
+    """
+    if not steps or min(steps) < 1:
+        raise ValueError(f"steps={tuple(steps)} must be numbers of steps of at least 1, as in (1, 2, 4, 8)")
+
+    def loss(params, frozen, batch, key):
+        time_key, drop_key, distance_key = jax.random.split(key, 3)
+        X0, X1 = batch["X0"].astype(jnp.float32), batch["X1"].astype(jnp.float32)
+        text = encode(text_encoder, frozen, batch["ids"], prompt_dropout, drop_key)
+        t, t_next = draw_step(time_key, steps, len(X0))
+
+        def predict(t: PerSample) -> Latent:
+            Xt = flow.interpolate(X0, X1, t)
+            v = unet.apply(params, Xt, flow.timestep(t, num_timesteps), text)
+            return Xt + (1 - t)[:, None, None, None] * v
+
+        target, X1_hat = lax.stop_gradient(predict(t_next)), predict(t)
+        value, metrics = distance(frozen, X1_hat, {"X1": target}, distance_key)
+        return value, metrics | buckets(t, squared(X1_hat - target))
+
+    return loss
+
+
+def draw_step(key: Key, steps: Sequence[int], count: int) -> tuple[PerSample, PerSample]:
+    """Beginning and end of random Euler steps: of N steps from 0 to 1, N drawn from `steps`, one of the N."""
+    N_key, step_key = jax.random.split(key)
+    N = jax.random.choice(N_key, jnp.asarray(steps, jnp.int32), (count,))
+    i = jax.random.randint(step_key, (count,), 0, N)
+    return i / N, (i + 1) / N
 
 
 def make_split(count: int, share: float) -> tuple[Bool[Array, " B"], Split]:

@@ -20,7 +20,7 @@ RANGES: dict[str, tuple[float, float]] = {  # last words of STAGE.BLOCK.FIELD â†
     **dict.fromkeys(("N", "teacher_N", "batch", "batch_size", "accumulate", "fsdp", "eval_every", "size"), _COUNT),
     **dict.fromkeys(("loop.steps", "log_every", "save_every", "max_skipped", "keep_last", "total_steps"), _COUNT),
     **dict.fromkeys(("rounds.steps", "eval.seeds", "shard_size", "preview", "neighbours", "repeats"), _COUNT),
-    **dict.fromkeys(("max_chars", "max_images", "queue", "copies", "toned_copies", "channels"), _COUNT),
+    **dict.fromkeys(("max_chars", "max_images", "queue", "copies", "toned_copies", "channels", "consistency"), _COUNT),
     **dict.fromkeys(("height", "width", "count", "profile_steps", "keep_every", "warmup_steps", "max_shift"), _INDEX),
     **dict.fromkeys(("crop", "margin", "processes", "process", "cleaning.min_chars", "cleaning.max_chars"), _INDEX),
     **dict.fromkeys(("ema_decay", "prompt_dropout", "empty", "threshold"), _SHARE),
@@ -48,7 +48,7 @@ RANGES: dict[str, tuple[float, float]] = {  # last words of STAGE.BLOCK.FIELD â†
     "port": (0, 2**16 - 1),
     "dollars_per_device_hour": _SCALE,
 }
-_MAY_BE_EMPTY = ("alphas", "formats", "ranks")  # export lists the formats it knows
+_MAY_BE_EMPTY = ("alphas", "formats", "ranks", "consistency")  # export lists the formats it knows
 
 
 def check_ranges(config: ConfigDict) -> None:

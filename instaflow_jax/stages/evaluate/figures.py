@@ -26,6 +26,7 @@ _COLOURS = {
     "distill": "#d1495b",
     "distill_lpips": "#7b2d8b",
     "direct": "#edae49",
+    "consistency": "#17becf",
     "stacked": "#e377c2",
     "stacked_direct": "#bcbd22",
     "progressive_1": "#8c564b",  # the last round's, for the line of all rounds
@@ -36,6 +37,7 @@ _MARKERS = {
     "distill": "D",
     "distill_lpips": "P",
     "direct": "X",
+    "consistency": "*",
     "stacked": "^",
     "stacked_direct": "<",
 }

@@ -19,12 +19,14 @@ TITLES = {
     "distill": "reflow + distil",
     "distill_lpips": "reflow + distil + LPIPS",
     "direct": "direct distil",
+    "consistency": "reflow + consistency",
     "stacked": "reflow + distil, stacked",
     "stacked_lpips": "reflow + distil + LPIPS, stacked",
     "stacked_direct": "direct distil, stacked",
 }
 NO_MODELS = ("real", "decoded")  # rows of the table that belong to no model
 FLOWS = ("reflow", "distill", "distill_lpips", "direct")  # folders of the workdir, each with export/
+CONSISTENCY = "consistency"  # evaluated like distill
 STACKED = ("stacked", "stacked_lpips", "stacked_direct")  # of Stacked U-Nets
 _REFLOW = re.compile(r"reflow_([1-9]\d*)")  # the k-rectified flow, k > 2
 _PROGRESSIVE = re.compile(r"progressive_([1-9]\d*)")  # the flow that progressive distillation made for N steps
@@ -86,12 +88,14 @@ def count_steps(name: str) -> int | None:
 
 
 def find_flows(workdir: Path) -> tuple[str, ...]:
-    """`FLOWS`, and what is exported of later reflows (k rises), `STACKED`, progressive distillation (N falls)."""
+    """`FLOWS`, and what is exported of later reflows (k rises), `CONSISTENCY`, `STACKED`, progressive distillation (N
+    falls).
+    """
     names = [path.name for path in workdir.glob("*") if loading.has_export(path)]
     reflows = sorted((k, name) for name in names if (k := count_reflows(name) or 0) > 2)
     rounds = sorted(((N, name) for name in names if (N := count_steps(name))), reverse=True)
-    stacked = (name for name in STACKED if name in names)
-    return FLOWS[0], *(name for _, name in reflows), *FLOWS[1:], *stacked, *(name for _, name in rounds)
+    others = (name for name in (CONSISTENCY, *STACKED) if name in names)
+    return FLOWS[0], *(name for _, name in reflows), *FLOWS[1:], *others, *(name for _, name in rounds)
 
 
 def load(entries: Sequence[Entry]) -> list[Model]:
