@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from instaflow_jax import flow, solvers, teacher
-from instaflow_jax.arrays import AnyArray, Context, Latent, NullContext, NullIds, Params, TokenIds
+from instaflow_jax.arrays import AnyArray, Context, Latent, NullContext, NullIds, Params, Scalar, TokenIds
 from instaflow_jax.infra.images import to_uint8
 from instaflow_jax.solvers import Multistep
 
@@ -149,3 +149,23 @@ def noise(seeds: Integer[AnyArray, " B"], shape: tuple[int, int, int]) -> Latent
     if isinstance(seeds, np.ndarray) and seeds.size and not (seeds.min() >= 0 and seeds.max() < 2**32):
         raise ValueError(f"seeds from {seeds.min()} to {seeds.max()}: use seeds from 0 to {2**32 - 1}")
     return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(jnp.asarray(seeds, jnp.uint32))
+
+
+def slerp(A: Latent, B: Latent, position: float | Scalar) -> Latent:
+    """Spherical interpolation (Shoemake 1985) of each pair of noises, [B, h, w, c]: A at position 0, B at 1.
+
+    Between independent noises the norm stays that of noise, where a straight line would shrink it by up to √½. Nearly
+    parallel pairs are interpolated linearly.
+    """
+
+    def dot(X, Y):
+        return jnp.sum(X * Y, (1, 2, 3), keepdims=True)
+
+    angle = jnp.arccos(jnp.clip(dot(A, B) / jnp.sqrt(dot(A, A) * dot(B, B)), -1, 1))
+    parallel = jnp.sin(angle) < 1e-3
+    sine = jnp.where(parallel, 1, jnp.sin(angle))
+
+    def weight(share):
+        return jnp.where(parallel, share, jnp.sin(share * angle) / sine)
+
+    return weight(1 - position) * A + weight(position) * B

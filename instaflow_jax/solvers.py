@@ -71,17 +71,22 @@ def trajectory(
     return jnp.concatenate([carry[0][None], states]), D
 
 
-def _start(predict: Predict, solver: Multistep, X0: Latent) -> tuple[Callable, tuple[Latent, Latent], Multistep]:
-    """The step `(x, D_before), row → (x', D)`, its first argument, and the rows as arrays."""
-    X0 = X0.astype(jnp.promote_types(X0.dtype, jnp.float32))
-    rows = Multistep(jnp.asarray(solver.tau), *(jnp.asarray(field, X0.dtype) for field in solver[1:]))
+def make_step(predict: Predict) -> Callable[[tuple[Latent, Latent], Multistep], tuple[Latent, Latent]]:
+    """One row of a table, `step((x, D_before), row) → (x', D)`; see `Multistep`. The first D_before is zero."""
 
     def step(carry, row):
         x, D_before = carry
         D = row.p * x + row.q * predict(x, row.tau).astype(x.dtype)
         return row.a * x + row.b * D + row.c * D_before, D
 
-    return step, (X0, jnp.zeros_like(X0)), rows
+    return step
+
+
+def _start(predict: Predict, solver: Multistep, X0: Latent) -> tuple[Callable, tuple[Latent, Latent], Multistep]:
+    """The step, its first argument, and the rows as arrays."""
+    X0 = X0.astype(jnp.promote_types(X0.dtype, jnp.float32))
+    rows = Multistep(jnp.asarray(solver.tau), *(jnp.asarray(field, X0.dtype) for field in solver[1:]))
+    return make_step(predict), (X0, jnp.zeros_like(X0)), rows
 
 
 # ---------------------------------------------------------------- solvers of flows, in flow time t

@@ -36,6 +36,7 @@ from instaflow_jax.stages.common import control as loading_control
 from instaflow_jax.stages.common import flow_training
 from instaflow_jax.stages.common.loading import WeightOptions
 from instaflow_jax.stages.serve import models as serve_models
+from instaflow_jax.stages.serve import requests as serve_requests
 from instaflow_jax.stages.serve import stage as serve_stage
 from instaflow_jax.train.control import outline
 
@@ -319,7 +320,8 @@ def test_a_one_step_flow_is_steered_at_timestep_1000(world):
         want = pipe.vae.decode(X1 / pipe.vae.config.scaling_factor).sample
     controls = controls_of(world, f"{world.root / 'a'}=0.8")
     model = serve_models.make_model(ours, "", dynamics="flow", alpha=1.0, choices=(1,), controls=controls)
-    got = model.draw("house", 5, 1, images.load_rgb(world.root / "a.png"))
+    house = serve_models.Settings("house", seed=5, N=1)
+    got = model.draw(house, [images.load_rgb(world.root / "a.png")], lambda done: None)
     assert np.abs(got.astype(int) - images.to_uint8(nhwc(want))[0]).max() <= 1
 
 
@@ -348,17 +350,17 @@ def test_the_page_takes_an_image_for_each_controlnet(world):
     from gradio_client import Client, handle_file
     from gradio_client.exceptions import AppError
 
-    from instaflow_jax.stages.serve import page as serve_page
+    from instaflow_jax.stages.serve.page import layout, server
 
-    def draw(prompt, seed, N, *files):
+    def draw(settings, files, report):
         return np.stack([file[0, 0] for file in files])[None].repeat(2, 0)
 
     model = serve_models.Model("", (1,), 5, lambda prompt: len(prompt.split()), draw)
     limits = {"max_chars": 9, "max_images": 1, "controls": ("edges", "depth")}
-    respond = serve_models.make_respond([model], **limits)
-    page = serve_page.make_page([model], respond, notice="", examples=("a",), **limits)
+    respond = serve_requests.make_respond([model], **limits)
+    page = layout.make_page([model], respond, notice="", examples=("a",), **limits)
     try:
-        url = serve_page.open_page(page, host="127.0.0.1", port=free_port(), queue=1, uploads=True)
+        url = server.open_page(page, host="127.0.0.1", port=free_port(), queue=1, uploads=True)
         client = Client(url, verbose=False, analytics_enabled=False)
         files = [handle_file(world.root / f"{name}.png") for name in "ab"]
         gallery = client.predict("cat", 3, 1, 1, *files, api_name="/draw")[1]["value"]

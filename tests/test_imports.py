@@ -37,7 +37,7 @@ ROOMS = {  # package: where it may be imported
     "safetensors": ("weights/",),
     "ml_collections": ("stages/", "main.py"),
     "matplotlib": ("stages/evaluate/figures.py",),
-    "gradio": ("stages/serve/page.py",),
+    "gradio": ("stages/serve/page/",),
     "jax2onnx": ("stages/export/",),
     "onnx_ir": ("stages/export/onnx.py",),
     "tqdm": ("infra/progress.py",),

@@ -203,6 +203,23 @@ def test_noise_depends_on_the_seed_alone():
     assert np.abs(both[0] - both[1]).max() > 0.1
 
 
+def test_slerp_keeps_the_norm_and_turns_evenly():
+    A, B = np.split(np.asarray(sampling.noise(np.arange(6), (4, 4, 4))), 2)
+    B *= (
+        np.linalg.norm(A.reshape(3, -1), axis=1)[:, None, None, None]
+        / np.linalg.norm(B.reshape(3, -1), axis=1)[:, None, None, None]
+    )
+    path = np.stack([np.asarray(sampling.slerp(A, B, position)) for position in (0, 0.25, 0.5, 0.75, 1)])
+    np.testing.assert_array_equal(path[0], A)
+    np.testing.assert_array_equal(path[-1], B)
+    points = path.reshape(5, 3, -1).astype(np.float64)
+    norms = np.linalg.norm(points, axis=-1)
+    np.testing.assert_allclose(norms, np.broadcast_to(norms[0], norms.shape), rtol=1e-5)
+    angles = np.arccos(np.sum(points[1:] * points[:-1], -1) / (norms[1:] * norms[:-1]))
+    np.testing.assert_allclose(angles, np.broadcast_to(angles.mean(0), angles.shape), rtol=1e-4)
+    np.testing.assert_allclose(sampling.slerp(A, A, 0.3), A, rtol=1e-6)  # one seed twice
+
+
 @pytest.mark.parametrize(
     "scheduler,index,dynamics,want",
     [
@@ -456,7 +473,7 @@ def test_an_image_that_is_not_finite_is_named_by_prompt_and_seed(copy, tmp_path)
     pipe = pipeline.load(str(copy), variant=None, attention="xla")
     served = serve_models.make_model(pipe, "tiny", dynamics="teacher", alpha=1.0, choices=(1,))
     with pytest.raises(ValueError, match="prompt 'house', seed 3 is NaN or infinite"):
-        served.draw("house", 3, 1)
+        served.draw(serve_models.Settings("house", seed=3, N=1), [], lambda done: None)
     options = fit.EvalOptions(prompts=("red apple", "house"), seeds=2, N=(1,), alpha=1.0)
     evaluate = flow_training.make_evaluate(options, pipe, pipe.latent_shape)
     with pytest.raises(ValueError, match="prompt 'red apple', seed 0 is NaN or infinite, as are 3 others of 4"):

@@ -1,11 +1,17 @@
-"""Parts of what people read: quoted texts and lists of names, both kept short, and tables."""
+"""Parts of what people read: quoted texts and lists of names, both kept short, file names, and tables."""
 
+import re
 from collections.abc import Iterable, Sequence
 
 
 def quote(text: str) -> str:
     """A prompt in quotation marks, at most 80 characters of it."""
     return repr(text if len(text) <= 80 else text[:77] + "...")
+
+
+def slug(prompt: str) -> str:
+    """A prompt as a part of a file name, at most 60 characters of it."""
+    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60]
 
 
 def first_ten(names: Sequence[str], separator: str = ", ") -> str:

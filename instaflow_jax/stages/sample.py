@@ -1,7 +1,6 @@
 """Stage `sample`: prompts and seeds → PNGs and a grid, with a flow or a teacher."""
 
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from ml_collections import ConfigDict
 
 from instaflow_jax import pipeline, sampling
 from instaflow_jax.infra import images
+from instaflow_jax.infra.messages import slug
 from instaflow_jax.infra.progress import Progress
 from instaflow_jax.infra.runner import BatchedRunner
 from instaflow_jax.stages.common import control
@@ -157,9 +157,8 @@ def write(
 ) -> None:
     """The PNGs, each with all settings that made it, and the grid: one row per prompt, one column per seed."""
     for ((row, prompt), seed), image in zip(itertools.product(enumerate(prompts), seeds), drawn, strict=True):
-        slug = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60]
         text = {**settings, "prompt": prompt, "seed": str(seed)}
-        images.save_png(directory / f"{row:03d}_{slug}_seed{seed}_{ending}.png", image, text)
+        images.save_png(directory / f"{row:03d}_{slug(prompt)}_seed{seed}_{ending}.png", image, text)
     grid = images.grid(
         drawn,
         columns=len(seeds),

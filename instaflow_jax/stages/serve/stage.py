@@ -11,7 +11,8 @@ from instaflow_jax import pipeline, sampling
 from instaflow_jax.stages.common.control import check_fit, load_controls
 from instaflow_jax.stages.common.loading import WeightOptions, load, read_weight_options
 from instaflow_jax.stages.common.ranges import check_ranges
-from instaflow_jax.stages.serve.models import make_model, make_respond
+from instaflow_jax.stages.serve.models import make_model
+from instaflow_jax.stages.serve.requests import make_respond
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -30,27 +31,26 @@ def start(config: ConfigDict, workdir: str) -> Any:
 
     Raises as `run` does, before anything is compiled.
     """
-    from instaflow_jax.stages.serve import page  # gradio is imported only here
+    from instaflow_jax.stages.serve.page import layout, server  # gradio is imported only here
 
     loaded, notice = load_models(config, workdir)
-    programs = sum(len(options["choices"]) for _, options in loaded)
     print(
-        f"compiling {programs} programs, usually in some seconds for the embedded models and one to two minutes "
-        "for Stable Diffusion on a GPU; the page opens after the last one",
+        "compiling, usually in some seconds for the embedded models and one to two minutes for Stable Diffusion on a "
+        "GPU; the page opens after that",
         flush=True,
     )
     models = [make_model(pipe, **options) for pipe, options in loaded]
     names = [Path(control.source).name for control in loaded[0][1]["controls"]]
     limits = {"max_chars": config.max_chars, "max_images": config.max_images, "controls": names}
-    blocks = page.make_page(models, make_respond(models, **limits), notice=notice, examples=config.examples, **limits)
-    url = page.open_page(blocks, host=config.host, port=config.port, queue=config.queue, uploads=bool(names))
+    blocks = layout.make_page(models, make_respond(models, **limits), notice=notice, examples=config.examples, **limits)
+    url = server.open_page(blocks, host=config.host, port=config.port, queue=config.queue, uploads=bool(names))
     print(f"the page is at {url} (Ctrl-C ends it)", flush=True)
     return blocks
 
 
 def check(config: ConfigDict, workdir: str) -> None:
     """Every check of `run`, without compiling. Raises as `run` does."""
-    from instaflow_jax.stages.serve import page  # noqa: F401 (is gradio installed?)
+    from instaflow_jax.stages.serve.page import layout  # noqa: F401 (is gradio installed?)
 
     load_models(config, workdir)
 
@@ -68,11 +68,13 @@ def load_models(config: ConfigDict, workdir: str) -> tuple[list[tuple[pipeline.P
     if source:
         options = {"dynamics": config.dynamics, "alpha": config.alpha, "choices": tuple(config.N)}
         print(f"one step: {source}", flush=True)
-        loaded.append((load(source, weights), {"title": "", **options}))
+        loaded.append((load(source, weights), {"title": "", "source": source, **options}))
     if config.teacher:
         options = {"dynamics": config.teacher_dynamics, "alpha": config.teacher_alpha, "choices": (config.teacher_N,)}
         print(f"teacher: {config.teacher}", flush=True)
-        loaded.append((load(config.teacher, as_published(weights)), {"title": "teacher", **options}))
+        loaded.append(
+            (load(config.teacher, as_published(weights)), {"title": "teacher", "source": config.teacher, **options})
+        )
     controls = load_controls(config.controls, loaded[0][0], weights)
     for pipe, options in loaded:
         options["controls"] = controls
