@@ -70,6 +70,7 @@ ROWS = [
     *(image(target, 1) for target in ("v5e-1", "v5p-1", "a100-1", "h100-1", "h200-1")),
     image("v6e-1", 8),
     training("distill_sd15_lpips", "v5e-8", 1),
+    Row("reflow_sd15, adapters", "reflow_sd15", "h100-1", ("lora.rank=16", "batch_size=4")),
     *recipe("h100-8", per_device=8, lpips=4),
     *recipe("v5p-16", per_device=4, lpips=2),
     *recipe("v5e-64", per_device=2, lpips=1),
