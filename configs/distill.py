@@ -4,6 +4,7 @@
     python -m instaflow_jax.main --config=configs/distill.py:lpips --workdir=DIR --config.init_from=DIR/distill/export
     python -m instaflow_jax.main --config=configs/distill.py:direct --workdir=DIR     # the paper's failing baseline
     python -m instaflow_jax.main --config=configs/distill.py:stacked --workdir=DIR    # InstaFlow-1.7B's two U-Nets
+    python -m instaflow_jax.main --config=configs/distill.py:consistency --workdir=DIR        # for 1, 2, 4 and 8 steps
     python -m instaflow_jax.main --config=configs/distill.py:sd15_l2 --workdir=DIR
     python -m instaflow_jax.main --config=configs/distill.py:sd15_lpips --workdir=DIR \\
         --config.init_from=DIR/distill/export
@@ -12,7 +13,7 @@
         --config.init_from=DIR/stacked/export
 
 Needs nothing: a missing flow and missing pairs are made first. Writes a one-step generator to DIR/distill/export
-(or DIR/direct/export, DIR/distill_lpips/export, DIR/stacked/export, DIR/stacked_lpips/export).
+(or DIR/direct/export, DIR/distill_lpips/export, DIR/stacked/export, DIR/stacked_lpips/export, DIR/consistency/export).
 Measured on two CPU cores with --cpu_devices=2 (by configs/demo.py): 12,288 pairs of the flow and 900 steps of 32 in
 5 min 42 s. Fréchet distance to real emoji at one step: 3.4 (the flow 3.7, direct distillation 3.3, the teacher at 25
 steps 3.1); for prompts that name only a kind of emoji: 22.0 (35.2, 26.2, 12.7). With --config.loop.steps=300 for both:
@@ -43,8 +44,7 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
     # second: another model whose U-Net half 2 starts from. middle_norm: keep half 1's last GroupNorm and SiLU.
     config.stacked = {"enabled": False, "second": "", "middle_norm": True}
     config.match = 0.0  # share of each batch that keeps matching velocities at t > 0, for use at 2 and 4 steps
-    # Numbers of steps to train consistency for, as in (1, 2, 4, 8); () trains one step alone.
-    config.consistency = ()
+    config.consistency = ()  # numbers of steps to be used with, as in (1, 2, 4, 8): a loss of its own in place of Eq. 6
     config.reflow = reflow.get_config("sd15" if variant.startswith("sd15") else "openmoji")
     config.eval.N = (1, 2, 4)
     common.pick(VARIANTS, variant)(config)

@@ -29,8 +29,8 @@ def curved(params, Z, tau, text):
     return params * Z + jnp.sin(tau / 300)[:, None, None, None] + text.mean((1, 2))[:, None, None, None]
 
 
-def make_loss(apply, steps, distance=losses.latent_distance):
-    return losses.make_consistency_loss(types.SimpleNamespace(apply=apply), TEXT, distance, steps=steps, **SHARED)
+def make_loss(apply, steps):
+    return losses.make_consistency_loss(types.SimpleNamespace(apply=apply), TEXT, steps=steps, **SHARED)
 
 
 # ---------------------------------------------------------------- the loss
@@ -46,7 +46,7 @@ def test_the_loss_compares_predictions_at_both_ends_of_a_step_of_the_pairs_line(
 
     loss = make_loss(record, (1, 2, 3))
     value, metrics = loss(at, FROZEN, BATCH, jax.random.key(3))
-    (Z_next, late), (Z, early) = seen
+    (Z, early), (Z_next, late) = seen
     t, t_next = (1 - np.float64(tau) / 1000 for tau in (early, late))
     N = np.round(1 / (t_next - t))
     assert set(N) == {1, 2, 3}
@@ -62,11 +62,13 @@ def test_the_loss_compares_predictions_at_both_ends_of_a_step_of_the_pairs_line(
         return Z + (1 - t) * (at * Z + np.sin((1 - t) / 0.3) + shift), (1 - t) * Z
 
     (guess, slope), (target, _) = predict(t, Z), predict(t_next, Z_next)
-    assert float(value) == pytest.approx(np.mean((guess - target) ** 2), rel=1e-5)
+    weight = np.maximum(1, t / (1 - t))[:, None, None, None] ** 2
+    assert set(np.round(weight.ravel())) == {1, 4}
+    assert float(value) == pytest.approx(np.mean(weight * (guess - target) ** 2), rel=1e-5)
     first = np.mean((guess - target)[t < 0.25] ** 2)
     assert float(metrics["error_t0"]) == pytest.approx(first, rel=1e-5)
     gradient = jax.jit(jax.grad(lambda p: make_loss(curved, (1, 2, 3))(p, FROZEN, BATCH, jax.random.key(3))[0]))(at)
-    assert float(gradient) == pytest.approx(np.mean(2 * (guess - target) * slope), rel=1e-4)
+    assert float(gradient) == pytest.approx(np.mean(weight * 2 * (guess - target) * slope), rel=1e-4)
 
 
 def test_one_step_alone_is_eq_6():
@@ -81,15 +83,6 @@ def test_it_is_zero_for_the_velocity_of_straight_paths_only():
     loss = make_loss(lambda params, Z, tau, text: BATCH["X1"] - BATCH["X0"] + params, (1, 2, 4, 8))
     assert loss(0.0, FROZEN, BATCH, jax.random.key(0))[0] < 1e-10
     assert loss(0.5, FROZEN, BATCH, jax.random.key(0))[0] > 0.01
-
-
-def test_any_distance_compares_with_the_prediction_and_not_with_the_pairs_image():
-    def distance(frozen, X1_hat, batch, key):
-        assert set(batch) == {"X1"} and np.any(batch["X1"] != BATCH["X1"])
-        return jnp.sum(X1_hat), {"mine": jnp.float32(7)}
-
-    batch = BATCH | {"target": np.zeros((64, 8, 8, 3), np.uint8)}
-    assert make_loss(curved, (2,), distance)(0.7, FROZEN, batch, jax.random.key(0))[1]["mine"] == 7
 
 
 def test_every_number_of_steps_and_each_of_its_steps_is_as_likely():
@@ -125,7 +118,7 @@ def apply(params, Z, tau, text):
     return hidden @ params["down.kernel"] + text.mean()
 
 text = types.SimpleNamespace(apply=lambda params, ids: types.SimpleNamespace(last_hidden_state=params[ids]))
-loss = losses.make_consistency_loss(types.SimpleNamespace(apply=apply), text, losses.latent_distance,
+loss = losses.make_consistency_loss(types.SimpleNamespace(apply=apply), text,
     steps=(1, 2, 4), prompt_dropout=0.1, num_timesteps=1000)
 X0, X1 = jax.random.normal(jax.random.key(2), (2, 16, 2, 2, toy.WIDTH))
 batch = {"X0": X0, "X1": X1, "ids": jnp.ones((16, 3), jnp.int32)}
@@ -182,7 +175,8 @@ def test_a_killed_run_ends_with_the_same_bits(only_training, teacher, tmp_path):
     "fields, words",
     [
         ({"consistency": (0, 1)}, "config.consistency=(0, 1) must be at least 1"),
-        ({"match": 0.5}, "config.match=0.5 has no effect with config.consistency=(1, 2, 4, 8): use one of them"),
+        ({"match": 0.5}, "config.consistency=(1, 2, 4, 8) has a loss of its own: use config.match=0 and"),
+        ({"distance": "lpips"}, "config.consistency=(1, 2, 4, 8) has a loss of its own: use config.match=0 and"),
     ],
 )
 def test_wrong_fields_end_in_one_line_before_anything_is_written(fields, words, tmp_path):

@@ -66,10 +66,10 @@ def read_options(config: ConfigDict, workdir: str) -> flow_training.FlowOptions:
         raise ValueError(f"config.distance={config.distance!r} is not one of {', '.join(DISTANCES)}")
     if config.lpips.net not in PUBLISHED:
         raise ValueError(f"config.lpips.net={config.lpips.net!r} is not one of {', '.join(PUBLISHED)}")
-    if config.match and config.consistency:
+    if config.consistency and (config.match or config.distance != "l2"):
         raise ValueError(
-            f"config.match={config.match:g} has no effect with config.consistency={tuple(config.consistency)}: "
-            "use one of them"
+            f"config.consistency={tuple(config.consistency)} has a loss of its own: use config.match=0 and "
+            f"config.distance=l2, not {config.match:g} and {config.distance}, or config.consistency='()'"
         )
     options = flow_training.read_flow_options(config)
     fit.check_same_run(options.train, Path(workdir) / config.output, chosen=("pairs.model",))
@@ -122,23 +122,21 @@ def load_loss(
 
 
 def make_loss(config: ConfigDict, options: flow_training.FlowOptions, nets: Mapping[str, Net]) -> Loss:
-    """The loss of `config.distance`; `nets` holds "lpips" too where that needs it. Raises ValueError."""
-    distance, remat = losses.latent_distance, options.remat
+    """The loss of `config.consistency` or `config.distance`; `nets` holds "lpips" too where that needs it.
+
+    Raises:
+      ValueError: a field is wrong.
+    """
+    unet, text_encoder = nets["unet"].with_remat(options.remat["unet"]), nets["text_encoder"]
+    shared = {"prompt_dropout": options.prompt_dropout, "num_timesteps": NUM_TIMESTEPS}
+    if config.consistency:
+        return losses.make_consistency_loss(unet, text_encoder, steps=tuple(config.consistency), **shared)
+    distance = losses.latent_distance
     if config.distance == "lpips":
         fields = {name: config.lpips[name] for name in config.lpips if name not in LPIPS_FILES}
-        vae, lpips = (nets[name].with_remat(remat[name]) for name in ("vae", "lpips"))
+        vae, lpips = (nets[name].with_remat(options.remat[name]) for name in ("vae", "lpips"))
         distance = losses.make_lpips_distance(vae, lpips, **fields)
-    make, chosen = losses.make_distill_loss, {"match": config.match}
-    if config.consistency:
-        make, chosen = losses.make_consistency_loss, {"steps": tuple(config.consistency)}
-    return make(
-        nets["unet"].with_remat(remat["unet"]),
-        nets["text_encoder"],
-        distance,
-        **chosen,
-        prompt_dropout=options.prompt_dropout,
-        num_timesteps=NUM_TIMESTEPS,
-    )
+    return losses.make_distill_loss(unet, text_encoder, distance, match=config.match, **shared)
 
 
 def load_lpips(dtype: str, *, model: str, trunk: str, heads: str, net: str) -> tuple[Net, Params]:

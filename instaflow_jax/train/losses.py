@@ -237,18 +237,19 @@ def make_distill_loss(
 
 
 def make_consistency_loss(
-    unet, text_encoder, distance: Distance, *, steps: Sequence[int], prompt_dropout: float, num_timesteps: int
+    unet, text_encoder, *, steps: Sequence[int], prompt_dropout: float, num_timesteps: int
 ) -> Loss:
     """Consistency training on the pairs' straight paths, for sampling with any of the numbers of steps N in `steps`.
 
     For each sample N is drawn from `steps`, then one of the N Euler steps, from t to t' = t + 1/N. The X1 predicted at
     t, f(Xt, t) = Xt + (1 − t) v(Xt, t), is trained to be the one predicted at t', without a gradient. At t' = 1 that
-    is the pair's X1, so N = 1 is Eq. 6, and larger N carry X1 back along the line. f, both points on one line and all
-    weights equal are Consistency-FM's (arXiv 2407.02398), which has independent noise and one small t' − t. The target
-    takes the trained weights and not their moving average, as there and in iCT (2310.14189).
+    is the pair's X1, so N = 1 is Eq. 6, and larger N carry X1 back along the line. f and both points on one line are
+    Consistency-FM's (arXiv 2407.02398), which has independent noise and one small t' − t. The target takes the trained
+    weights and not their moving average, as there and in iCT (2310.14189). The weight of the squared error is
+    max(SNR, 1) with SNR = t² / (1 − t)² (2202.00512): with equal weights, velocities near data, which a sampler of many
+    steps needs, would hardly be trained.
 
     Args:
-      distance: of the two predictions, as for `make_distill_loss`.
       steps: each of at least 1.
 
     Raises:
@@ -258,7 +259,7 @@ def make_consistency_loss(
         raise ValueError(f"steps={tuple(steps)} must be numbers of steps of at least 1, as in (1, 2, 4, 8)")
 
     def loss(params, frozen, batch, key):
-        time_key, drop_key, distance_key = jax.random.split(key, 3)
+        time_key, drop_key = jax.random.split(key)
         X0, X1 = batch["X0"].astype(jnp.float32), batch["X1"].astype(jnp.float32)
         text = encode(text_encoder, frozen, batch["ids"], prompt_dropout, drop_key)
         t, t_next = draw_step(time_key, steps, len(X0))
@@ -268,9 +269,8 @@ def make_consistency_loss(
             v = unet.apply(params, Xt, flow.timestep(t, num_timesteps), text)
             return Xt + (1 - t)[:, None, None, None] * v
 
-        target, X1_hat = lax.stop_gradient(predict(t_next)), predict(t)
-        value, metrics = distance(frozen, X1_hat, {"X1": target}, distance_key)
-        return value, metrics | buckets(t, squared(X1_hat - target))
+        error = squared(predict(t) - lax.stop_gradient(predict(t_next)))
+        return jnp.mean(jnp.maximum(1, t / (1 - t)) ** 2 * error), buckets(t, error)
 
     return loss
 
