@@ -100,9 +100,9 @@ def test_no_key_is_used_twice():
         jax.jit(make_loss(curved, (1, 2)))(0.7, FROZEN, BATCH, jax.random.key(0))
 
 
-@pytest.mark.parametrize("steps", [(), (0, 2)])
-def test_steps_that_no_sampler_takes_are_refused(steps):
-    with pytest.raises(ValueError, match=r"must be numbers of steps of at least 1, as in \(1, 2, 4, 8\)"):
+@pytest.mark.parametrize("steps, N", [((2, 0), 0), ((-1,), -1)])
+def test_steps_that_no_sampler_takes_are_refused(steps, N):
+    with pytest.raises(ValueError, match=f"N={N} is not a valid number of solver steps; use an integer of at least 1"):
         make_loss(curved, steps)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from instaflow_jax import flow, teacher
+from instaflow_jax import flow, solvers, teacher
 from instaflow_jax.arrays import (
     AnyArray,
     Batch,
@@ -250,13 +250,13 @@ def make_consistency_loss(
     steps needs, would hardly be trained.
 
     Args:
-      steps: each of at least 1.
+      steps: at least one number of steps.
 
     Raises:
-      ValueError: `steps` is empty or holds a number below 1.
+      ValueError: one of `steps` is not an integer of at least 1.
     """
-    if not steps or min(steps) < 1:
-        raise ValueError(f"steps={tuple(steps)} must be numbers of steps of at least 1, as in (1, 2, 4, 8)")
+    for N in steps:
+        solvers.flow_times(N)  # refuses what is not a number of steps
 
     def loss(params, frozen, batch, key):
         time_key, drop_key = jax.random.split(key)
