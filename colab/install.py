@@ -113,9 +113,11 @@ def normalize(name: str) -> str:
 
 
 def pip(*arguments: str, keep: Mapping[str, str] | None = None) -> None:
-    """Runs `pip install`; packages in `keep` are not replaced by other versions."""
+    """Runs `pip install`, which does not replace the packages in `keep` by other versions."""
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder, "keep.txt")
         constraints.write_text("".join(f"{name}=={version}\n" for name, version in (keep or {}).items()))
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", str(constraints), *arguments]
-        subprocess.run(command, check=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        print(done.stdout, end="", flush=True)  # so that it shows in any notebook
+        done.check_returncode()
