@@ -110,7 +110,7 @@ def test_a_photograph_is_resized_by_lanczos_and_cut_from_the_middle(width, heigh
     # Resampling keeps a ramp: a crop off the middle shows in its mean, a wrong scale in its slope.
     ramp = np.add.outer(np.linspace(0, 100, height), np.linspace(0, 155, width))
     pixels = np.repeat(np.rint(ramp)[:, :, None], 3, 2).astype(np.uint8)
-    got = coco.square(Image.fromarray(pixels), 16)
+    got = images.cover(Image.fromarray(pixels), 16, 16)
     assert got.shape == (16, 16, 3) and got.dtype == np.uint8
     assert abs(got.mean() - pixels.mean()) < 0.5 * 155 / 16 + 1  # an odd margin cannot be halved
     slope = 155 / (width * 16 / min(width, height))  # the full width's, so that both sides are scaled alike
@@ -307,7 +307,7 @@ def test_images_are_reduced_as_photographs_are(coco_models, tmp_path):
     image = np.random.default_rng(0).integers(0, 255, (16, 24, 3), np.uint8)
     job.write(job.Job(options, None, [photo], None, None, {}, tmp_path), [photo], image[None])
     got, _ = images.load_png(tmp_path / "pictures" / "000000000007.png")
-    np.testing.assert_array_equal(got, coco.square(Image.fromarray(image), 8))
+    np.testing.assert_array_equal(got, images.cover(Image.fromarray(image), 8, 8))
 
 
 @pytest.mark.slow

@@ -101,7 +101,7 @@ def test_vae_encode_draws_from_the_posterior():
     net = AutoencoderKL.from_config(VAE | {"scaling_factor": 0.5})
     params = net.init(jax.random.key(0))
     pixels = jnp.broadcast_to(normal(0, 1, 8, 8, 3), (1024, 8, 8, 3))
-    draws = jax.jit(lambda *a: net.apply(*a, method="encode"))(params, pixels, jax.random.key(1))
+    draws = jax.jit(lambda *a: net.apply(*a, method="encode"))(params, pixels, normal(1, 1024, 2, 2, 4))
     mean, logvar = jax.jit(lambda *a: net.apply(*a, method="moments"))(params, pixels[:1])
     np.testing.assert_allclose(draws.mean(0), 0.5 * mean[0], atol=0.1)
     np.testing.assert_allclose(draws.std(0), 0.5 * jnp.exp(0.5 * logvar[0]), rtol=0.1)

@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from instaflow_jax.data import records
-from instaflow_jax.infra import files, stores
+from instaflow_jax.infra import files, images, stores
 
 HOME = "https://cocodataset.org/#download"
 
@@ -106,17 +106,9 @@ def pixels(photo: Photo, size: int) -> UInt8[np.ndarray, "size size 3"]:
     """
     try:
         with Image.open(io.BytesIO(photo.read())) as image:
-            return square(image.convert("RGB"), size)
+            return images.cover(image.convert("RGB"), size, size)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all that Pillow raises
         raise ValueError(f"{photo.where} cannot be read as an image ({error}): download it again") from error
-
-
-def square(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """Resizes the short side to `size` with Lanczos, then crops the center."""
-    width, height = (round(size * side / min(image.size)) for side in image.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    image = image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
-    return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
 # ---------------------------------------------------------------- the official files

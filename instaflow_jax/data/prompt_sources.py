@@ -108,10 +108,10 @@ def _decode(line: bytes) -> str | None:
 def _jsonl(path: Path, column: str) -> Rows:
     for line in _lines(path):
         if line.strip():
-            yield from _texts(_parse_json(line), column.split("."))
+            yield from texts(parse_json(line), column.split("."))
 
 
-def _parse_json(line: bytes) -> Any:
+def parse_json(line: bytes) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
@@ -133,7 +133,7 @@ def _parquet(path: Path, column: str) -> Rows:
         raise ValueError(f"{path} has no column {names[0]!r}; it has {', '.join(file.schema_arrow.names)}")
     for batch in file.iter_batches(columns=[column]):
         for value in batch.column(0).to_pylist():
-            yield from _texts(value, names[1:])
+            yield from texts(value, names[1:])
 
 
 _READERS = {".txt": _text, ".jsonl": _jsonl, ".parquet": _parquet}
@@ -153,16 +153,16 @@ def tfds_set(name: str, column: str, split: str, data_dir: str) -> Rows:
     rows, features = records.open_prepared(name, split=split, columns=names[:1], data_dir=data_dir)
     feature = tfds.features.FeaturesDict({names[0]: features[names[0]]})
     for record in rows:
-        yield from _texts(feature.deserialize_example_np(record), names)
+        yield from texts(feature.deserialize_example_np(record), names)
 
 
-def _texts(value: Any, names: list[str]) -> Rows:
+def texts(value: Any, names: list[str]) -> Rows:
     """All texts of one row under a dotted column; one None if there is no text."""
     for name in names:
         value = value.get(name) if isinstance(value, dict) else None
     if isinstance(value, list | tuple | np.ndarray):
         for item in value:
-            yield from _texts(item, [])
+            yield from texts(item, [])
     elif isinstance(value, bytes):
         yield _decode(value)
     else:

@@ -76,7 +76,7 @@ def clean(rows: Iterable[str | None], rules: Cleaning) -> Prompts:
     counts = Counter(dict.fromkeys(("read", "malformed", "too short", "too long", "repeated", "kept"), 0))
     texts, seen = [], set()
     for row in rows:
-        text = " ".join(unicodedata.normalize("NFC", row).split()) if row is not None and rules.normalize else row
+        text = normalize(row) if row is not None and rules.normalize else row
         verdict = _verdict(text, rules, seen)
         counts.update(["read", verdict])
         if verdict == "kept":
@@ -84,8 +84,13 @@ def clean(rows: Iterable[str | None], rules: Cleaning) -> Prompts:
     return Prompts(texts, dict(counts))
 
 
+def normalize(text: str) -> str:
+    """Composed Unicode (NFC) with single spaces between words and none at the ends."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
 def _verdict(text: str | None, rules: Cleaning, seen: set[bytes]) -> str:
-    if text is None or not _encodes(text):
+    if text is None or not encodes(text):
         return "malformed"
     if len(text) < rules.min_chars:
         return "too short"
@@ -99,7 +104,7 @@ def _verdict(text: str | None, rules: Cleaning, seen: set[bytes]) -> str:
     return "kept"
 
 
-def _encodes(text: str) -> bool:
+def encodes(text: str) -> bool:
     """False for half a surrogate pair, which JSON may contain but UTF-8 cannot encode."""
     return not any("\ud800" <= c <= "\udfff" for c in text)
 

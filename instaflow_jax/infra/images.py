@@ -2,12 +2,13 @@
 
 import contextlib
 import io
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from instaflow_jax.arrays import AnyArray
 from instaflow_jax.infra.files import write_bytes, wrong_kind
@@ -119,6 +120,34 @@ def load_rgb(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
         raise FileNotFoundError(f"there is no image {path}") from error
 
 
+def decode(content: bytes, where: str) -> Image.Image:
+    """The bytes of an image file in any format that Pillow reads, as RGB: upright by its EXIF data, on white.
+
+    Args:
+      where: the file's name, for error messages.
+
+    Raises:
+      ValueError: it is not an image, is damaged, or has more than 8 bits per channel.
+    """
+    with _decoding(where, "an image"), Image.open(io.BytesIO(content)) as file:
+        if file.mode.startswith(("I", "F")):  # Pillow would clip them
+            raise ValueError(f"it has more than 8 bits per channel (mode {file.mode}); save it with 8")
+        image = ImageOps.exif_transpose(file)
+        if not image.has_transparency_data:
+            return image.convert("RGB")
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def cover(image: Image.Image, height: int, width: int) -> UInt8[np.ndarray, "{height} {width} 3"]:
+    """Resizes by Lanczos' filter until both sides are at least these, then crops the centre."""
+    scale = max((height, image.height), (width, image.width), key=lambda sides: sides[0] / sides[1])
+    size = [round(scale[0] * side / scale[1]) for side in image.size]
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    image = image if image.size == tuple(size) else image.resize(size, Image.Resampling.LANCZOS)
+    return np.asarray(image.crop((left, top, left + width, top + height)))
+
+
 @contextlib.contextmanager
 def _decoding(path: str | Path, kind: str) -> Iterator[None]:
     """Turns whatever Pillow raises in a block that decodes `path`, but for a missing file, into a ValueError."""
@@ -126,8 +155,14 @@ def _decoding(path: str | Path, kind: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not readable as {kind}: {wrong_kind(path) or error}") from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is not readable as {kind}: {_wrong_kind(path) or 'its format is unknown'}") from error
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is not readable as {kind}: {_wrong_kind(path) or error}") from error
+
+
+def _wrong_kind(path: str | Path) -> str:
+    return wrong_kind(path) if Path(path).exists() else ""
 
 
 def resize(image: UInt8[np.ndarray, "_ _ 3"], height: int, width: int) -> UInt8[np.ndarray, "{height} {width} 3"]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
-from instaflow_jax.arrays import AnyArray, Key, Latent
+from instaflow_jax.arrays import AnyArray, Latent
 from instaflow_jax.models import net
 from instaflow_jax.models.blocks import Downsample2D, ResnetBlock2D, Upsample2D
 from instaflow_jax.models.layers import LayerFactory, Remat, attend
@@ -203,11 +203,11 @@ class AutoencoderKL(net.Model):
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
-    def encode(self, pixels: Pixels, key: Key | None = None) -> Latent:
-        """Pixels → scaled latents: the Gaussian's mean, or a sample of the Gaussian if `key` is given."""
+    def encode(self, pixels: Pixels, eps: Latent | None = None) -> Latent:
+        """Pixels → scaled latents: the Gaussian's mean, or a sample of it from standard normal `eps` [B, h, w, c]."""
         z, logvar = self.moments(pixels)
-        if key is not None:
-            z = z + jnp.exp(0.5 * logvar) * jax.random.normal(key, z.shape)
+        if eps is not None:
+            z = z + jnp.exp(0.5 * logvar) * eps
         return z * self.config.scaling_factor
 
     def decode(self, latents: Latent) -> Pixels:

@@ -1,4 +1,7 @@
-"""`manifest.json`: the recipe a directory of pairs was made by, which keeps pairs of another recipe out of it."""
+"""`manifest.json`: the recipe a directory of pairs was made by, which keeps pairs of another recipe out of it.
+
+Latents of real images (`data.real_images`) are stored in the same way; their recipe says so (`holds`).
+"""
 
 import json
 from collections.abc import Mapping
@@ -11,6 +14,16 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 _FIELDS = ("format", "recipe", "recipe_sha256", "about", "shards")
 Recipe = Mapping[str, Any]
+
+
+def holds(recipe: Recipe) -> str:
+    """What the shards hold: "pairs" or "images"."""
+    return recipe.get("holds", "pairs")  # version 0.1 had pairs alone
+
+
+def again(recipe: Recipe) -> str:
+    """What makes missing shards, for error messages."""
+    return "start generate again" if holds(recipe) == "pairs" else "start again"
 
 
 def shard_count(recipe: Recipe) -> int:
@@ -49,7 +62,8 @@ def check_same(directory: Path, recipe: Recipe) -> None:
     if differ := [name for name in sorted({*found, *recipe}) if found.get(name) != recipe.get(name)]:
         listed = "; ".join(f"{name} is {_short(found.get(name))}, not {_short(recipe.get(name))}" for name in differ)
         raise ValueError(
-            f"{path} belongs to other pairs: {listed}. Use another directory, or delete this one to replace its pairs"
+            f"{path} belongs to other {holds(recipe)}: {listed}. Use another directory, or delete this one to replace "
+            f"its {holds(recipe)}"
         )
 
 

@@ -1,7 +1,7 @@
 """Reading pairs from the shards on disk: single pairs by number, or shuffled batches for training."""
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from jaxtyping import Int
 from instaflow_jax.data.noise import NAME, checksum, noise
 from instaflow_jax.data.pairs import manifest as pairs_manifest
 from instaflow_jax.data.pairs import store as pairs_store
+from instaflow_jax.data.pairs.manifest import again
 from instaflow_jax.infra import stores
 from instaflow_jax.infra.epochs import ShuffledEpochs
 
@@ -20,11 +21,11 @@ Numbers = Sequence[int] | Int[np.ndarray, " B"]  # numbers of pairs
 _PREFETCH = 4  # batches that are read ahead
 
 
-class Pairs:
-    """A finished directory of pairs, read by number.
+class Shards:
+    """A finished directory of examples (real images, or by `Pairs` pairs), read by number.
 
     Attributes:
-      manifest: the directory's manifest; `manifest["recipe"]` names the teacher and the solver.
+      manifest: the directory's manifest; `manifest["recipe"]` says how they were made.
 
     Raises:
       FileNotFoundError: there is no manifest, or shards are missing or incomplete.
@@ -39,11 +40,6 @@ class Pairs:
         self.manifest = pairs_manifest.read(Path(directory))
         self._recipe = self.manifest["recipe"]
         self._shape = tuple(self._recipe["latent_shape"])
-        if not self._recipe["store_noise"] and self._recipe["noise"] != NAME:
-            raise ValueError(
-                f"{directory} stores only the seeds of its noise, which {self._recipe['noise']!r} generates; this "
-                f"version generates noise by {NAME!r}: read the pairs with the version that made them"
-            )
         self._paths = self._find(Path(directory))
         self._readers: dict[int, Any] = {}
 
@@ -58,7 +54,7 @@ class Pairs:
         if absent:
             raise FileNotFoundError(
                 f"{len(absent)} of {len(paths)} shards are missing or incomplete, the first "
-                f"{absent[0]}: start generate again with the same config, which makes only these"
+                f"{absent[0]}: {again(self._recipe)} with the same config, which makes only these"
             )
         return paths
 
@@ -66,19 +62,22 @@ class Pairs:
         return self._recipe["count"]
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """One pair: prompt (str), ids int32 [L], X0 and X1 float16 [h, w, c]."""
+        """One example: prompt (str), ids int32 [L], X1 and of a pair X0 float16 [h, w, c]."""
         fields = self._fields([number])[0]
         return {"prompt": fields["prompt"].bytes_list.value[0].decode()} | self._arrays(number, fields)
 
-    def batch(self, numbers: Numbers) -> dict[str, np.ndarray]:
-        """X0, X1 float16 [B, h, w, c] and ids int32 [B, L] of these pairs.
+    def rows(self, numbers: Numbers) -> list[dict[str, np.ndarray]]:
+        """The arrays of these examples: X1 and of pairs X0 float16 [h, w, c], ids int32 [L].
 
         Raises:
           ValueError: a shard is damaged, or regenerated noise differs from the noise the pair was made from.
         """
         numbers = [int(number) for number in numbers]
-        rows = [self._arrays(number, row) for number, row in zip(numbers, self._fields(numbers), strict=True)]
-        return {name: np.stack([row[name] for row in rows]) for name in ("X0", "X1", "ids")}
+        return [self._arrays(number, row) for number, row in zip(numbers, self._fields(numbers), strict=True)]
+
+    def batch(self, numbers: Numbers) -> dict[str, np.ndarray]:
+        """The same arrays as a batch, [B, ...]. Raises as `rows`."""
+        return stack(self.rows(numbers))
 
     def _fields(self, numbers: list[int]) -> list[Mapping[str, Any]]:
         """The parsed records; reads each shard once."""
@@ -100,7 +99,7 @@ class Pairs:
             return self._readers[shard].read([number - first for number in numbers])
         except RuntimeError as error:
             raise ValueError(
-                f"{self._paths[shard]} is damaged ({error}): delete it and start generate again with the "
+                f"{self._paths[shard]} is damaged ({error}): delete it and {again(self._recipe)} with the "
                 "same config, which makes only this shard"
             ) from error
 
@@ -110,11 +109,35 @@ class Pairs:
             self._readers.pop(shard).close()
 
     def _arrays(self, number: int, fields: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        X0 = self._latent(fields["X0"]) if self._recipe["store_noise"] else self._regenerate(number, fields)
-        return {"X0": X0, "X1": self._latent(fields["X1"]), "ids": np.array(fields["ids"].int64_list.value, np.int32)}
+        return {"X1": self._latent(fields["X1"]), "ids": np.array(fields["ids"].int64_list.value, np.int32)}
 
     def _latent(self, field) -> np.ndarray:
         return np.frombuffer(field.bytes_list.value[0], "<f2").reshape(self._shape)
+
+
+def stack(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Rows of a batch as arrays [B, ...]."""
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+class Pairs(Shards):
+    """A finished directory of pairs, read by number.
+
+    Raises:
+      FileNotFoundError, ValueError: as `Shards`, or its noise cannot be generated again.
+    """
+
+    def __init__(self, directory: str | Path):
+        super().__init__(directory)
+        if not self._recipe["store_noise"] and self._recipe["noise"] != NAME:
+            raise ValueError(
+                f"{directory} stores only the seeds of its noise, which {self._recipe['noise']!r} generates; this "
+                f"version generates noise by {NAME!r}: read the pairs with the version that made them"
+            )
+
+    def _arrays(self, number: int, fields: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        X0 = self._latent(fields["X0"]) if self._recipe["store_noise"] else self._regenerate(number, fields)
+        return {"X0": X0} | super()._arrays(number, fields)
 
     def _regenerate(self, number: int, fields: Mapping[str, Any]) -> np.ndarray:
         X0 = noise(self._recipe["seed"], number, self._shape)
@@ -127,7 +150,39 @@ class Pairs:
         return X0
 
 
-class PairBatches:
+class ReadAhead:
+    """Batches by step, which a thread reads ahead. Implements `train.batches.Batches` but for `spec`.
+
+    Args:
+      read: step, counted from 0 → this process's rows of its batch.
+    """
+
+    def __init__(self, read: Callable[[int], dict[str, np.ndarray]]):
+        self._read_step, self._step = read, 0
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="pairs")
+        self._ahead: deque[Future] = deque()
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        while len(self._ahead) < _PREFETCH:
+            self._ahead.append(self._threads.submit(self._read_step, self._step + len(self._ahead)))
+        batch = self._ahead[0].result()
+        self._ahead.popleft()
+        self._step += 1
+        return batch
+
+    def state(self) -> dict[str, int]:
+        """The position before the next batch, as JSON."""
+        return {"step": self._step}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Moves to a position returned by `state`."""
+        for future in self._ahead:
+            future.cancel()
+        self._ahead.clear()
+        self._step = state["step"]
+
+
+class PairBatches(ReadAhead):
     """Endless shuffled batches for training: X0, X1 [b, h, w, c] and ids int32 [b, L] of this process.
 
     Implements `train.batches.Batches`; see `ShuffledEpochs` for the order. A thread reads ahead.
@@ -145,36 +200,21 @@ class PairBatches:
     def __init__(self, pairs: Pairs, *, batch_size: int, seed: int, dtype=np.float32):
         self._epochs = ShuffledEpochs(len(pairs), batch_size=batch_size, seed=seed)
         self._pairs, self._dtype = pairs, np.dtype(dtype)
-        self._step = 0
-        self._threads = ThreadPoolExecutor(1, thread_name_prefix="pairs")
-        self._ahead: deque[Future] = deque()
+        super().__init__(self._read)
 
-    def __next__(self) -> dict[str, np.ndarray]:
-        while len(self._ahead) < _PREFETCH:
-            numbers = self._epochs[self._step + len(self._ahead)]
-            self._ahead.append(self._threads.submit(self._read, numbers))
-        batch = self._ahead[0].result()
-        self._ahead.popleft()
-        self._step += 1
-        return batch
-
-    def _read(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
-        rows = self._pairs.batch(numbers)
-        return {name: rows[name].astype(self._dtype, copy=False) for name in ("X0", "X1")} | {"ids": rows["ids"]}
+    def _read(self, step: int) -> dict[str, np.ndarray]:
+        return with_dtype(self._pairs.batch(self._epochs[step]), self._dtype)
 
     def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-        recipe = self._pairs.manifest["recipe"]
-        latent = jax.ShapeDtypeStruct((self._epochs.local, *recipe["latent_shape"]), self._dtype)
-        ids = jax.ShapeDtypeStruct((self._epochs.local, recipe["tokens"]), np.dtype(np.int32))
-        return {"X0": latent, "X1": latent, "ids": ids}
+        return batch_shapes(self._pairs.manifest["recipe"], self._epochs.local, self._dtype)
 
-    def state(self) -> dict[str, int]:
-        """The position before the next batch, as JSON."""
-        return {"step": self._step}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Moves to a position returned by `state`."""
-        for future in self._ahead:
-            future.cancel()
-        self._ahead.clear()
-        self._step = state["step"]
+def with_dtype(batch: Mapping[str, np.ndarray], dtype: np.dtype) -> dict[str, np.ndarray]:
+    """The batch with latents of this dtype."""
+    return {name: rows if name == "ids" else rows.astype(dtype, copy=False) for name, rows in batch.items()}
+
+
+def batch_shapes(recipe: Mapping[str, Any], rows: int, dtype: np.dtype) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a batch of pairs of this recipe."""
+    latent = jax.ShapeDtypeStruct((rows, *recipe["latent_shape"]), dtype)
+    return {"X0": latent, "X1": latent, "ids": jax.ShapeDtypeStruct((rows, recipe["tokens"]), np.dtype(np.int32))}

@@ -17,17 +17,17 @@ import numpy as np
 from instaflow_jax.data import records
 from instaflow_jax.data.noise import checksum
 from instaflow_jax.data.pairs import manifest as pairs_manifest
-from instaflow_jax.data.pairs.manifest import MANIFEST, Recipe, shard_count, shard_range
+from instaflow_jax.data.pairs.manifest import MANIFEST, Recipe, again, holds, shard_count, shard_range
 from instaflow_jax.infra import files, stores
 from instaflow_jax.infra.files import sha256_of_json
 
-NAME, SPLIT = "pairs", "train"
+SPLIT = "train"
 _METADATA = ("file", "first", "pairs", "bytes", "sha256", "recipe_sha256")  # fields of a shard's metadata
 
 
 def shard_path(directory: Path, recipe: Recipe, shard: int) -> Path:
     """The path of a shard, named as TFDS names it."""
-    return directory / f"{NAME}-{SPLIT}.array_record-{shard:05d}-of-{shard_count(recipe):05d}"
+    return directory / f"{holds(recipe)}-{SPLIT}.array_record-{shard:05d}-of-{shard_count(recipe):05d}"
 
 
 def metadata_path(shard: Path) -> Path:
@@ -38,20 +38,22 @@ def make_features(recipe: Recipe):
     """The TFDS features of a pair: prompt, ids [L], seed, X0 and X1 [h, w, c] in float16.
 
     `seed` is the pair's number; together with the run's seed it gives X0. If the recipe does not store noise,
-    `noise_crc` takes the place of X0.
+    `noise_crc` takes the place of X0. A real image has neither.
     """
     import tensorflow_datasets as tfds
 
     latent = tfds.features.Tensor(shape=tuple(recipe["latent_shape"]), dtype=np.float16, encoding="bytes")
-    noise = {"X0": latent} if recipe["store_noise"] else {"noise_crc": tfds.features.Scalar(np.int64)}
+    noise = {}
+    if holds(recipe) == "pairs":
+        noise = {"X0": latent} if recipe["store_noise"] else {"noise_crc": tfds.features.Scalar(np.int64)}
     ids = tfds.features.Tensor(shape=(recipe["tokens"],), dtype=np.int32)
     words = {"prompt": tfds.features.Text(), "ids": ids, "seed": tfds.features.Scalar(np.int64)}
     return tfds.features.FeaturesDict(words | noise | {"X1": latent})
 
 
-def serialize(features, recipe: Recipe, *, prompt: str, ids, seed: int, X0, X1) -> bytes:
-    """A pair as a record with the same bytes in every process."""
-    noise = {"X0": X0} if recipe["store_noise"] else {"noise_crc": checksum(X0)}
+def serialize(features, recipe: Recipe, *, prompt: str, ids, seed: int, X1, X0=None) -> bytes:
+    """A pair, or a real image without X0, as a record with the same bytes in every process."""
+    noise = {} if X0 is None else {"X0": X0} if recipe["store_noise"] else {"noise_crc": checksum(X0)}
     row = {"prompt": prompt, "ids": ids, "seed": seed, "X1": X1} | noise
     return records.stable(features.serialize_example(row))
 
@@ -105,7 +107,7 @@ def shard_metadata(directory: Path, recipe: Recipe, shard: int) -> dict[str, Any
     size = stores.size(path)
     if not metadata_path(path).is_file() or size is None:
         return None
-    remedy = "restore the original file, or delete it and start generate again, which makes only this shard"
+    remedy = f"restore the original file, or delete it and {again(recipe)}, which makes only this shard"
     metadata = files.read_checked_json(metadata_path(path), _METADATA, remedy=remedy)
     if metadata["recipe_sha256"] != sha256_of_json(recipe):
         raise ValueError(
@@ -128,16 +130,22 @@ def finish(directory: Path, recipe: Recipe) -> bool:
         stores.fetch(shard_path(directory, recipe, 0))  # TFDS reads the names of the shards from those that are here
         records.write_metadata(
             directory,
-            NAME,
+            holds(recipe),
             make_features(recipe),
             {SPLIT: [(shard["pairs"], shard["bytes"]) for shard in shards]},
             version="1.0.0",
-            description=f"(X0, text, X1) of {recipe['teacher']['unet']}; see {MANIFEST}",
+            description=f"{_describe(recipe)}; see {MANIFEST}",
             license="",
             homepage="",
         )
         files.write_checked_json(directory / MANIFEST, manifest | {"shards": shards})
     return True
+
+
+def _describe(recipe: Recipe) -> str:
+    if holds(recipe) == "pairs":
+        return f"(X0, text, X1) of {recipe['teacher']['unet']}"
+    return f"(text, X1) of real images, encoded by {recipe['vae']}"
 
 
 def verify(directory: Path) -> dict[str, Any]:

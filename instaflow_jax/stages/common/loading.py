@@ -7,6 +7,7 @@ import dataclasses
 import math
 import re
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from jaxtyping import Bool
 from ml_collections import ConfigDict
 
 from instaflow_jax import pipeline
+from instaflow_jax.arrays import TokenIds
 from instaflow_jax.data import prompt_sources
 from instaflow_jax.infra import files, stores
 from instaflow_jax.infra.messages import quote
@@ -25,6 +27,7 @@ from instaflow_jax.kernels.attention import ATTENTION
 from instaflow_jax.models.net import Net
 from instaflow_jax.weights.delta import Delta
 from instaflow_jax.weights.port import torch_key
+from instaflow_jax.weights.tokenizer import Tokenizer
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 EXPORT = "export"  # folder of a training run that holds the trained model, in diffusers layout
@@ -235,6 +238,18 @@ def latent_shape(nets: Mapping[str, Net], height: int, width: int) -> tuple[int,
 
 
 # ---------------------------------------------------------------- prompts and programs
+
+
+def sha256_of_tokenizer(tokenizer: Tokenizer) -> str:
+    """A hash of all that decides the token ids of a prompt."""
+    return files.sha256_of_json([tokenizer.vocab, tokenizer.merges, tokenizer.config])
+
+
+def tokenize_quietly(tokenizer: Tokenizer, prompts: Sequence[str]) -> TokenIds:
+    """Token ids [B, L], without the tokenizer's warning for each of millions of long prompts."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the prompt", category=UserWarning)
+        return tokenizer(list(prompts))
 
 
 def read_prompts(prompts: str) -> list[str]:

@@ -169,7 +169,7 @@ def write(job: Job, photos: Sequence[coco.Photo], drawn: UInt8[np.ndarray, "B H 
     for photo, image in zip(photos, drawn, strict=True):
         if not job.path(photo).is_file():
             text = {"prompt": photo.caption, "seed": f"{options.seed}, image {photo.id}", "model": options.model}
-            images.save_png(job.path(photo), coco.square(Image.fromarray(image), options.size), text)
+            images.save_png(job.path(photo), images.cover(Image.fromarray(image), options.size, options.size), text)
 
 
 # ---------------------------------------------------------------- the model itself

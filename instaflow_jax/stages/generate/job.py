@@ -1,7 +1,6 @@
 """The work of `generate`: teacher, prompts, the recipe that identifies them, and the program that makes pairs."""
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,10 +12,16 @@ from jaxtyping import Float16, Int
 from instaflow_jax import __version__, pipeline, sampling
 from instaflow_jax.arrays import AnyArray, Latent, Params, TokenIds
 from instaflow_jax.data import noise, prompts
-from instaflow_jax.infra.files import sha256_of_json, sha256_of_params
+from instaflow_jax.infra.files import sha256_of_params
 from instaflow_jax.infra.messages import quote
 from instaflow_jax.infra.runner import BatchedRunner
-from instaflow_jax.stages.common.loading import SolveOptions, WeightOptions, latent_shape
+from instaflow_jax.stages.common.loading import (
+    SolveOptions,
+    WeightOptions,
+    latent_shape,
+    sha256_of_tokenizer,
+    tokenize_quietly,
+)
 from instaflow_jax.stages.common.loading import load as load_pipeline
 
 Fixed = tuple[Mapping[str, Params], TokenIds]  # networks' weights and the ids [1, L] of the empty or negative prompt
@@ -45,10 +50,8 @@ class Job:
         return self.prompts.texts[number % len(self.prompts.texts)]
 
     def ids(self, numbers: Sequence[int]) -> Int[np.ndarray, "B L"]:
-        """Token ids of the pairs' prompts; without the tokenizer's warning for each of millions of long prompts."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="the prompt", category=UserWarning)
-            return self.pipe.tokenizer([self.prompt(number) for number in numbers])
+        """Token ids of the pairs' prompts."""
+        return tokenize_quietly(self.pipe.tokenizer, [self.prompt(number) for number in numbers])
 
     def noise(self, numbers: Sequence[int]) -> Float16[np.ndarray, "B h w c"]:
         """X0 of the pairs."""
@@ -98,7 +101,7 @@ def load(
     tokenizer = pipe.tokenizer
     recipe = {  # version 0.1's names, because shards on disk carry the hash of the recipe
         "teacher": {name: sha256_of_params(params) for name, params in pipe.params.items()}
-        | {"tokenizer": sha256_of_json([tokenizer.vocab, tokenizer.merges, tokenizer.config])},
+        | {"tokenizer": sha256_of_tokenizer(tokenizer)},
         "kind": "flow" if flow else "teacher",
         "dynamics": {"factor": dynamics.factor, "steps": dynamics.num_timesteps} if flow else pipe.scheduler,
         "solver": solver,
