@@ -34,6 +34,7 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
     config.fake = {"updates": 2, "first": 20, "adversarial": 0.0, "schedule": {}}
     config.score = reflow.get_config("sd15_score" if variant.startswith("sd15") else "score")
     config.pairs = config.score.pairs  # the same object
+    config.images = config.score.images  # likewise: real images for the score and the discriminator; share: the score's
     config.eval.N = (1, 2, 4)
     common.pick(VARIANTS, variant)(config)
     return config.lock()

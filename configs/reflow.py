@@ -6,6 +6,7 @@
     python -m instaflow_jax.main --config=configs/reflow.py:sd15_2 --workdir=DIR      # its second
     python -m instaflow_jax.main --config=configs/reflow.py:score --workdir=DIR       # for configs/refine.py
     python -m instaflow_jax.main --config=configs/reflow.py:diffusion --workdir=DIR   # a teacher with straight paths
+    python -m instaflow_jax.main --config=configs/reflow.py --workdir=DIR --config.images.source=FOLDER  # real images
 
 Needs nothing: missing pairs are generated first. Writes DIR/reflow/export, which `configs/sample.py` samples from.
 That is the 2-rectified flow. With --config.k=3 its own pairs follow, in DIR/reflow/pairs (`configs/distill.py` uses
@@ -34,6 +35,10 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
     config.path = "flow"  # or sd: keep the teacher's head and schedule, for a Stable Diffusion of straight paths
     config.loss = {"time": "uniform", "penalty": "squared", "noise": "paired"}  # or those of train/losses.py
     config.output = "reflow"  # folder of the workdir to train in; later reflows add their k
+    # Real images with captions, which take a share of each batch, with fresh noise: flow matching. source: a directory
+    # (captions in metadata.jsonl, or NAME.txt beside each image) or tfds:NAME; "" is none. column: of the captions in
+    # metadata.jsonl or the TFDS set. split: of the TFDS set. batch: images per device and call of the encoder.
+    config.images = {"source": "", "column": "text", "split": "train", "share": 0.25, "batch": 16}
     config.k = 2  # of the k-rectified flow to end with: it takes k − 1 reflows of the teacher
     common.pick(VARIANTS, variant)(config)
     return config.lock()
@@ -100,9 +105,12 @@ def emoji_budget(config: ConfigDict, steps: int) -> None:
 
 
 def score(config: ConfigDict) -> None:
-    """The distribution of the pairs' images, for `configs/refine.py`: the same pairs with fresh noise."""
+    """The distribution of the pairs' images, for `configs/refine.py`: the same pairs with fresh noise.
+
+    Or, with `config.images.source`, that of the real images alone; then no pairs are needed.
+    """
     openmoji(config)
-    config.loss.noise, config.output = "fresh", "score"
+    config.loss.noise, config.output, config.images.share = "fresh", "score", 1.0
     config.loop.steps = 400
 
 
@@ -135,7 +143,7 @@ def sd15_2(config: ConfigDict) -> None:
 def sd15_score(config: ConfigDict) -> None:
     """`score` at SD 1.5's size. How long it has to train is not known: nobody has published this step."""
     sd15(config)
-    config.loss.noise, config.output = "fresh", "score"
+    config.loss.noise, config.output, config.images.share = "fresh", "score", 1.0
     config.warm_start = True
     config.loop.steps = 10_000
 

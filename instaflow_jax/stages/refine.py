@@ -13,17 +13,21 @@ from ml_collections import ConfigDict
 
 from instaflow_jax import pipeline, sampling
 from instaflow_jax.arrays import Key
-from instaflow_jax.data.pairs.reader import PairBatches
+from instaflow_jax.data.pairs.reader import PairBatches, Pairs
+from instaflow_jax.data.real_images.batches import BatchesBesideImages
 from instaflow_jax.infra import devices
+from instaflow_jax.infra.checkpoint import complete_steps, load_config
+from instaflow_jax.infra.stores import CHECKPOINTS
 from instaflow_jax.models.discriminator import make_discriminator
 from instaflow_jax.models.net import Net
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.stages import reflow
-from instaflow_jax.stages.common import adapters, fit, flow_training, loading
+from instaflow_jax.stages.common import adapters, fit, flow_training, loading, real_images
 from instaflow_jax.stages.common.adapters import Trained
 from instaflow_jax.stages.generate.stage import check_pairs, has_pairs, need_pairs
 from instaflow_jax.train import lora, optim, score_distillation
 from instaflow_jax.train import state as train_state
+from instaflow_jax.train.batches import Batches
 from instaflow_jax.train.lora import BASE
 from instaflow_jax.train.score_distillation import HEAD, Method
 from instaflow_jax.train.step import Loss
@@ -50,14 +54,14 @@ def run(config: ConfigDict, workdir: str) -> None:
     """Trains in `workdir`/`config.output`, from the one-step flow `config.model`, on the prompts and X1 of the pairs.
 
     First makes what is missing: the real score (if `config.real` is ""), by `reflow` with `config.score`, and the pairs
-    in `workdir`/pairs.
+    in `workdir`/pairs. With `config.images` the discriminator's real images are these, and the score is theirs.
 
     Raises:
       ValueError, FileNotFoundError: a field of the config, one of the two flows, or the pairs are wrong.
       OSError, FloatingPointError: see `train.loop`.
     """
     options, directory = read_options(config, workdir), Path(workdir) / config.output
-    if not has_pairs(Path(workdir)) or (not config.real and not reflow.is_trained(config.score, workdir)):
+    if not has_data(config, workdir):
         check(config, workdir)
     pairs = need_pairs(config.pairs, Path(workdir))
     real = load_real(config.real or reflow.need(config.score, workdir), options)
@@ -73,7 +77,7 @@ def run(config: ConfigDict, workdir: str) -> None:
         directory,
         init=trained.init,
         frozen=trained.frozen,
-        batches=PairBatches(pairs, batch_size=options.train.batch_size, seed=options.train.seed),
+        batches=make_batches(config, Path(workdir), options, pipe, pairs),
         evaluate=lambda ema, path: evaluate(trained.complete(ema), path),
     )
     fit.export_ema(state, lambda ema: flow_training.export(pipe, trained.complete(ema), directory / loading.EXPORT))
@@ -91,6 +95,10 @@ def check(config: ConfigDict, workdir: str) -> None:
     else:
         real = reflow.check(config.score, workdir)
     recipe, pipe = check_pairs(config.pairs, Path(workdir)), load_student(options, real)
+    shows_images = discriminates_images(config)
+    if shows_images:
+        job = real_images.read_job(config.images, options.weights, pipe, recipe["latent_shape"])
+        real_images.check(job, Path(workdir))
     losses, params = make_losses(config, options, pipe.nets, real.nets), real.nets["unet"].shapes
     flow_training.check_fit(real, recipe)
     if options.lora:
@@ -99,7 +107,7 @@ def check(config: ConfigDict, workdir: str) -> None:
     fake, frozen = with_head(params, losses.head and losses.head.shapes), {"real": params}
     flow_training.check(options, pipe, recipe, losses.student, {**frozen, "fake": fake})
     frozen = flow_training.with_text(pipe, {**frozen, "student": pipe.nets["unet"].shapes})
-    flow_training.check_loss(options, recipe, losses.fake, fake, frozen)
+    flow_training.check_loss(options, recipe, losses.fake, fake, frozen, images=shows_images)
 
 
 def read_options(config: ConfigDict, workdir: str) -> flow_training.FlowOptions:
@@ -121,7 +129,60 @@ def read_options(config: ConfigDict, workdir: str) -> flow_training.FlowOptions:
             "both be 0, which turns the discriminator off, or neither"
         )
     fit.check_same_run(options.train, Path(workdir) / config.output, chosen)
+    check_images(config, workdir)
     return options
+
+
+def has_data(config: ConfigDict, workdir: str) -> bool:
+    """Whether the score and all data are there."""
+    score = bool(config.real) or reflow.is_trained(config.score, workdir)
+    images = not discriminates_images(config) or real_images.has_images(Path(workdir))
+    return score and images and has_pairs(Path(workdir))
+
+
+# ---------------------------------------------------------------- the real images
+
+
+def discriminates_images(config: ConfigDict) -> bool:
+    """Whether the discriminator's real images are those of `config.images`."""
+    return bool(config.images.source and config.adversarial)
+
+
+def check_images(config: ConfigDict, workdir: str) -> None:
+    """Raises ValueError if nothing would use `config.images`, or the workdir's score was trained on other images."""
+    source, score = config.images.source, Path(workdir) / config.score.output
+    if config.real:
+        if source and not config.adversarial:
+            raise ValueError(
+                f"config.images.source={source!r} has no effect with config.real and without config.adversarial: the "
+                "score and the discriminator are what would use it"
+            )
+        return
+    if not reflow.is_trained(config.score, workdir) or not complete_steps(score / CHECKPOINTS):
+        return
+    images = load_config(score / CHECKPOINTS, step=None).get("images", {"source": "", "share": 0.0})
+    there, here = (block["source"] if block["share"] else "" for block in (images, config.score.images))
+    if there != here:
+        raise ValueError(
+            f"{score} was trained with images.source={there!r}, not {here!r}: delete it to train it again, or "
+            f"use it as it is with --config.real={score / loading.EXPORT}"
+        )
+
+
+def make_batches(
+    config: ConfigDict,
+    workdir: Path,
+    options: flow_training.FlowOptions,
+    pipe: pipeline.Pipeline,
+    pairs: Pairs,
+) -> Batches:
+    """The pairs, with real images beside them where the discriminator sees those. Raises as `real_images.need`."""
+    order = {"batch_size": options.train.batch_size, "seed": options.train.seed}
+    if not discriminates_images(config):
+        return PairBatches(pairs, **order)
+    shape = pairs.manifest["recipe"]["latent_shape"]
+    job = real_images.read_job(config.images, options.weights, pipe, shape)
+    return BatchesBesideImages(pairs, real_images.need(job, workdir), **order)
 
 
 # ---------------------------------------------------------------- the models

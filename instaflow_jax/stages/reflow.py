@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from instaflow_jax import pipeline, sampling, teacher
+from instaflow_jax.data.real_images.batches import Share
 from instaflow_jax.models.net import Net
-from instaflow_jax.stages.common import fit, flow_training, loading
+from instaflow_jax.stages.common import fit, flow_training, loading, real_images
 from instaflow_jax.stages.common.ranges import check_ranges
 from instaflow_jax.stages.generate.stage import check_pairs, has_pairs, need_pairs
 from instaflow_jax.train import losses
@@ -38,6 +39,8 @@ class Reflow(NamedTuple):
 def run(config: ConfigDict, workdir: str) -> None:
     """Trains the flows up to the `config.k`-rectified one, each on the pairs of the model before it.
 
+    With `config.images`, real images take a share of each batch; if they take all of it, no pairs are needed.
+
     The 2-rectified flow is trained in `workdir`/reflow (`config.output`) on `workdir`/pairs, the 3-rectified flow in
     `workdir`/reflow_3 on `workdir`/reflow/pairs, and so on. Missing pairs are generated first. An earlier flow that has
     been exported is used as it is.
@@ -49,14 +52,16 @@ def run(config: ConfigDict, workdir: str) -> None:
     left = unfinished(config, Path(workdir))
     for reflow in left:
         read_options(reflow)
-    if not all(has_pairs(reflow.source) for reflow in left):
+    if not all(has_data(reflow, Path(workdir)) for reflow in left):
         check(config, workdir)
     for reflow in left:
-        options, pairs = read_options(reflow), need_pairs(reflow.config.pairs, reflow.source)
+        options = read_options(reflow)
+        pairs = need_pairs(reflow.config.pairs, reflow.source) if needs_pairs(reflow.config) else None
         pipe = loading.load(reflow.config.model, options.weights)
+        share = need_share(reflow.config, Path(workdir), options, pipe, pairs and pairs.manifest["recipe"])
         dynamics = trained_dynamics(reflow.config, pipe)
         loss, source = make_loss(reflow.config, options, pipe.nets, pipe.scheduler), reflow.config.model
-        flow_training.train_flow(options, reflow.directory, pipe, pairs, loss, {}, dynamics, source=source)
+        flow_training.train_flow(options, reflow.directory, pipe, pairs, loss, {}, dynamics, source=source, share=share)
 
 
 def check(config: ConfigDict, workdir: str) -> pipeline.Pipeline:
@@ -71,8 +76,11 @@ def check(config: ConfigDict, workdir: str) -> pipeline.Pipeline:
     flow = None
     for reflow in unfinished(config, Path(workdir)):
         options = read_options(reflow)
-        recipe = check_pairs(reflow.config.pairs, reflow.source, flow)
+        recipe = check_pairs(reflow.config.pairs, reflow.source, flow) if needs_pairs(reflow.config) else None
         pipe = flow or loading.load(reflow.config.model, options.weights)
+        if needs_images(reflow.config):
+            images = real_images.check(read_images(reflow.config, options, pipe, recipe), Path(workdir))
+            recipe = recipe or images
         trained_dynamics(reflow.config, pipe)
         flow_training.check(options, pipe, recipe, make_loss(reflow.config, options, pipe.nets, pipe.scheduler), {})
         flow = flow_training.as_flow(pipe, pipe.params["unet"])
@@ -139,6 +147,58 @@ def read_options(reflow: Reflow) -> flow_training.FlowOptions:
     options = flow_training.read_flow_options(reflow.config)
     fit.check_same_run(options.train, reflow.directory, reflow.chosen)
     return options
+
+
+# ---------------------------------------------------------------- pairs and real images
+
+
+def needs_pairs(config: ConfigDict) -> bool:
+    """Whether some rows of each batch are pairs. Raises ValueError for a share of less than one image."""
+    return real_images.read_share(config.images, config.batch_size) < config.batch_size
+
+
+def needs_images(config: ConfigDict) -> bool:
+    """Whether some rows of each batch are real images. Raises ValueError for a share of less than one image."""
+    return real_images.read_share(config.images, config.batch_size) > 0
+
+
+def has_data(reflow: Reflow, workdir: Path) -> bool:
+    """Whether all data that a reflow needs is there."""
+    pairs = not needs_pairs(reflow.config) or has_pairs(reflow.source)
+    return pairs and (not needs_images(reflow.config) or real_images.has_images(workdir))
+
+
+def read_images(
+    config: ConfigDict,
+    options: flow_training.FlowOptions,
+    pipe: pipeline.Pipeline,
+    recipe: Mapping[str, Any] | None,
+) -> real_images.Job:
+    """The real images at the size of the pairs, whose recipe is None without any.
+
+    Raises:
+      ValueError, FileNotFoundError: see `real_images.read_job`.
+    """
+    shape = loading.latent_shape(pipe.nets, config.pairs.height, config.pairs.width)
+    shape = recipe["latent_shape"] if recipe else shape
+    return real_images.read_job(config.images, options.weights, pipe, shape)
+
+
+def need_share(
+    config: ConfigDict,
+    workdir: Path,
+    options: flow_training.FlowOptions,
+    pipe: pipeline.Pipeline,
+    recipe: Mapping[str, Any] | None,
+) -> Share | None:
+    """The real images, encoded, and their rows of each batch; None if there are none. Raises as `real_images.need`."""
+    if not needs_images(config):
+        return None
+    job = read_images(config, options, pipe, recipe)
+    return Share(real_images.need(job, workdir), real_images.read_share(config.images, config.batch_size))
+
+
+# ---------------------------------------------------------------- the loss
 
 
 def make_loss(

@@ -6,8 +6,9 @@ images, which a second flow learns while the student changes (the fake score). B
 noise, so Xt + (1 − t) v(Xt, t) is the mean of X1 given Xt; the difference of these means is that of the scores, times
 (1 − t)² / t.
 
-The losses take the batch of `train.losses`. `frozen` holds "text_encoder", "null_ids", "real" (the real score), and the
-parameters of the network that the other loss trains, "fake" or "student".
+The losses take the batch of `train.losses`. If it holds "real_X1" and "real_ids", these are real images and their
+captions, which the discriminator sees in place of the pairs' X1. `frozen` holds "text_encoder", "null_ids", "real" (the
+real score), and the parameters of the network that the other loss trains, "fake" or "student".
 """
 
 from typing import Any, NamedTuple
@@ -125,7 +126,7 @@ def make_fake_loss(method: Method, *, adversarial: float) -> Loss:
 
     Args:
       adversarial: weight of the logistic loss of the discriminator, which tells the student's images from the pairs'
-        X1, noised to the same times; 0 turns it off.
+        X1 or the real images, noised to the same times; 0 turns it off.
     """
 
     def loss(params, frozen, batch, key):
@@ -139,8 +140,9 @@ def make_fake_loss(method: Method, *, adversarial: float) -> Loss:
             return jnp.mean(squared(method.score.apply(params, fake.Xt, fake.tau, text) - target)), {}
         v, features = method.score.apply(params, fake.Xt, fake.tau, text, method="with_middle")
         value, eps = jnp.mean(squared(v - target)), jax.random.normal(real_key, x.shape)
-        real = flow.interpolate(eps, batch["X1"].astype(jnp.float32), fake.t)
-        real_features = method.score.apply(params, real, fake.tau, text, method="middle")
+        real_X1, real_text = real_images(method, frozen, batch, text, drop_key)
+        real = flow.interpolate(eps, real_X1.astype(jnp.float32), fake.t)
+        real_features = method.score.apply(params, real, fake.tau, real_text, method="middle")
         on_fake, on_real = (logits(method, params, each) for each in (features, real_features))
         logistic = jnp.mean(jax.nn.softplus(on_fake) + jax.nn.softplus(-on_real))
         accuracy = (jnp.mean(on_fake < 0) + jnp.mean(on_real > 0)) / 2
@@ -155,6 +157,18 @@ def make_fake_loss(method: Method, *, adversarial: float) -> Loss:
 def encode(method: Method, frozen, batch: Batch, key: Key) -> Context:
     """The embeddings of the batch's prompts."""
     return losses.encode(method.text_encoder, frozen, batch["ids"], method.prompt_dropout, key)
+
+
+def real_images(method: Method, frozen, batch: Batch, text: Context, key: Key) -> tuple[Latent, Context]:
+    """What the discriminator should take for real, and its text: the real images of the batch, or else the pairs' X1.
+
+    Args:
+      text: of the pairs' prompts.
+      key: from which that text's dropout was drawn.
+    """
+    if "real_X1" not in batch:
+        return batch["X1"], text
+    return batch["real_X1"], encode(method, frozen, {"ids": batch["real_ids"]}, jax.random.fold_in(key, 1))
 
 
 def draw(method: Method, params: Params, Z: Latent, text: Context) -> Latent:

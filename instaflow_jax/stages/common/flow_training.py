@@ -14,7 +14,9 @@ from ml_collections import ConfigDict
 
 from instaflow_jax import flow, pipeline, sampling, solvers, teacher
 from instaflow_jax.arrays import Params
-from instaflow_jax.data.pairs.reader import PairBatches, Pairs
+from instaflow_jax.data.pairs.manifest import holds
+from instaflow_jax.data.pairs.reader import PairBatches, Pairs, batch_shapes
+from instaflow_jax.data.real_images.batches import MixedBatches, Share, beside
 from instaflow_jax.infra import files, images
 from instaflow_jax.infra.epochs import ShuffledEpochs
 from instaflow_jax.models.layers import REMAT
@@ -29,6 +31,7 @@ from instaflow_jax.stages.common.loading import (
 )
 from instaflow_jax.stages.common.model_measures import make_straightness
 from instaflow_jax.train import warm_start
+from instaflow_jax.train.batches import Batches
 from instaflow_jax.train.lora import Lora, find_ranks
 from instaflow_jax.train.step import Loss
 from instaflow_jax.weights.conventions import NUM_TIMESTEPS
@@ -106,7 +109,7 @@ def check(
     """Every check of `train_flow` that needs no pairs; traces the loss, but computes nothing.
 
     Args:
-      recipe: of the pairs, which may not exist yet.
+      recipe: of the pairs, which may not exist yet, or of the real images that are trained on alone.
       loss, frozen: see `train_flow`.
 
     Raises:
@@ -118,18 +121,28 @@ def check(
         find_ranks(options.lora, pipe.nets["unet"].shapes)
     train = options.train
     fit.check(train)
-    ShuffledEpochs(recipe["count"], batch_size=train.batch_size, seed=train.seed)
+    if holds(recipe) == "pairs":  # there may be fewer real images than a batch takes
+        ShuffledEpochs(recipe["count"], batch_size=train.batch_size, seed=train.seed)
     check_loss(options, recipe, loss, pipe.nets["unet"].shapes, with_text(pipe, frozen))
 
 
 def check_loss(
-    options: NetworkOptions, recipe: Mapping[str, Any], loss: Loss, params: PyTree, frozen: Mapping[str, Any]
+    options: NetworkOptions,
+    recipe: Mapping[str, Any],
+    loss: Loss,
+    params: PyTree,
+    frozen: Mapping[str, Any],
+    *,
+    images: bool = False,
 ) -> None:
-    """Traces a loss of these parameters, arrays or shapes, on pairs of this recipe. Raises as the loss does."""
+    """Traces a loss of these parameters, arrays or shapes, on pairs of this recipe. Raises as the loss does.
+
+    Args:
+      images: whether as many real images stand beside the pairs.
+    """
     train = options.train
-    rows, shape = train.batch_size // train.accumulate, tuple(recipe["latent_shape"])
-    latents = jax.ShapeDtypeStruct((rows, *shape), jnp.float16)
-    batch = {"X0": latents, "X1": latents, "ids": jax.ShapeDtypeStruct((rows, recipe["tokens"]), jnp.int32)}
+    batch = batch_shapes(recipe, train.batch_size // train.accumulate, np.dtype(np.float16))
+    batch = beside(batch) if images else batch
     jax.eval_shape(loss, params, frozen, batch, jax.random.key(0))
 
 
@@ -138,7 +151,7 @@ def check_fit(pipe: pipeline.Pipeline, recipe: Mapping[str, Any]) -> None:
     net, length, shape = pipe.nets["unet"], pipe.tokenizer.model_max_length, tuple(recipe["latent_shape"])
     if shape[-1] != net.config.in_channels or recipe["tokens"] != length:
         raise ValueError(
-            f"the pairs hold latents {shape} and prompts of {recipe['tokens']} tokens, but the model takes "
+            f"the {holds(recipe)} hold latents {shape} and prompts of {recipe['tokens']} tokens, but the model takes "
             f"{net.config.in_channels} channels and {length} tokens: they were made by another teacher; "
             "use its config.model or another workdir"
         )
@@ -156,26 +169,31 @@ def train_flow(
     options: FlowOptions,
     directory: Path,
     pipe: pipeline.Pipeline,
-    pairs: Pairs,
+    pairs: Pairs | None,
     loss: Loss,
     frozen: Mapping[str, Any],
     dynamics: sampling.Dynamics = FLOW,
     *,
     source: str,
+    share: Share | None = None,
 ) -> None:
     """Trains the UNet of `pipe`, or its adapters, in `directory` on the pairs; writes the flow to `directory`/export.
 
     Args:
+      pairs: None to train on real images alone.
       frozen: inputs of the loss that are not trained, besides the text encoder's weights and the empty prompt.
       dynamics: of the trained network: a teacher's schedule if it keeps the teacher's head.
       source: where `pipe` was loaded from.
+      share: real images that take a share of each batch.
 
     Raises:
       ValueError: the pairs or the weights to start from do not fit (see `initial_params`).
       OSError, FloatingPointError: see `train.loop`.
     """
-    check_fit(pipe, pairs.manifest["recipe"])
-    shape = tuple(pairs.manifest["recipe"]["latent_shape"])
+    batches, recipes = make_batches(options.train, pairs, share)
+    for recipe in recipes:
+        check_fit(pipe, recipe)
+    shape = tuple(recipes[0]["latent_shape"])
     start = initial_params(pipe, options.warm_start and dynamics == FLOW)
     trained = adapters.prepare(
         options.train, options.lora, directory, source, pipe, start, loss, with_text(pipe, frozen)
@@ -188,10 +206,21 @@ def train_flow(
         loss=trained.loss,
         frozen=trained.frozen,
         sharded=trained.sharded,
-        batches=PairBatches(pairs, batch_size=options.train.batch_size, seed=options.train.seed),
+        batches=batches,
         evaluate=lambda ema, path: evaluate(trained.complete(ema), path),
     )
     fit.export_ema(state, lambda ema: export(pipe, trained.complete(ema), directory / EXPORT, dynamics))
+
+
+def make_batches(
+    options: fit.TrainOptions, pairs: Pairs | None, share: Share | None
+) -> tuple[Batches, list[Mapping[str, Any]]]:
+    """The batches of pairs, of real images or of both, and the recipes of what they hold."""
+    order = {"batch_size": options.batch_size, "seed": options.seed}
+    if share is None:
+        return PairBatches(pairs, **order), [pairs.manifest["recipe"]]
+    sources = [source for source in (pairs, share.images) if source is not None]
+    return MixedBatches(pairs, share, **order), [source.manifest["recipe"] for source in sources]
 
 
 def initial_params(pipe: pipeline.Pipeline, warm_start_teacher: bool) -> Params:

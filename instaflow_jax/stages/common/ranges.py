@@ -23,7 +23,7 @@ RANGES: dict[str, tuple[float, float]] = {  # last words of STAGE.BLOCK.FIELD â†
     **dict.fromkeys(("max_chars", "max_images", "queue", "copies", "toned_copies", "channels", "consistency"), _COUNT),
     **dict.fromkeys(("height", "width", "count", "profile_steps", "keep_every", "warmup_steps", "max_shift"), _INDEX),
     **dict.fromkeys(("crop", "margin", "processes", "process", "cleaning.min_chars", "cleaning.max_chars"), _INDEX),
-    **dict.fromkeys(("ema_decay", "prompt_dropout", "empty", "threshold"), _SHARE),
+    **dict.fromkeys(("ema_decay", "prompt_dropout", "empty", "threshold", "images.share"), _SHARE),
     **dict.fromkeys(("b1", "b2", "match", "smoothing", "max_zoom", "refine.t", "regression"), _BELOW),
     **dict.fromkeys(("alpha", "alphas", "teacher_alpha", "weight_decay", "peak", "schedule.end", "lpips.l2"), _SCALE),
     **dict.fromkeys(("kl_weight", "l1_weight", "matching", "adversarial"), _SCALE),

@@ -9,11 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from instaflow_jax import pipeline, sampling
+from instaflow_jax.data.pairs.reader import batch_shapes
+from instaflow_jax.data.real_images.batches import beside
 from instaflow_jax.infra import cost, devices
 from instaflow_jax.infra.runner import BatchedRunner
 from instaflow_jax.models.net import Net
@@ -140,11 +143,13 @@ def _training(config: ConfigDict, model: str, nets: Mapping[str, Net], mesh: Mes
         sharded = {BASE: devices.abstract(base, mesh)}
     init, create, step = _make_method(config, model, options, nets, mesh)
     state = devices.abstract(jax.eval_shape(create, init), mesh)
-    latent = jax.ShapeDtypeStruct((train.batch_size, *latent_shape(nets, 0, 0)), jnp.float16)
-    ids = jax.ShapeDtypeStruct((train.batch_size, _tokens(nets)), jnp.int32)
+    recipe = {"latent_shape": latent_shape(nets, 0, 0), "tokens": _tokens(nets)}
+    batch = batch_shapes(recipe, train.batch_size, np.dtype(np.float16))
+    if config.stage == "refine" and refine.discriminates_images(config):
+        batch = beside(batch)
     inputs = (
         devices.with_sharding(frozen, devices.replicated(mesh)) | sharded,
-        devices.abstract_batch({"X0": latent, "X1": latent, "ids": ids}, mesh),
+        devices.abstract_batch(batch, mesh),
         devices.with_sharding(jax.eval_shape(lambda: jax.random.key(0)), devices.replicated(mesh)),
     )
     traced = loop.trace_step(step, state, *inputs, mesh)
