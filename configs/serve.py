@@ -38,12 +38,14 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
     config = common.weights()  # of config.model, the one-step model; "" is DIR/distill/export
     config.stage = "serve"
     config.dynamics = "auto"  # or flow or teacher, where the model's files do not say it
-    config.alpha = 1.0  # guidance of config.model
+    config.alpha = (
+        1.0  # guidance of config.model; above 1 the page lets visitors change it, and takes a negative prompt
+    )
     config.N = (1, 2, 4)  # solver steps to choose from, each compiled at the start; the first is the default
     config.teacher = ""  # embedded name, directory or hub id of the model beside it; "" for none
     config.teacher_dynamics = "auto"
     config.teacher_N = 25
-    config.teacher_alpha = 1.0
+    config.teacher_alpha = 1.0  # as config.alpha
     config.controls = ""  # ControlNets of both models, as in configs/sample.py; the page asks for an image for each
     config.examples = ("woman astronaut", "red apple", "cat face", "house", "octopus")  # prompts to click on
     config.max_chars = 500  # characters of a prompt

@@ -102,7 +102,7 @@ def make_model(
     encode, step, decode = make_programs(pipe, controls, guided=alpha > 1)
     start = jax.jit(functools.partial(start_of_walk, shape=pipe.latent_shape))
 
-    def draw(settings: Settings, files: Sequence[ImageFile], report: Report) -> ImageBytes:
+    def run(settings: Settings, files: Sequence[ImageFile], report: Report) -> tuple[jax.Array, jax.Array]:
         steered = control.with_conditions(params, [control.to_condition(image, *size) for image in files])
         text, null = encode(encoder, pipe.tokenizer([settings.prompt]), pipe.tokenizer([settings.negative]))
         seeds = np.array([settings.seed, settings.second_seed], np.uint32)
@@ -110,13 +110,16 @@ def make_model(
         for done, row in enumerate(tables[settings.N], 1):
             carry = jax.block_until_ready(step(steered["unet"], carry, row, text, null, np.float32(settings.alpha)))
             report(done)
-        drawn, finite = decode(params["vae"], carry[0])
+        return decode(params["vae"], carry[0])
+
+    def draw(settings: Settings, files: Sequence[ImageFile], report: Report) -> ImageBytes:
+        drawn, finite = run(settings, files, report)
         check_drawn(np.asarray(finite), [name_image(settings.prompt, settings.seed)])
         return np.asarray(drawn)[0]
 
     began = time.perf_counter()
     for N in choices:
-        draw(Settings("", 0, N, alpha=alpha), blank, lambda done: None)
+        jax.block_until_ready(run(Settings("", 0, N, alpha=alpha), blank, lambda done: None))
     print(f"{title or 'one step'}: compiled in {time.perf_counter() - began:.1f} s", flush=True)
     max_tokens = pipe.tokenizer.model_max_length - 2  # without the tokens that mark the start and the end
     return Model(title, choices, max_tokens, pipe.tokenizer.count, draw, alpha, source)

@@ -181,8 +181,8 @@ def read_file(name: str, file: str) -> ImageFile:
     """An uploaded image. Raises ValueError if it is not one, without the folder that it was uploaded to."""
     try:
         return images.load_rgb(file)
-    except ValueError as error:
-        raise ValueError(f"the image for {name}: {error}".replace(file, Path(file).name)) from None
+    except ValueError:
+        raise ValueError(f"{Path(file).name}, the image for {name}, is not readable; choose another file") from None
 
 
 def parse_int(what: str, value: Number, least: int, most: int) -> int:

@@ -53,20 +53,16 @@ def listen(parts: Parts, respond: Respond) -> None:
     live = make_live(ask, len(parts.columns), folder)
     settle = make_settle(answer, len(parts.columns), fields.index("position"))
     device = {"concurrency_limit": 1, "concurrency_id": "device"}
-    job = {"fn": with_names(answer, fields), "inputs": inputs, "outputs": outputs, **device}
-    job["show_progress_on"] = parts.waiting
-    settling = (
-        job
-        | {"trigger_mode": "always_last"}
-        | {"fn": with_names(settle, [*fields, "drawn"]), "inputs": [*inputs, drawn]}
-    )
+    job = {"inputs": inputs, "outputs": outputs, "show_progress_on": parts.waiting, **device}
+    drawing = {"fn": with_names(answer, fields), **job}
+    settling = {"fn": with_names(settle, [*fields, "drawn"]), **job, "inputs": [*inputs, drawn]}
 
     enter = [parts.fields[name].submit for name in ("prompt", "negative", "seed", "second_seed") if name in fields]
     reseeded = parts.reseed.click(draw_seed, None, parts.fields["seed"], queue=False, **QUIET)
     for event in (
-        gradio.on([parts.draw.click, *enter], api_name="draw", **job),
-        reseeded.then(**job, **PRIVATE),
-        walk.release(**settling, **PRIVATE),
+        gradio.on([parts.draw.click, *enter], api_name="draw", **drawing),
+        reseeded.then(**drawing, **PRIVATE),
+        walk.release(trigger_mode="always_last", **settling, **PRIVATE),
     ):
         event.success(keep, [drawn, kept], [kept, parts.session, *downloads], queue=False, **QUIET)
     walk.input(live, [*inputs, drawn], [*outputs, downloads[0]], trigger_mode="always_last", **QUIET, **device)
@@ -144,7 +140,8 @@ def keep(drawn: Drawing | None, kept: list[Drawing]) -> Any:
         return gradio.skip()
     kept = remember(drawn, kept)
     thumbnails = [(str(old.columns[0].files[0][0]), old.fields[0]) for old in kept]
-    return [kept, gradio.Gallery(thumbnails, visible=True, selected_index=None), *map(offer, drawn.columns)]
+    style = {"visible": True, "selected_index": None, "elem_classes": [*classes(drawn.columns[0]), "session"]}
+    return [kept, gradio.Gallery(thumbnails, **style), *map(offer, drawn.columns)]
 
 
 def bring_back(kept: list[Drawing], event: gradio.SelectData) -> list[Any]:

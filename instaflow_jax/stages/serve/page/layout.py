@@ -11,7 +11,7 @@ from instaflow_jax.stages.serve.requests import Respond
 TITLE = "InstaFlow in JAX"
 COMPARISON = "A one-step model beside its teacher. Both start from the same noise."
 ALONE = "Text to image."
-KEEP = 24 * 3600  # seconds that the files of images are kept
+KEEP = 3600  # seconds that the files of images are kept
 
 
 def make_page(
@@ -35,7 +35,7 @@ def make_page(
       max_images: the largest number of images of a request.
       controls: names of the ControlNets; the page asks for an image for each.
     """
-    with gradio.Blocks(title=TITLE, fill_width=True, analytics_enabled=False, delete_cache=(3600, KEEP)) as page:
+    with gradio.Blocks(title=TITLE, fill_width=True, analytics_enabled=False, delete_cache=(KEEP, KEEP)) as page:
         gradio.Markdown(f"# {TITLE}\n{COMPARISON if len(models) > 1 else ALONE}")
         if notice:
             gradio.Markdown(f"*{notice}*")
@@ -51,7 +51,7 @@ def make_page(
         walk = make_walk()
         options = make_options(models, max_images)
         guidance = make_guidance(models, max_chars)
-        style = {"object_fit": "contain", "interactive": False, "elem_classes": ["images", "small", "session"]}
+        style = {"object_fit": "contain", "interactive": False, "elem_classes": ["images", "session"]}
         session = gradio.Gallery(label="This session", visible=False, allow_preview=False, height="auto", **style)
         fields = {"prompt": prompt, "seed": walk.pop("seed"), **options, **files, **walk, **guidance}
         listen(Parts(fields, draw, reseed, waiting, columns, session), respond)
@@ -107,5 +107,5 @@ def make_guidance(models: Sequence[Model], max_chars: int) -> Fields:
         fields = {"negative": gradio.Textbox(label=label, scale=3, min_width=240, **limits)}
         for model in guided:
             label = f"Guidance{f' of the {model.title}' if model.title and len(models) > 1 else ''}"
-            fields[f"{model.title}_alpha".strip("_")] = gradio.Number(model.alpha, label=label, step=0.5, min_width=160)
+            fields[f"{model.title}_alpha".strip("_")] = gradio.Number(model.alpha, label=label, step=0.5, min_width=180)
     return fields

@@ -32,7 +32,8 @@ input[type="range"] { height: 28px !important; }
 @media (max-width: 600px) {
   .gradio-container .main { padding: 12px !important; }
   .columns h3 { min-height: 2lh; font-size: 0.85rem !important; }
-  .images .preview { position: fixed !important; z-index: 100; }
+  .images .preview { position: fixed !important; inset: 0 !important; width: auto !important; height: auto !important; }
+  .images .preview { z-index: 100 !important; }
 }
 </style>"""
 # Arrow keys move a slider without gradio's event for letting go of it.
