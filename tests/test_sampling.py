@@ -205,10 +205,8 @@ def test_noise_depends_on_the_seed_alone():
 
 def test_slerp_keeps_the_norm_and_turns_evenly():
     A, B = np.split(np.asarray(sampling.noise(np.arange(6), (4, 4, 4))), 2)
-    B *= (
-        np.linalg.norm(A.reshape(3, -1), axis=1)[:, None, None, None]
-        / np.linalg.norm(B.reshape(3, -1), axis=1)[:, None, None, None]
-    )
+    length = [np.linalg.norm(noise.reshape(3, -1), axis=1)[:, None, None, None] for noise in (A, B)]
+    B = B * (length[0] / length[1])
     path = np.stack([np.asarray(sampling.slerp(A, B, position)) for position in (0, 0.25, 0.5, 0.75, 1)])
     np.testing.assert_array_equal(path[0], A)
     np.testing.assert_array_equal(path[-1], B)
