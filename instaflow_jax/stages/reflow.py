@@ -179,8 +179,8 @@ def read_images(
     Raises:
       ValueError, FileNotFoundError: see `real_images.read_job`.
     """
-    shape = loading.latent_shape(pipe.nets, config.pairs.height, config.pairs.width)
-    shape = recipe["latent_shape"] if recipe else shape
+    size = config.pairs.height, config.pairs.width
+    shape = recipe["latent_shape"] if recipe else loading.latent_shape(pipe.nets, *size)
     return real_images.read_job(config.images, options.weights, pipe, shape)
 
 
