@@ -21,7 +21,8 @@ input[type="range"] { height: 28px !important; }
 .waiting .progress-level-inner { display: none !important; }
 .columns h3 { margin: 0 !important; font-size: 1rem !important; }
 .images .empty { min-height: 0 !important; aspect-ratio: 1; }
-.images .grid-wrap { min-height: 0 !important; }
+.columns > .column:only-child { max-width: 560px; margin: 0 auto; }
+.images .grid-wrap { min-height: 0 !important; max-height: none !important; }
 .images .grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important; }
 .images .caption-label { inset: auto 0 0 0 !important; max-width: none !important; border-width: 0 !important; }
 .images .caption-label { border-radius: 0 !important; padding: 1px 2px !important; text-align: center; }
