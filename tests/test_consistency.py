@@ -185,9 +185,3 @@ def test_wrong_fields_end_in_one_line_before_anything_is_written(fields, words, 
     with pytest.raises(ValueError) as refused:
         main.run(config, str(tmp_path))
     assert str(refused.value).startswith(words) and "\n" not in str(refused.value) and not list(tmp_path.iterdir())
-
-
-def test_the_variant_starts_and_costs_as_distillation():
-    ours, plain = read_config("distill", "consistency"), read_config("distill")
-    changed = {"consistency": (1, 2, 4, 8), "output": "consistency"}
-    assert ours.to_dict() == plain.to_dict() | changed
