@@ -247,7 +247,7 @@ def make_consistency_loss(
     Consistency-FM's (arXiv 2407.02398), which has independent noise and one small t' − t. The target takes the trained
     weights and not their moving average, as there and in iCT (2310.14189). The weight of the squared error is
     max(SNR, 1) with SNR = t² / (1 − t)² (2202.00512): with equal weights, velocities near data, which a sampler of many
-    steps needs, would hardly be trained.
+    steps needs, would count little.
 
     Args:
       steps: at least one number of steps.
