@@ -18,6 +18,7 @@ import importlib
 from ml_collections import ConfigDict
 
 STAGES = ("sample", "generate", "reflow", "distill", "refine", "progressive")
+LARGE = ("sd15", "sd21", "rf2", "instaflow")  # beginnings of the variants' names that are of SD's size
 
 
 def get_config(variant: str = "reflow_openmoji") -> ConfigDict:
@@ -29,7 +30,7 @@ def get_config(variant: str = "reflow_openmoji") -> ConfigDict:
     config.program = importlib.import_module(f"configs.{stage}").get_config(name)
     # Networks: sd15, sd15_stacked (InstaFlow-1.7B's), an embedded model, or a directory in diffusers layout, of which
     # only the config.json are read.
-    config.shapes = "openmoji" if name in ("openmoji", "score", "direct", "lpips", "stacked", "consistency") else "sd15"
+    config.shapes = "sd15" if name.startswith(LARGE) else "openmoji"
     config.target = "v5e-4"  # FAMILY-CHIPS: v4, v5e, v5p, v6e, tpu7x; or CARD-COUNT: a100, h100, h200
     config.optimization_level = "O0"  # of the TPU's compiler, to O3; O0 is several times faster and plans a little more
     config.search = False  # try micro-batches, remat, FSDP and attention, and print the fastest plan that fits

@@ -132,7 +132,8 @@ def test_a_missing_compiler_is_one_line_that_names_the_extra(target, extra, monk
 def test_variants_name_a_stage_and_its_variant():
     get_config = runpy.run_path(str(ROOT / "configs" / "plan.py"))["get_config"]
     assert get_config("distill_sd15_lpips").program.distance == "lpips"
-    assert get_config("distill_sd15_lpips").shapes == "sd15" and get_config("sample_instaflow").shapes == "sd15"
+    assert get_config("generate_rf2").shapes == "sd15" and get_config("sample_instaflow").shapes == "sd15"
+    assert get_config("reflow_diffusion").shapes == get_config("distill_consistency").shapes == "openmoji"
     stacked = get_config("distill_sd15_stacked_l2")
     assert stacked.program.stacked.enabled and stacked.program.loop.steps == 110_000 and stacked.shapes == "sd15"
     for wrong in ("reflow", "evaluate_openmoji", "reflow_sd14"):
