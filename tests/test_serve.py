@@ -455,13 +455,16 @@ def test_the_slider_draws_with_one_model_while_it_moves_and_with_all_when_let_go
     heard, skipped = (lambda *_, **__: None), events.gradio.skip()
     assert list(settle(*VALUES, None, heard)) == [skipped]  # the Tab key went through the slider
     moved = [*VALUES[:5], 0.5, *VALUES[6:]]
-    *_, drawn, _ = live(*moved, None)
-    assert len(drawn.columns) == 1
+    *_, passed, _ = live(*VALUES[:5], 0.2, *VALUES[6:], None, [])
+    *_, drawn, _ = live(*moved, passed, [])
+    assert len(drawn.columns) == 1 and drawn.there and not passed.there
     complete = list(settle(*moved, drawn, heard))[-1][-1]
     assert len(complete.columns) == 2 and complete.fields == tuple(moved)
-    assert live(*moved, complete) == skipped and list(settle(*moved, complete, heard)) == [skipped]
+    assert live(*moved, complete, []) == skipped and list(settle(*moved, complete, heard)) == [skipped]
     with pytest.raises(events.gradio.Error, match="the prompt is empty"):
-        live("", *moved[1:], complete)
+        live("", *moved[1:], complete, [])
+    live(*VALUES[:5], 0.7, *VALUES[6:], complete, [])
+    assert complete.there
 
 
 def test_a_thumbnail_brings_back_fields_and_images(tmp_path):

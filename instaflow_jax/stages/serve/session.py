@@ -32,15 +32,28 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """One answer of the page: the values of its fields, and a column for each model that has drawn so far."""
+    """One answer of the page.
+
+    Attributes:
+      fields: the values of the page's fields.
+      columns: one for each model that has drawn so far.
+      passing: whether it was drawn while the slider moved.
+    """
 
     fields: tuple[Any, ...]
     columns: tuple[Column, ...]
+    passing: bool = False
 
     @property
     def there(self) -> bool:
         """Whether its files still exist."""
         return all(file.exists() for column in self.columns for file, _ in column.files)
+
+    def remove(self) -> None:
+        """Deletes its files."""
+        for column in self.columns:
+            for file, _ in column.files:
+                file.unlink(missing_ok=True)
 
 
 def save(result: Result, folder: Path) -> Column:

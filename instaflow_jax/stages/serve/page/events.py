@@ -65,7 +65,7 @@ def listen(parts: Parts, respond: Respond) -> None:
         walk.release(trigger_mode="always_last", **settling, **PRIVATE),
     ):
         event.success(keep, [drawn, kept], [kept, parts.session, *downloads], queue=False, **QUIET)
-    walk.input(live, [*inputs, drawn], [*outputs, downloads[0]], trigger_mode="always_last", **QUIET, **device)
+    walk.input(live, [*inputs, drawn, kept], [*outputs, downloads[0]], trigger_mode="always_last", **QUIET, **device)
     parts.session.select(bring_back, kept, [*inputs, *outputs, *downloads], queue=False, **QUIET)
 
 
@@ -103,15 +103,17 @@ def make_answer(ask: Callable, columns: int, folder: Path) -> Callable[..., Iter
 
 
 def make_live(ask: Callable, columns: int, folder: Path) -> Callable[..., list]:
-    """Draws with the first model alone, while the slider moves."""
+    """Draws with the first model alone, while the slider moves; each image replaces the one before it on the disk."""
 
     def live(*arguments):
-        *values, drawn = arguments
+        *values, drawn, kept = arguments
         if drawn and drawn.fields == tuple(values) and len(drawn.columns) == columns:
             return gradio.skip()
         with as_text():
             column = save(next(ask(values, lambda *_: None)), folder)
-        return [*show((column,), columns), Drawing(tuple(values), (column,)), offer(column)]
+        if drawn and drawn.passing and drawn not in kept:
+            drawn.remove()
+        return [*show((column,), columns), Drawing(tuple(values), (column,), passing=True), offer(column)]
 
     return live
 
