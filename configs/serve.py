@@ -38,9 +38,7 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
     config = common.weights()  # of config.model, the one-step model; "" is DIR/distill/export
     config.stage = "serve"
     config.dynamics = "auto"  # or flow or teacher, where the model's files do not say it
-    config.alpha = (
-        1.0  # guidance of config.model; above 1 the page lets visitors change it, and takes a negative prompt
-    )
+    config.alpha = 1.0  # guidance of config.model; above 1 visitors may change it, and give a negative prompt
     config.N = (1, 2, 4)  # solver steps to choose from, each compiled at the start; the first is the default
     config.teacher = ""  # embedded name, directory or hub id of the model beside it; "" for none
     config.teacher_dynamics = "auto"

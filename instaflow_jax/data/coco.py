@@ -107,7 +107,7 @@ def pixels(photo: Photo, size: int) -> UInt8[np.ndarray, "size size 3"]:
     try:
         with Image.open(io.BytesIO(photo.read())) as image:
             return images.cover(image.convert("RGB"), size, size)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all that Pillow raises
+    except images.PILLOW_ERRORS as error:
         raise ValueError(f"{photo.where} cannot be read as an image ({error}): download it again") from error
 
 

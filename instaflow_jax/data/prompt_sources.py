@@ -111,7 +111,8 @@ def _jsonl(path: Path, column: str) -> Rows:
             yield from texts(parse_json(line), column.split("."))
 
 
-def parse_json(line: bytes) -> Any:
+def parse_json(line: bytes | str) -> Any:
+    """The line's value; None if it is not JSON."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError):

@@ -16,6 +16,8 @@ from instaflow_jax.infra.files import write_bytes, wrong_kind
 GAP = 2  # pixels between the images of a grid
 WHITE = 255
 LABEL_HEIGHT = 16  # pixels
+# All that Pillow raises for a file that it cannot decode.
+PILLOW_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 def to_uint8(pixels: Float[AnyArray, "*B H W 3"]) -> UInt8[AnyArray, "*B H W 3"]:
@@ -157,7 +159,7 @@ def _decoding(path: str | Path, kind: str) -> Iterator[None]:
         raise
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is not readable as {kind}: {_wrong_kind(path) or 'its format is unknown'}") from error
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+    except PILLOW_ERRORS as error:
         raise ValueError(f"{path} is not readable as {kind}: {_wrong_kind(path) or error}") from error
 
 

@@ -138,7 +138,7 @@ def _read_metadata(path: Path, column: str) -> dict[Path, str]:
     for number, line in enumerate(prompt_sources.text_lines(path), 1):
         if line is not None and not line.strip():
             continue
-        row = prompt_sources.parse_json((line or "").encode())
+        row = prompt_sources.parse_json(line or "")
         name = row.get("file_name") if isinstance(row, Mapping) else None
         if not isinstance(name, str) or not name:
             raise ValueError(f'{path}, line {number}, is not an object in JSON with a "file_name"')

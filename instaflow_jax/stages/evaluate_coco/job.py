@@ -19,9 +19,8 @@ from instaflow_jax.infra import images
 from instaflow_jax.infra.files import read_json, sha256_of_json, sha256_of_params, write_json
 from instaflow_jax.infra.progress import Progress
 from instaflow_jax.infra.runner import BatchedRunner
-from instaflow_jax.stages.common.loading import check_drawn, latent_shape, load, name_image
+from instaflow_jax.stages.common.loading import check_drawn, latent_shape, load, name_image, tokenize_quietly
 from instaflow_jax.stages.common.model_measures import make_straightness, median_seconds
-from instaflow_jax.stages.evaluate_coco import measures
 from instaflow_jax.stages.evaluate_coco.rows import Options
 
 
@@ -52,7 +51,7 @@ class Job:
 
     def ids(self, photos: Sequence[coco.Photo]) -> TokenIds:
         """Token ids of the photographs' captions."""
-        return measures.token_ids(self.pipe.tokenizer, [photo.caption for photo in photos])
+        return tokenize_quietly(self.pipe.tokenizer, [photo.caption for photo in photos])
 
     def noise(self, photos: Sequence[coco.Photo]) -> Latent:
         """X0 of each photograph's image, float32 [B, h, w, c], from the seed and the photograph's id alone."""

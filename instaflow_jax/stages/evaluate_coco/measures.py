@@ -5,7 +5,6 @@ Inception's features are pytorch-fid's: `python -m pytorch_fid DIR/pictures DIR/
 
 import dataclasses
 import io
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, PyTree, UInt8
 
-from instaflow_jax.arrays import Params, TokenIds
+from instaflow_jax.arrays import Params
 from instaflow_jax.data import coco
 from instaflow_jax.evals import clip_score, features, frechet
 from instaflow_jax.evals.error_bar import mean_and_error
@@ -26,7 +25,7 @@ from instaflow_jax.infra.files import read_json, sha256_of_json, sha256_of_param
 from instaflow_jax.infra.progress import Progress
 from instaflow_jax.infra.runner import BatchedRunner
 from instaflow_jax.models.clip import CLIPModel
-from instaflow_jax.stages.common.loading import check_finite
+from instaflow_jax.stages.common.loading import check_finite, tokenize_quietly
 from instaflow_jax.weights.tokenizer import Tokenizer
 
 Read = Callable[[Any], UInt8[np.ndarray, "H W 3"]]
@@ -150,19 +149,12 @@ def all_features(judges: Judges, read: Read, items: Sequence[Any], title: str) -
 
 def clip_scores(judges: Judges, captions: Mapping[Path, str], size: int) -> Float[np.ndarray, " N"]:
     """The cosine of each image and its caption."""
-    params, ids = judges.clip.place(judges.clip_params), token_ids(judges.tokenizer, list(captions.values()))
+    params, ids = judges.clip.place(judges.clip_params), tokenize_quietly(judges.tokenizer, list(captions.values()))
     parts = [
         judges.clip(params, clip_score.preprocess(pixels, judges.preprocessor), ids[rows])
         for rows, pixels in batches(lambda path: read_image(path, size), list(captions), judges.clip, "CLIP, images")
     ]
     return np.concatenate(parts)
-
-
-def token_ids(tokenizer: Tokenizer, captions: list[str]) -> TokenIds:
-    """Token ids of captions. Some captions are too long for the text encoder; the warnings about them are silenced."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="the prompt", category=UserWarning)
-        return tokenizer(captions)
 
 
 def batches(
