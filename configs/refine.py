@@ -22,7 +22,10 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
     config = reflow.training()
     config.stage = "refine"
     config.model = ""  # the one-step model to start from; "" is DIR/distill/export
-    config.real = ""  # the flow that knows the data's score; "" is DIR/score/export, made with config.score if missing
+    # What knows the data's score: a teacher, or a flow trained with fresh noise; "" is DIR/score/export, made with
+    # config.score if missing. alpha: its guidance.
+    config.real, config.alpha = "", 1.0
+    config.N = (1,)  # numbers of steps that the student is refined for
     config.output = "refine"  # folder of the workdir to train in
     config.prompt_dropout = 0.0  # because a one-step model is not guided
     config.t = (0.02, 0.98)  # scores are compared at times between these

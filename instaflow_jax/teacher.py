@@ -5,7 +5,7 @@ is noise. `solvers` integrates it.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from instaflow_jax.arrays import Latent, Predict, Timestep, Velocity, VelocityAt
+from instaflow_jax.arrays import Latent, PerSample, Predict, Scalar, Timestep, Velocity, VelocityAt
 
 # The fields that shape the ODE, with the value that diffusers' schedulers use for a field missing from the file.
 # A missing timestep spacing means the solver's own: leading for DDIM, linspace for DPM-Solver++.
@@ -182,15 +182,20 @@ def teacher_velocity(predict: Predict, schedule: Schedule) -> Velocity:
     Beyond the schedule's ends the velocity is the one at the end: t is clipped. So Z_0 = XT is a valid start, as it is
     for the solvers, and a last step from the upper end lands on D. `predict` must accept a float tau.
     """
-    alpha, sigma = alpha_sigma(positive_abar(schedule))
-    rising, tau_rising = jnp.asarray(np.log(alpha / sigma)[::-1]), jnp.arange(len(alpha), dtype=jnp.float32)[::-1]
-    velocity_at, ends = make_velocity_at(predict, schedule), flow_ends(schedule)
+    velocity_at, tau_at, ends = make_velocity_at(predict, schedule), make_tau_at(schedule), flow_ends(schedule)
 
     def velocity(Z, t):
         t = jnp.clip(t, *ends)
-        return velocity_at(Z, t, jnp.interp(jnp.log(t / (1 - t)), rising, tau_rising))
+        return velocity_at(Z, t, tau_at(t))
 
     return velocity
+
+
+def make_tau_at(schedule: Schedule) -> Callable[[PerSample], Timestep]:
+    """`tau_at(t)`: the real-valued tau of flow time t inside of `flow_ends`, in float32; see `teacher_velocity`."""
+    alpha, sigma = alpha_sigma(positive_abar(schedule))
+    rising, tau_rising = jnp.asarray(np.log(alpha / sigma)[::-1]), jnp.arange(len(alpha), dtype=jnp.float32)[::-1]
+    return lambda t: jnp.interp(jnp.log(t / (1 - t)), rising, tau_rising)
 
 
 def make_velocity_at(predict: Predict, schedule: Schedule) -> VelocityAt:
@@ -201,12 +206,41 @@ def make_velocity_at(predict: Predict, schedule: Schedule) -> VelocityAt:
     ends = flow_ends(schedule)
 
     def velocity_at(Z, t, tau):
-        t = jnp.clip(jnp.reshape(t, (-1, 1, 1, 1)), *ends)
-        norm = jnp.sqrt(t**2 + (1 - t) ** 2)
-        alpha, sigma, x = t / norm, (1 - t) / norm, Z / norm
-        return _data_minus_noise(schedule.prediction_type, x, predict(x, tau), alpha, sigma)
+        t = jnp.clip(t, *ends)
+        x = network_input(Z, t)
+        return output_velocity(schedule, predict(x, tau), x, t)
 
     return velocity_at
+
+
+def network_input(Z: Latent, t: PerSample | Scalar) -> Latent:
+    """The teacher's x = alpha X1 + sigma eps at Z = t X1 + (1 − t) eps, for t inside of `flow_ends`."""
+    return Z / _flow_levels(t)[2]
+
+
+def output_velocity(schedule: Schedule, out: Latent, x: Latent, t: PerSample | Scalar) -> Latent:
+    """The velocity, predicted data less predicted noise, that the network's output at `network_input` means."""
+    alpha, sigma, _ = _flow_levels(t)
+    if schedule.prediction_type == "epsilon":
+        return (x - sigma * out) / alpha - out
+    if schedule.prediction_type == "v_prediction":
+        return (alpha * x - sigma * out) - (alpha * out + sigma * x)
+    return out - (x - alpha * out) / sigma
+
+
+def output_weight(schedule: Schedule, t: PerSample) -> PerSample:
+    """What makes the squared error of `output_velocity` that of the network's own output: 1 / (dv / dout)²."""
+    if schedule.prediction_type == "epsilon":
+        return t**2
+    if schedule.prediction_type == "v_prediction":
+        return t**2 + (1 - t) ** 2
+    return (1 - t) ** 2
+
+
+def _flow_levels(t):
+    t = jnp.reshape(t, (-1, 1, 1, 1))
+    norm = jnp.sqrt(t**2 + (1 - t) ** 2)
+    return t / norm, (1 - t) / norm, norm
 
 
 def flow_ends(schedule: Schedule) -> Float[np.ndarray, "2"]:
@@ -226,14 +260,6 @@ def equal_noise(schedule: Schedule, t: Float[np.ndarray, " T"]) -> Float[np.ndar
     with np.errstate(divide="ignore"):  # t = 0 and t = 1 lie beyond the schedule's ends
         log_ratio = np.log(t / (1 - t))
     return np.interp(log_ratio, np.log(abar / (1 - abar))[::-1] / 2, np.arange(len(abar))[::-1])
-
-
-def _data_minus_noise(prediction_type, x, out, alpha, sigma):
-    if prediction_type == "epsilon":
-        return (x - sigma * out) / alpha - out
-    if prediction_type == "v_prediction":
-        return (alpha * x - sigma * out) - (alpha * out + sigma * x)
-    return out - (x - alpha * out) / sigma
 
 
 def add_noise(schedule: Schedule, X1: Latent, eps: Latent, tau: Timestep) -> Latent:

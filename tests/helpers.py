@@ -357,7 +357,7 @@ def distill_config(teacher, variant="openmoji"):
 def refine_config(teacher):
     """Every term of the losses, and one step in which the student waits."""
     config = shrink_training(read_config("refine"), teacher)
-    config.update({"regression": 0.25, "adversarial": 0.1})
+    config.update({"regression": 0.25, "adversarial": 0.1, "N": (1, 2)})
     config.fake.update({"updates": 1, "first": 1, "adversarial": 0.1})
     shrink_training(config.score, teacher).model = str(teacher)
     return config

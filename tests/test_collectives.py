@@ -159,7 +159,9 @@ text = types.SimpleNamespace(apply=lambda params, ids: types.SimpleNamespace(las
 flow = sampling.Flow(1, 1000)
 teacher = progressive.make_grid(flow, 4), progressive.make_bind(flow, 3.0)
 fields = {"prompt_dropout": 0.0, "num_timesteps": 1000}
-method = score_distillation.Method(net, net, text, None, (0.1, 0.9), 0.0, 1000)
+method = score_distillation.Method(
+    net, net, text, None, score_distillation.flow_convention(1000), alpha=2.0, steps=(1, 2), t=(0.1, 0.9),
+    unroll=False, **fields)
 made = {
     "progressive": losses.make_progressive_loss(net, text, *teacher[::-1], **fields),
     "distill": losses.make_distill_loss(net, text, losses.latent_distance, match=0.25, **fields),

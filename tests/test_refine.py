@@ -15,7 +15,7 @@ import pytest
 import toy_training as toy
 from helpers import killed_at, load, normal, refine_config, relative
 
-from instaflow_jax import main, pipeline, sampling
+from instaflow_jax import main, pipeline, sampling, teacher
 from instaflow_jax.infra import devices
 from instaflow_jax.models.discriminator import Discriminator
 from instaflow_jax.models.unet import UNet2DConditionModel
@@ -31,15 +31,25 @@ TEXT = types.SimpleNamespace(
 FROZEN = {"text_encoder": normal(9, 16, 3), "null_ids": np.array([[0, 0]])}
 BATCH = {"X0": normal(0, 64, 4, 4, 2), "X1": normal(1, 64, 4, 4, 2), "ids": np.arange(128).reshape(64, 2) % 15 + 1}
 
+PROMPTS = FROZEN["text_encoder"][BATCH["ids"]]
 
-def method(student, score, head=None):
+
+def method(student, score, head=None, **fields):
     nets = (types.SimpleNamespace(apply=apply) for apply in (student, score))
-    return Method(*nets, TEXT, head and types.SimpleNamespace(apply=head), (0.1, 0.9), 0.0, 1000)
+    others = {"convention": FLOW, "alpha": 1.0, "steps": (1,), "t": (0.1, 0.9), "prompt_dropout": 0.0}
+    head = head and types.SimpleNamespace(apply=head)
+    return Method(*nets, TEXT, head, **(others | {"num_timesteps": 1000, "unroll": False} | fields))
 
 
 # ---------------------------------------------------------------- Gaussians, whose scores are known
 
 DEVIATION = 0.5
+
+
+FLOW = score_distillation.flow_convention(1000)
+SD = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+HEADS = ("epsilon", "v_prediction", "sample")
+SCHEDULES = {head: teacher.read_schedule(SD | {"prediction_type": head}) for head in HEADS}
 
 
 def at(mean):
@@ -58,12 +68,26 @@ def gaussian_flow(params, Xt, tau, text):
     return (mean + gain * (Xt - t * mean) - Xt) / (1 - t)
 
 
+def gaussian_teacher(params, x, tau, text):
+    """The predicted noise E[eps | x] of the same data, under the schedule of SD."""
+    t = jnp.interp(tau, jnp.arange(1000), teacher.flow_times(SCHEDULES["epsilon"]))
+    Xt = x * jnp.sqrt(t**2 + (1 - t) ** 2)[:, None, None, None]
+    v = gaussian_flow(params, Xt, 1000 - 1000 * t, text)
+    return Xt - t[:, None, None, None] * v
+
+
+SCORES = {
+    "flow": (gaussian_flow, {}),
+    "teacher": (gaussian_teacher, {"convention": score_distillation.teacher_convention(SCHEDULES["epsilon"])}),
+}
+
+
 def test_the_gradient_equals_one_written_in_numpy():
     """DMD, Eq. 7 and 8, for random velocities."""
     x, eps, v_real, v_fake = (normal(i, 5, 4, 4, 2) for i in range(4))
     t = np.linspace(0.05, 0.95, 5, dtype=np.float32)
     Xt, rest = t[:, None, None, None] * x + (1 - t)[:, None, None, None] * eps, (1 - t)[:, None, None, None]
-    noised = Noised(eps, t, Xt, 1000 - 1000 * t)
+    noised = Noised(eps, t, Xt)
     match = jax.jit(jax.value_and_grad(lambda x: score_distillation.match_scores(x, noised, v_real, v_fake)[0]))
     value, gradient = match(x)
     real, fake = Xt + rest * v_real, Xt + rest * v_fake
@@ -72,9 +96,11 @@ def test_the_gradient_equals_one_written_in_numpy():
     np.testing.assert_allclose(value, 0.5 * np.mean(want**2), rtol=1e-5)
 
 
-def test_the_mean_of_a_gaussian_student_moves_to_that_of_the_data():
+@pytest.mark.parametrize("name", SCORES)
+def test_the_mean_of_a_gaussian_student_moves_to_that_of_the_data(name):
     """With the exact fake score, whose mean is the student's."""
-    loss = score_distillation.make_student_loss(method(shift, gaussian_flow), matching=1, regression=0, adversarial=0)
+    score, fields = SCORES[name]
+    loss = score_distillation.make_student_loss(method(shift, score, **fields), matching=1, regression=0, adversarial=0)
     mean, target, optimizer = at(-1), at(2), optax.adam(0.1)
 
     @jax.jit
@@ -98,9 +124,11 @@ def test_the_gradient_is_zero_where_the_scores_agree():
     assert value == 0 and gradient["mean"] == 0
 
 
-def test_the_fake_score_learns_the_students_distribution():
+@pytest.mark.parametrize("name", SCORES)
+def test_the_fake_score_learns_the_students_distribution(name):
     """The mean that minimises its loss is that of the student's images, not of the pairs'."""
-    loss = score_distillation.make_fake_loss(method(shift, gaussian_flow), adversarial=0)
+    score, fields = SCORES[name]
+    loss = score_distillation.make_fake_loss(method(shift, score, **fields), adversarial=0)
 
     @jax.jit
     @jax.grad
@@ -113,7 +141,64 @@ def test_the_fake_score_learns_the_students_distribution():
     assert not by_student.any()
 
 
+@pytest.mark.parametrize("head", SCHEDULES)
+def test_a_teacher_is_a_flow_and_its_own_error_counts(head):
+    """Its velocity is `teacher_velocity`'s, and the weighed error that of the network's output."""
+    schedule = SCHEDULES[head]
+    convention = score_distillation.teacher_convention(schedule)
+    out, other, Z = (normal(i, 6, 4, 4, 2) for i in range(3))
+    t = np.linspace(*convention.ends, 6, dtype=np.float32)
+    parts, noised = method(shift, gaussian_flow, convention=convention), Noised(None, t, Z)
+    v, v_other = (score_distillation.velocity(parts, lambda x, tau, out=out: out + x, noised) for out in (out, other))
+    for i, (Zi, ti) in enumerate(zip(Z, t, strict=True)):
+        velocity = teacher.teacher_velocity(lambda x, tau, i=i: out[i : i + 1] + x, schedule)
+        np.testing.assert_allclose(v[i], velocity(Zi[None], ti)[0], rtol=1e-4, atol=1e-4)
+    weighed = convention.weight(t) * losses.squared(v - v_other)
+    np.testing.assert_allclose(weighed, losses.squared(out - other), rtol=1e-3)
+
+
 # ---------------------------------------------------------------- the terms
+
+
+def test_the_real_score_is_guided():
+    """By alpha = 3, with the embedding of the empty prompt; the fake score is not."""
+
+    def score(params, Xt, tau, text):
+        return params["mean"] * text.mean((1, 2))[:, None, None, None] + 0 * Xt
+
+    predict = score_distillation.real_score(method(shift, score, alpha=3.0), FROZEN | {"real": at(2)}, PROMPTS)
+    got = predict(BATCH["X0"], jnp.ones(64))[:, 0, 0, 0]
+    null = FROZEN["text_encoder"][FROZEN["null_ids"]].mean()
+    np.testing.assert_allclose(got, 3 * 2 * PROMPTS.mean((1, 2)) - 2 * 2 * null, rtol=1e-5)
+
+
+@pytest.mark.parametrize("unroll", [True, False])
+def test_the_student_is_asked_where_a_sampler_of_N_steps_asks_it(unroll):
+    """Its images are the X1 that it predicts at points of its own Euler paths, of one, two and four steps."""
+
+    def curved(params, Z, tau, text):
+        return params["mean"] - Z * (1 + tau / 1000)[:, None, None, None]
+
+    parts = method(curved, gaussian_flow, steps=(1, 2, 4), unroll=unroll)
+    Z, key = BATCH["X0"], jax.random.key(3)
+    got = jax.jit(lambda Z: score_distillation.draw(parts, at(0.5), Z, PROMPTS, key, from_noise=np.arange(64) < 8))(Z)
+    t, t_next = (np.asarray(each) for each in losses.draw_step(key, (1, 2, 4), 64))
+    N, step = np.round(1 / (t_next - t)).astype(int), np.round(t / (t_next - t)).astype(int)
+    assert set(zip(N, step, strict=True)) == {(N, i) for N in (1, 2, 4) for i in range(N)}
+    for i in range(64):
+        now, Zi = 0.0, Z[i : i + 1]
+        for _ in range(0 if i < 8 else step[i]):
+            Zi, now = Zi + curved(at(0.5), Zi, np.array([1000 - 1000 * now]), None) / N[i], now + 1 / N[i]
+        want = Zi + (1 - now) * curved(at(0.5), Zi, np.array([1000 - 1000 * now]), None)
+        np.testing.assert_allclose(got[i], want[0], rtol=1e-4, atol=1e-5)
+
+
+def test_earlier_steps_have_no_gradient():
+    """The image of a student that is constant in Z has the gradient 1 − t of its last step."""
+    parts = method(lambda params, Z, tau, text: params["mean"] + 0 * Z, gaussian_flow, steps=(4,))
+    key = jax.random.key(0)
+    slope = jax.grad(lambda p: score_distillation.draw(parts, p, BATCH["X0"], PROMPTS, key).mean())(at(0.5))["mean"]
+    np.testing.assert_allclose(slope, np.mean(1 - losses.draw_step(key, (4,), 64)[0]), rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -263,7 +348,7 @@ def test_a_student_without_a_finite_gradient_leaves_the_fake_score_to_learn():
 
 
 def test_no_key_is_used_twice():
-    parts = method(shift, gaussian_flow)
+    parts = method(shift, gaussian_flow, steps=(1, 2))
     student = score_distillation.make_student_loss(parts, matching=1, regression=0.25, adversarial=0)
     fake = score_distillation.make_fake_loss(parts, adversarial=0)
     frozen = FROZEN | {"real": at(0), "fake": at(0), "student": at(0)}
@@ -400,9 +485,25 @@ def test_refine_trains_the_student_and_exports_a_flow(run):
     assert [row["loss"] != 0 for row in rows] == [False, True, True, True]  # the student waits for one step
 
 
+@pytest.mark.slow
+def test_a_teacher_is_a_real_score(run, teacher, tmp_path):
+    """Two trained networks, of which one keeps the teacher's head: no score is trained first."""
+    (tmp_path / "distill").symlink_to(run / "distill")
+    (tmp_path / "pairs").symlink_to(run / "pairs")
+    config = refine_config(teacher)
+    config.update({"real": str(teacher), "alpha": 1.5})
+    main.run(config, str(tmp_path))
+    assert not (tmp_path / "score").exists()
+    before, after = unet(run / "distill"), unet(tmp_path / "refine")
+    assert any(np.any(before[name] != after[name]) for name in before)
+
+
 BAD = [
     ({"t": (0.9, 0.1)}, "config.t=(0.9, 0.1) must be two times, the smaller one first"),
     ({"t": (0.5, 1.0)}, "config.t=(0.5, 1.0) must be from 0 to 0.9999999"),
+    ({"N": (1, 0)}, "config.N=(1, 0) must be at least 1"),
+    ({"N": ()}, "config.N=() must have at least one value"),
+    ({"alpha": -1.0}, "config.alpha=-1.0 must be"),
     ({"regression": 1.0}, "config.regression=1.0 must be from 0 to"),
     ({"fake.updates": 0}, "config.fake.updates=0 must be at least 1"),
     ({"adversarial": 0.0}, "config.adversarial=0 and config.fake.adversarial=0.1 must both be 0"),
@@ -424,11 +525,7 @@ def test_what_can_be_refused_is_refused_before_anything_is_made(fields, words, t
     assert [path.name for path in tmp_path.iterdir()] == ["distill"]
 
 
-def test_a_missing_student_and_a_teacher_as_score_are_refused(teacher, tmp_path):
+def test_a_missing_student_is_refused(teacher, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"distill/export holds no one-step model to refine: train it with"):
         main.run(refine_config(teacher), str(tmp_path))
-    config = refine_config(teacher)
-    config.model = config.real = str(teacher)
-    with pytest.raises(ValueError, match="is a teacher, but it must be a flow that was trained with fresh noise"):
-        main.run(config, str(tmp_path))
     assert not list(tmp_path.iterdir())

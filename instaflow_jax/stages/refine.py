@@ -29,7 +29,7 @@ from instaflow_jax.train import lora, optim, score_distillation
 from instaflow_jax.train import state as train_state
 from instaflow_jax.train.batches import Batches
 from instaflow_jax.train.lora import BASE
-from instaflow_jax.train.score_distillation import HEAD, Method
+from instaflow_jax.train.score_distillation import HEAD, Convention, Method
 from instaflow_jax.train.step import Loss
 from instaflow_jax.train.two_time_scale import make_two_time_scale_step
 from instaflow_jax.weights.conventions import NUM_TIMESTEPS
@@ -66,7 +66,8 @@ def run(config: ConfigDict, workdir: str) -> None:
     pairs = need_pairs(config.pairs, Path(workdir))
     real = load_real(config.real or reflow.need(config.score, workdir), options)
     pipe = load_student(options, real)
-    losses, recipe = make_losses(config, options, pipe.nets, real.nets), pairs.manifest["recipe"]
+    convention, recipe = make_convention(flow_training.start_dynamics(real)), pairs.manifest["recipe"]
+    losses = make_losses(config, options, pipe.nets, real.nets, convention, jax.default_backend())
     for each in (pipe, real):
         flow_training.check_fit(each, recipe)
     trained = prepare(options, directory, pipe, real, losses)
@@ -92,14 +93,16 @@ def check(config: ConfigDict, workdir: str) -> None:
     options = read_options(config, workdir)
     if config.real or reflow.is_trained(config.score, workdir):
         real = load_real(options.train.config["real"], options)
-    else:
-        real = reflow.check(config.score, workdir)
+        dynamics = flow_training.start_dynamics(real)
+    else:  # what the score will start from
+        real, dynamics = reflow.check(config.score, workdir), flow_training.FLOW
     recipe, pipe = check_pairs(config.pairs, Path(workdir)), load_student(options, real)
     shows_images = discriminates_images(config)
     if shows_images:
         job = real_images.read_job(config.images, options.weights, pipe, recipe["latent_shape"])
         real_images.check(job, Path(workdir))
-    losses, params = make_losses(config, options, pipe.nets, real.nets), real.nets["unet"].shapes
+    params = real.nets["unet"].shapes
+    losses = make_losses(config, options, pipe.nets, real.nets, make_convention(dynamics), jax.default_backend())
     flow_training.check_fit(real, recipe)
     if options.lora:
         lora.find_ranks(options.lora, params)
@@ -203,14 +206,10 @@ def load_real(source: str, options: flow_training.FlowOptions) -> pipeline.Pipel
     """The real score.
 
     Raises:
-      ValueError, FileNotFoundError: it cannot be read, or is not a flow as training makes it.
+      ValueError, FileNotFoundError: it cannot be read, or is a flow of another sign or other timesteps.
     """
     pipe = loading.load(source, dataclasses.replace(options.weights, delta=None, loras=(), weights_variant=""))
-    if not isinstance(flow_training.start_dynamics(pipe), sampling.Flow):
-        raise ValueError(
-            f"the real score {source} is a teacher, but it must be a flow that was trained with fresh noise: use "
-            "config.real='' to train it, or the export of --config=configs/reflow.py:score"
-        )
+    flow_training.start_dynamics(pipe)
     return pipe
 
 
@@ -293,14 +292,27 @@ def with_head(params: Mapping[str, Any], head: Mapping[str, Any] | None) -> dict
 # ---------------------------------------------------------------- the losses and the step
 
 
+def make_convention(dynamics: sampling.Dynamics) -> Convention:
+    """How the real score predicts."""
+    if isinstance(dynamics, sampling.Flow):
+        return score_distillation.flow_convention(dynamics.num_timesteps)
+    return score_distillation.teacher_convention(dynamics)
+
+
 def make_losses(
-    config: ConfigDict, options: flow_training.FlowOptions, nets: Mapping[str, Net], real_nets: Mapping[str, Net]
+    config: ConfigDict,
+    options: flow_training.FlowOptions,
+    nets: Mapping[str, Net],
+    real_nets: Mapping[str, Net],
+    convention: Convention,
+    platform: str,
 ) -> Losses:
     """The losses of the student and of the fake score.
 
     Args:
       nets: the student's.
-      real_nets: the real score's.
+      real_nets, convention: the real score's.
+      platform: on which they run: cpu, gpu or tpu.
 
     Raises:
       ValueError: the real score's network cannot be a discriminator.
@@ -312,7 +324,19 @@ def make_losses(
             "use config.adversarial=0 and config.fake.adversarial=0, or another real score"
         )
     head = make_discriminator(score) if config.adversarial else None
-    method = Method(student, score, nets["text_encoder"], head, tuple(config.t), options.prompt_dropout, NUM_TIMESTEPS)
+    method = Method(
+        student,
+        score,
+        nets["text_encoder"],
+        head,
+        convention=convention,
+        alpha=config.alpha,
+        steps=tuple(config.N),
+        t=tuple(config.t),
+        prompt_dropout=options.prompt_dropout,
+        num_timesteps=NUM_TIMESTEPS,
+        unroll=platform == "cpu",  # where convolutions in a loop are slow
+    )
     weights = {name: config[name] for name in ("matching", "regression", "adversarial")}
     return Losses(
         score_distillation.make_student_loss(method, **weights),

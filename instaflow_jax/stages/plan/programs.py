@@ -169,7 +169,13 @@ def _make_method(
     """Shapes of the initial parameters, how the state is made of them, and the step."""
     unet = adapters.shapes(options.lora, nets["unet"]) if options.lora else nets["unet"].shapes
     if config.stage == "refine":
-        losses = refine.make_losses(config, options, nets, nets)
+        real = (
+            sampling.read_dynamics(shapes.read_scheduler(config.real), {}, "auto")
+            if config.real
+            else flow_training.FLOW
+        )
+        convention = refine.make_convention(real)
+        losses = refine.make_losses(config, options, nets, nets, convention, devices.platform(mesh))
         losses = refine.adapt(losses, options.lora.alpha) if options.lora else losses
         fake = refine.with_head(unet, losses.head and losses.head.shapes)
         return {"student": unet, "fake": fake}, *refine.make_method(config, options, losses, mesh)
