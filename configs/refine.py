@@ -15,7 +15,7 @@ kinds and latents: 3.3, 24.6 and 6.7, where distillation has 3.4, 21.6 and 7.0. 
 
 from ml_collections import ConfigDict
 
-from configs import common, reflow
+from configs import common, distill, reflow
 
 
 def get_config(variant: str = "openmoji") -> ConfigDict:
@@ -24,7 +24,7 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
     config.model = ""  # the one-step model to start from; "" is DIR/distill/export
     # What knows the data's score: a teacher, or a flow trained with fresh noise; "" is DIR/score/export, made with
     # config.score if missing. alpha: its guidance.
-    config.real, config.alpha = "", 1.0
+    config.real, config.alpha = "openmoji", 1.0
     config.N = (1,)  # numbers of steps that the student is refined for
     config.output = "refine"  # folder of the workdir to train in
     config.prompt_dropout = 0.0  # because a one-step model is not guided
@@ -35,30 +35,35 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
     # The fake score. updates: for each of the student's. first: steps before the student's first update. adversarial:
     # weight of the discriminator's loss.
     config.fake = {"updates": 2, "first": 20, "adversarial": 0.0, "schedule": {}}
+    # Folder of the workdir that holds the flow and the pairs/ that the student was distilled from. "": the teacher's
+    # own, in DIR/pairs.
+    config.pairs_folder = "reflow"
+    config.pairs = distill.get_config("sd15_l2" if variant.startswith("sd15") else "openmoji").pairs
     config.score = reflow.get_config("sd15_score" if variant.startswith("sd15") else "score")
-    config.pairs = config.score.pairs  # the same object
-    config.images = config.score.images  # likewise: real images for the score and the discriminator; share: the score's
+    config.images = config.score.images  # real images for the score and the discriminator; share: the score's
     config.eval.N = (1, 2, 4)
     common.pick(VARIANTS, variant)(config)
     return config.lock()
 
 
 def openmoji(config: ConfigDict) -> None:
-    reflow.emoji_budget(config, steps=150)
+    reflow.emoji_budget(config, steps=310)
     config.warm_start = True
+    config.matching, config.regression = 0.3, 0.5
     config.schedule = {"name": "constant", "peak": 5e-5, "warmup_steps": 10}
-    config.fake.schedule = {"name": "constant", "peak": 2e-4, "warmup_steps": 10}
+    config.fake.update({"first": 60, "schedule": {"name": "constant", "peak": 2e-4, "warmup_steps": 10}})
     config.loop.save_every = 50
-    config.eval_every = 150
+    config.eval_every = 310
 
 
 def sd15(config: ConfigDict) -> None:
     """DMD2's recipe for SD 1.5 without its discriminator (github.com/tianweiy/DMD2, experiments/sdv1.5).
 
     From there: batch 2048, one update of the student to ten of the fake score, rate 1e-5 for both, clipping at 10,
-    39,000 updates of the fake score. They start from the teacher and take its score with guidance 1.75; we start from a
-    one-step model, which should need fewer updates: how many is not known. Our own: EMA 0.999, weight decay, `first`.
+    39,000 updates of the fake score, the teacher's score with guidance 1.75. They start from the teacher; we start from
+    a one-step model, which should need fewer updates: how many is not known. Our own: EMA 0.999, weight decay, `first`.
     """
+    config.real, config.alpha = common.SD15, 1.75
     config.dtype = "bfloat16"
     config.remat.unet = "blocks"
     config.batch_size, config.accumulate = 2048, 32  # 8 samples per device and micro-batch on 8 devices

@@ -433,7 +433,18 @@ def test_the_discriminator_sees_the_images_with_their_captions():
 
     nets = (types.SimpleNamespace(apply=f) for f in (lambda p, Z, tau, text: 0 * Z, score))
     head = types.SimpleNamespace(apply=lambda params, features: features.mean((1, 2, 3)))
-    method = score_distillation.Method(*nets, TEXT, head, (0.9, 0.95), 0.0, 1000)
+    method = score_distillation.Method(
+        *nets,
+        TEXT,
+        head,
+        score_distillation.flow_convention(1000),
+        alpha=1.0,
+        steps=(1,),
+        t=(0.9, 0.95),
+        prompt_dropout=0.0,
+        num_timesteps=1000,
+        unroll=False,
+    )
     loss = score_distillation.make_fake_loss(method, adversarial=1.0)
     batch = {"X0": normal(0, 8, 4, 4, 2), "X1": normal(1, 8, 4, 4, 2), "ids": np.arange(128).reshape(8, 16)}
     shown = batch | {"real_X1": 5 + batch["X1"], "real_ids": batch["ids"] + 200}
@@ -528,7 +539,7 @@ def test_refine_reads_the_images_for_its_discriminator_and_its_score(refining, e
     config.adversarial = config.fake.adversarial = 0.0
     assert "real_X1" not in next(refine.make_batches(config, encoded, options, load(teacher), pairs))
     config.real = str(workdir / "distill" / "export")
-    words = r"config\.images\.source='.*folder' has no effect with config\.real and without config\.adversarial"
+    words = r"config\.images\.source='.*folder' has no effect with config\.real='.*export' and without config\.adversarial"
     with pytest.raises(ValueError, match=words):
         main.run(config, str(workdir))
 

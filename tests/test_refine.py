@@ -487,13 +487,16 @@ def test_refine_trains_the_student_and_exports_a_flow(run):
 
 @pytest.mark.slow
 def test_a_teacher_is_a_real_score(run, teacher, tmp_path):
-    """Two trained networks, of which one keeps the teacher's head: no score is trained first."""
+    """Two trained networks, of which one keeps the teacher's head, on the pairs of the flow; nothing else is made."""
     (tmp_path / "distill").symlink_to(run / "distill")
-    (tmp_path / "pairs").symlink_to(run / "pairs")
+    make_flow(teacher, tmp_path / "reflow")
     config = refine_config(teacher)
-    config.update({"real": str(teacher), "alpha": 1.5})
+    config.update({"real": str(teacher), "alpha": 1.5, "pairs_folder": "reflow"})
+    config.pairs.update({"model": "", "dynamics": "flow", "alpha": 1.0})
     main.run(config, str(tmp_path))
-    assert not (tmp_path / "score").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"distill", "reflow", "refine"}
+    recipe = json.loads((tmp_path / "reflow/pairs/manifest.json").read_text())["recipe"]
+    assert recipe["solver"] == "euler"
     before, after = unet(run / "distill"), unet(tmp_path / "refine")
     assert any(np.any(before[name] != after[name]) for name in before)
 

@@ -54,7 +54,8 @@ def run(config: ConfigDict, workdir: str) -> None:
     """Trains in `workdir`/`config.output`, from the one-step flow `config.model`, on the prompts and X1 of the pairs.
 
     First makes what is missing: the real score (if `config.real` is ""), by `reflow` with `config.score`, and the pairs
-    in `workdir`/pairs. With `config.images` the discriminator's real images are these, and the score is theirs.
+    in `workdir`/`config.pairs_folder`. With `config.images` the discriminator's real images are these, and the score is
+    theirs.
 
     Raises:
       ValueError, FileNotFoundError: a field of the config, one of the two flows, or the pairs are wrong.
@@ -63,7 +64,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     options, directory = read_options(config, workdir), Path(workdir) / config.output
     if not has_data(config, workdir):
         check(config, workdir)
-    pairs = need_pairs(config.pairs, Path(workdir))
+    pairs = need_pairs(pairs_config(config, workdir), Path(workdir) / config.pairs_folder)
     real = load_real(config.real or reflow.need(config.score, workdir), options)
     pipe = load_student(options, real)
     convention, recipe = make_convention(flow_training.start_dynamics(real)), pairs.manifest["recipe"]
@@ -96,7 +97,8 @@ def check(config: ConfigDict, workdir: str) -> None:
         dynamics = flow_training.start_dynamics(real)
     else:  # what the score will start from
         real, dynamics = reflow.check(config.score, workdir), flow_training.FLOW
-    recipe, pipe = check_pairs(config.pairs, Path(workdir)), load_student(options, real)
+    recipe = check_pairs(pairs_config(config, workdir), Path(workdir) / config.pairs_folder)
+    pipe = load_student(options, real)
     shows_images = discriminates_images(config)
     if shows_images:
         job = real_images.read_job(config.images, options.weights, pipe, recipe["latent_shape"])
@@ -140,7 +142,15 @@ def has_data(config: ConfigDict, workdir: str) -> bool:
     """Whether the score and all data are there."""
     score = bool(config.real) or reflow.is_trained(config.score, workdir)
     images = not discriminates_images(config) or real_images.has_images(Path(workdir))
-    return score and images and has_pairs(Path(workdir))
+    return score and images and has_pairs(Path(workdir) / config.pairs_folder)
+
+
+def pairs_config(config: ConfigDict, workdir: str) -> ConfigDict:
+    """`config.pairs`; those of a folder of the workdir are made by the flow in it."""
+    pairs = config.pairs.copy_and_resolve_references().unlock()
+    if config.pairs_folder:
+        pairs.model = str(Path(workdir) / config.pairs_folder / loading.EXPORT)
+    return pairs.lock()
 
 
 # ---------------------------------------------------------------- the real images
@@ -157,8 +167,9 @@ def check_images(config: ConfigDict, workdir: str) -> None:
     if config.real:
         if source and not config.adversarial:
             raise ValueError(
-                f"config.images.source={source!r} has no effect with config.real and without config.adversarial: the "
-                "score and the discriminator are what would use it"
+                f"config.images.source={source!r} has no effect with config.real={config.real!r} and without "
+                "config.adversarial: the score and the discriminator are what would use it; use config.real='' to "
+                "train a score"
             )
         return
     if not reflow.is_trained(config.score, workdir) or not complete_steps(score / CHECKPOINTS):
