@@ -73,7 +73,7 @@ ROWS = [
     Row("reflow_sd15, adapters", "reflow_sd15", "h100-1", ("lora.rank=16", "batch_size=4")),
     *recipe("h100-8", per_device=8, lpips=4),
     *recipe("v5p-16", per_device=4, lpips=2),
-    *recipe("v5e-64", per_device=2, lpips=1),
+    *recipe("v5e-64", per_device=4, lpips=2),
 ]
 
 

@@ -35,7 +35,7 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
     config.count = 0  # number of pairs; 0 means one per prompt; prompts repeat if there are fewer
     config.seed = 0  # seed and pair number determine the noise
     config.prompts = {
-        "source": "openmoji",  # or a .txt, .jsonl or .parquet file, a glob of them, or tfds:NAME
+        "source": "openmoji",  # or openmoji_kinds, a .txt, .jsonl or .parquet file, a glob of them, or tfds:NAME
         "column": "",  # column of the text in JSONL, Parquet or TFDS: "TEXT", "captions.text"
         "split": "train",  # TFDS split
         "data_dir": "",  # directory of TFDS sets; "" means TFDS's default

@@ -35,10 +35,11 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
     # The fake score. updates: for each of the student's. first: steps before the student's first update. adversarial:
     # weight of the discriminator's loss.
     config.fake = {"updates": 2, "first": 20, "adversarial": 0.0, "schedule": {}}
-    # Folder of the workdir that holds the flow and the pairs/ that the student was distilled from. "": the teacher's
-    # own, in DIR/pairs.
-    config.pairs_folder = "reflow"
+    # Pairs by the flow of the distillation: their prompts are drawn, and `regression` goes on with them. model: that
+    # flow; "" is DIR/reflow/export. pairs_folder: folder of the workdir that holds pairs/.
     config.pairs = distill.get_config("sd15_l2" if variant.startswith("sd15") else "openmoji").pairs
+    config.pairs.model = ""
+    config.pairs_folder = "reflow"
     config.score = reflow.get_config("sd15_score" if variant.startswith("sd15") else "score")
     config.images = config.score.images  # real images for the score and the discriminator; share: the score's
     config.eval.N = (1, 2, 4)
@@ -47,13 +48,14 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
 
 
 def openmoji(config: ConfigDict) -> None:
-    reflow.emoji_budget(config, steps=310)
-    config.warm_start = True
-    config.matching, config.regression = 0.3, 0.5
-    config.schedule = {"name": "constant", "peak": 5e-5, "warmup_steps": 10}
+    """On pairs of their own, whose prompts name only a kind more often: there distillation is worst."""
+    config.pairs_folder, config.pairs.seed, config.pairs.prompts.source = "refine", 2, "openmoji_kinds"
+    reflow.emoji_budget(config, steps=560)
+    config.regression = 0.5
+    config.schedule = {"name": "constant", "peak": 1e-4, "warmup_steps": 10}
     config.fake.update({"first": 60, "schedule": {"name": "constant", "peak": 2e-4, "warmup_steps": 10}})
-    config.loop.save_every = 50
-    config.eval_every = 310
+    config.loop.save_every = 100
+    config.eval_every = 560
 
 
 def sd15(config: ConfigDict) -> None:

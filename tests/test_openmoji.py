@@ -16,7 +16,15 @@ from instaflow_jax import pipeline
 from instaflow_jax.data.openmoji import dataset as openmoji
 from instaflow_jax.data.openmoji import drawing
 from instaflow_jax.data.openmoji.augment import augment, turn
-from instaflow_jax.data.openmoji.captions import LEVELS, caption_table, captions, clean, draw, level_probabilities
+from instaflow_jax.data.openmoji.captions import (
+    KINDS_WEIGHTS,
+    LEVELS,
+    caption_table,
+    captions,
+    clean,
+    draw,
+    level_probabilities,
+)
 from instaflow_jax.data.openmoji.groups import SUBGROUPS, subgroup_of
 from instaflow_jax.weights.tokenizer import Tokenizer
 
@@ -196,6 +204,12 @@ def test_draws_depend_on_seed_and_index_alone_and_follow_the_weights(by_name):
     level_of = {text: level for level, text in captions(astronaut).items()}
     shares = [np.mean([level_of[text] == level for text in drawn]) for level in LEVELS]
     np.testing.assert_allclose(shares, level_probabilities(0.3), atol=0.04)
+
+
+def test_other_weights_draw_more_kinds(by_name):
+    astronaut = by_name["woman astronaut dark skin tone"]
+    drawn = [draw(astronaut, 0, i, 0.0, KINDS_WEIGHTS) for i in range(1000)]
+    assert abs(np.mean([text == captions(astronaut)["kind"] for text in drawn]) - 0.25) < 0.04
 
 
 def test_level_probabilities_give_empty_its_share():

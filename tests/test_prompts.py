@@ -9,6 +9,7 @@ import tensorflow_datasets as tfds
 
 from instaflow_jax.data import prompts, records
 from instaflow_jax.data.openmoji.dataset import encode_png
+from instaflow_jax.data.prompt_sources import OPENMOJI
 from instaflow_jax.data.prompts import Cleaning
 from instaflow_jax.stages.common import loading
 
@@ -135,13 +136,20 @@ def test_fewer_openmoji_captions_are_a_prefix_of_more_and_never_empty():
     some, more = (load("openmoji", count=count, seed=3).texts for count in (20, 60))
     assert more[:20] == some and len(more) == 60 and all(more)
     assert load("openmoji", count=60, seed=4).texts != more
+    flags = [load(name, count=2000, seed=3).texts.count("a flag") for name in OPENMOJI]
+    assert flags[1] > 2 * flags[0] > 0
 
 
 @pytest.mark.parametrize(
     "source, column, error, words",
     [
         ("nowhere.txt", "", FileNotFoundError, "nowhere.txt"),
-        ("prompts.csv", "", ValueError, r"openmoji, tfds:NAME, or a file ending in .txt, .jsonl, .parquet"),
+        (
+            "prompts.csv",
+            "",
+            ValueError,
+            r"openmoji, openmoji_kinds, tfds:NAME, or a file ending in .txt, .jsonl, .parquet",
+        ),
         ("tfds:nowhere", "text", FileNotFoundError, "no prepared set in .*nowhere"),
         ("tfds:coco_captions", "", ValueError, "needs prompts.column"),
         ("openmoji", "", ValueError, "count=0 is not positive"),

@@ -539,7 +539,9 @@ def test_refine_reads_the_images_for_its_discriminator_and_its_score(refining, e
     config.adversarial = config.fake.adversarial = 0.0
     assert "real_X1" not in next(refine.make_batches(config, encoded, options, load(teacher), pairs))
     config.real = str(workdir / "distill" / "export")
-    words = r"config\.images\.source='.*folder' has no effect with config\.real='.*export' and without config\.adversarial"
+    words = (
+        r"config\.images\.source='.*folder' has no effect with config\.real='.*export' and without config\.adversarial"
+    )
     with pytest.raises(ValueError, match=words):
         main.run(config, str(workdir))
 

@@ -491,11 +491,11 @@ def test_a_teacher_is_a_real_score(run, teacher, tmp_path):
     (tmp_path / "distill").symlink_to(run / "distill")
     make_flow(teacher, tmp_path / "reflow")
     config = refine_config(teacher)
-    config.update({"real": str(teacher), "alpha": 1.5, "pairs_folder": "reflow"})
+    config.update({"real": str(teacher), "alpha": 1.5, "pairs_folder": "refine"})
     config.pairs.update({"model": "", "dynamics": "flow", "alpha": 1.0})
     main.run(config, str(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {"distill", "reflow", "refine"}
-    recipe = json.loads((tmp_path / "reflow/pairs/manifest.json").read_text())["recipe"]
+    recipe = json.loads((tmp_path / "refine/pairs/manifest.json").read_text())["recipe"]
     assert recipe["solver"] == "euler"
     before, after = unet(run / "distill"), unet(tmp_path / "refine")
     assert any(np.any(before[name] != after[name]) for name in before)

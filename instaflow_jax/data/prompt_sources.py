@@ -10,16 +10,22 @@ from typing import Any
 import numpy as np
 
 from instaflow_jax.data import records
-from instaflow_jax.data.openmoji.captions import draw
+from instaflow_jax.data.openmoji.captions import KINDS_WEIGHTS, WEIGHTS, draw
 from instaflow_jax.data.openmoji.drawing import catalogue
 from instaflow_jax.infra import stores
 
 Rows = Iterator[str | None]
+OPENMOJI = {
+    "openmoji": WEIGHTS,
+    "openmoji_kinds": KINDS_WEIGHTS,
+}  # sources, by the probabilities of the captions' levels
 _REPEATS_WITHOUT_TONE = 3  # half of all emoji have a skin tone; this keeps them from dominating
 
 
-def openmoji(count: int, seed: int) -> Rows:
+def openmoji(source: str, count: int, seed: int) -> Rows:
     """Captions as in the embedded teacher's training: shuffled passes over all emoji, random levels, none empty.
+
+    With the source "openmoji_kinds" a quarter of them names only a kind.
 
     Caption i depends on (seed, i) alone. Needs the names of the emoji (package `emoji`), not their images.
 
@@ -28,19 +34,19 @@ def openmoji(count: int, seed: int) -> Rows:
     """
     if count < 1:
         raise ValueError(
-            f"count={count} is not positive; prompts.source='openmoji' has no end and needs the number of prompts"
+            f"count={count} is not positive; prompts.source={source!r} has no end and needs the number of prompts"
         )
     try:
         known, _ = catalogue()
     except ModuleNotFoundError as error:
         raise ValueError(
-            "prompts.source='openmoji' needs the package 'emoji'; use pip install -e '.[demo]', or a file of prompts"
+            f"prompts.source={source!r} needs the package 'emoji'; use pip install -e '.[demo]', or a file of prompts"
         ) from error
     deck = [e for e in known for _ in range(1 if e.skin_tone else _REPEATS_WITHOUT_TONE)]
     for start in range(0, count, len(deck)):
         order = np.random.default_rng([seed, start]).permutation(len(deck))
         for i, card in enumerate(order[: count - start], start):
-            yield draw(deck[card], seed, i, empty=0.0)
+            yield draw(deck[card], seed, i, empty=0.0, weights=OPENMOJI[source])
 
 
 def need_column(source: str, column: str) -> str:
@@ -63,7 +69,8 @@ def files(source: str, column: str) -> Rows:
     path = stores.local(source)
     if path.suffix not in _READERS:
         raise ValueError(
-            f"prompts.source={source!r} is unknown; use openmoji, tfds:NAME, or a file ending in {', '.join(_READERS)}"
+            f"prompts.source={source!r} is unknown; use {', '.join(OPENMOJI)}, tfds:NAME, or a file ending in "
+            f"{', '.join(_READERS)}"
         )
     paths = [path] if path.is_file() else [Path(found) for found in sorted(glob.glob(str(path)))]
     if not paths:

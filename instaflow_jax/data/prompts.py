@@ -42,9 +42,9 @@ def load(source: str, *, column: str, split: str, data_dir: str, count: int, see
     """All prompts of a source, in its order.
 
     Args:
-      source: "openmoji"; a .txt, .jsonl or .parquet file, or a glob of such files ("laion/*.parquet"), read in
-        alphabetical order; "tfds:NAME", "tfds:NAME/CONFIG" or "tfds:DIRECTORY" for a set that TFDS has prepared as
-        array_record ("tfds:coco_captions/2014").
+      source: "openmoji" or "openmoji_kinds"; a .txt, .jsonl or .parquet file, or a glob of such files
+        ("laion/*.parquet"), read in alphabetical order; "tfds:NAME", "tfds:NAME/CONFIG" or "tfds:DIRECTORY" for a set
+        that TFDS has prepared as array_record ("tfds:coco_captions/2014").
       column: name of the column with the text; unused for OpenMoji and .txt. Dots select nested fields
         ("captions.text"), and a list of texts gives one prompt each.
       split: TFDS split.
@@ -56,8 +56,8 @@ def load(source: str, *, column: str, split: str, data_dir: str, count: int, see
       ValueError: unknown source, wrong file format, a missing column, or no prompt left.
       FileNotFoundError: no such file or prepared set.
     """
-    if source == "openmoji":
-        rows = sources.openmoji(count, seed)
+    if source in sources.OPENMOJI:
+        rows = sources.openmoji(source, count, seed)
     elif source.startswith("tfds:"):
         rows = sources.tfds_set(source.removeprefix("tfds:"), sources.need_column(source, column), split, data_dir)
     else:

@@ -146,10 +146,9 @@ def has_data(config: ConfigDict, workdir: str) -> bool:
 
 
 def pairs_config(config: ConfigDict, workdir: str) -> ConfigDict:
-    """`config.pairs`; those of a folder of the workdir are made by the flow in it."""
+    """`config.pairs`, made by the workdir's flow unless it names another model."""
     pairs = config.pairs.copy_and_resolve_references().unlock()
-    if config.pairs_folder:
-        pairs.model = str(Path(workdir) / config.pairs_folder / loading.EXPORT)
+    pairs.model = pairs.model or str(Path(workdir) / "reflow" / loading.EXPORT)
     return pairs.lock()
 
 

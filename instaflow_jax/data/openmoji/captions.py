@@ -17,6 +17,8 @@ from instaflow_jax.data.openmoji.groups import SUBGROUPS
 LEVELS = ("full", "toneless", "base", "subgroup", "kind", "empty")
 # Probabilities of the levels among captions that are not empty.
 WEIGHTS = {"full": 0.60, "toneless": 0.10, "base": 0.16, "subgroup": 0.08, "kind": 0.06}
+# With more captions that have many right images.
+KINDS_WEIGHTS = {"full": 0.40, "toneless": 0.05, "base": 0.15, "subgroup": 0.15, "kind": 0.25}
 
 _TONE = re.compile(r" ?\b(light|medium-light|medium|medium-dark|dark) skin tone\b")
 _ADULT = re.compile(r"\b(man|woman|men|women)\b(?!')")
@@ -119,9 +121,9 @@ def level_probabilities(empty: float = 0.1, weights: Mapping[str, float] = WEIGH
     return np.append((1 - empty) * share / share.sum(), empty)
 
 
-def draw(emoji: Emoji, seed: int, index: int, empty: float = 0.1) -> str:
+def draw(emoji: Emoji, seed: int, index: int, empty: float = 0.1, weights: Mapping[str, float] = WEIGHTS) -> str:
     """One caption at a random level, determined by (seed, index)."""
-    level = np.random.default_rng([seed, index]).choice(LEVELS, p=level_probabilities(empty))
+    level = np.random.default_rng([seed, index]).choice(LEVELS, p=level_probabilities(empty, weights))
     return captions(emoji)[str(level)]
 
 
