@@ -1,16 +1,17 @@
-"""Refinement: move the one-step model's distribution onto that of the pairs' images (score distillation, DMD2).
+"""Refinement: move the one-step model's distribution onto that of the data (score distillation, DMD2).
 
     python -m instaflow_jax.main --config=configs/refine.py --workdir=DIR
     python -m instaflow_jax.main --config=configs/refine.py:sd15 --workdir=DIR
     python -m instaflow_jax.main --config=configs/refine.py:sd15_adversarial --workdir=DIR \\
         --config.model=DIR/refine/export
 
-Needs DIR/distill/export, or another one-step model in `config.model`. A flow that knows the distribution of the pairs'
-images is made first if it is missing: DIR/score/export, by `configs/reflow.py:score`. Writes DIR/refine/export.
-Measured on two CPU cores that other work shared (2026-11-27), from the demo's models: 400 steps of the score in 5 min,
-150 of refinement in 9 min, each after up to 4 min of compilation. Fréchet distance to real emoji at one step by names,
-kinds and latents: 3.3, 24.6 and 6.7, where distillation has 3.4, 21.6 and 7.0. So kinds, which it is for, got worse
-(docs/training.md). Not yet measured: discriminator and regression beside the scores, more than one seed, and SD 1.5.
+Needs DIR/distill/export, or another one-step model in `config.model`, and DIR/reflow/export, the flow that makes the
+pairs in DIR/refine/pairs. Writes DIR/refine/export. The real score is the teacher's; with --config.real='' a flow that
+knows the distribution of its images, made first if it is missing: DIR/score/export, by `configs/reflow.py:score`.
+Measured on two CPU cores that other work shared (2026-11-27), from the demo's models: 12,288 pairs in 2 min, 560 steps
+in 8 min. Fréchet distance to real emoji at one step by names, kinds and latents: 3.0, 19.5 and 7.5, where distillation
+has 3.4, 21.6 and 7.0. From a demo at guidance 2: see docs/training.md. Not yet measured: discriminator beside the
+scores, `config.N` beyond 1, and SD 1.5.
 """
 
 from ml_collections import ConfigDict
