@@ -169,11 +169,9 @@ def _make_method(
     """Shapes of the initial parameters, how the state is made of them, and the step."""
     unet = adapters.shapes(options.lora, nets["unet"]) if options.lora else nets["unet"].shapes
     if config.stage == "refine":
-        real = (
-            sampling.read_dynamics(shapes.read_scheduler(config.real), {}, "auto")
-            if config.real
-            else flow_training.FLOW
-        )
+        real = flow_training.FLOW
+        if config.real:  # a teacher of this size
+            real = sampling.read_dynamics(shapes.read_scheduler(model), {}, "teacher")
         convention = refine.make_convention(real)
         losses = refine.make_losses(config, options, nets, nets, convention, devices.platform(mesh))
         losses = refine.adapt(losses, options.lora.alpha) if options.lora else losses
