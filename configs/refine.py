@@ -10,8 +10,8 @@ pairs in DIR/refine/pairs. Writes DIR/refine/export. The real score is the teach
 knows the distribution of its images, made first if it is missing: DIR/score/export, by `configs/reflow.py:score`.
 Measured on two CPU cores that other work shared (2026-11-27), from the demo's models: 12,288 pairs in 2 min, 560 steps
 in 8 min. Fréchet distance to real emoji at one step by names, kinds and latents: 3.0, 19.5 and 7.5, where distillation
-has 3.4, 21.6 and 7.0. From a demo at guidance 2: see docs/training.md. Not yet measured: discriminator beside the
-scores, `config.N` beyond 1, and SD 1.5.
+has 3.4, 21.6 and 7.0. From a demo at guidance 2, and for several steps: see docs/training.md. Not yet measured: the
+discriminator beside the scores, and SD 1.5.
 """
 
 from ml_collections import ConfigDict
