@@ -360,12 +360,9 @@ def refine_config(teacher):
     config.update({"regression": 0.25, "adversarial": 0.1, "N": (1, 2)})
     config.fake.update({"updates": 1, "first": 1, "adversarial": 0.1})
     shrink_training(config.score, teacher).model = str(teacher)
-    with config.unlocked():
-        config.real, config.pairs_folder, config.pairs = (
-            "",
-            "",
-            config.score.pairs,
-        )  # the teacher's, and a score of them
+    with config.unlocked():  # the teacher's pairs, and a score that is trained on them
+        config.update({"real": "", "pairs_folder": ""})
+        config.pairs = config.score.pairs
     return config
 
 

@@ -15,10 +15,7 @@ from instaflow_jax.data.openmoji.drawing import catalogue
 from instaflow_jax.infra import stores
 
 Rows = Iterator[str | None]
-OPENMOJI = {
-    "openmoji": WEIGHTS,
-    "openmoji_kinds": KINDS_WEIGHTS,
-}  # sources, by the probabilities of the captions' levels
+OPENMOJI = {"openmoji": WEIGHTS, "openmoji_kinds": KINDS_WEIGHTS}  # sources, and how often they draw each level
 _REPEATS_WITHOUT_TONE = 3  # half of all emoji have a skin tone; this keeps them from dominating
 
 

@@ -14,7 +14,7 @@ from instaflow_jax.models.net import Net
 from instaflow_jax.models.stacked_unet import StackedUNet
 from instaflow_jax.stages import reflow
 from instaflow_jax.stages.common import fit, flow_training, loading
-from instaflow_jax.stages.generate.stage import check_pairs, has_pairs, need_pairs
+from instaflow_jax.stages.generate.stage import check_pairs, has_pairs, made_by, need_pairs
 from instaflow_jax.train import losses
 from instaflow_jax.train.step import Loss
 from instaflow_jax.weights.conventions import NUM_TIMESTEPS
@@ -38,7 +38,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     if not has_pairs(folder) or (not config.model and not reflow.is_trained(config.reflow, workdir)):
         check(config, workdir)
     source = config.model or reflow.need(config.reflow, workdir)
-    pairs = need_pairs(pairs_config(config, source), folder)
+    pairs = need_pairs(made_by(config.pairs, source), folder)
     start, directory = config.init_from or source, Path(workdir) / config.output
     pipe = stack(config.stacked.to_dict(), loading.load(start, options.weights), options.weights)
     flow_training.train_flow(options, directory, pipe, pairs, *load_loss(config, options, pipe), source=start)
@@ -54,7 +54,7 @@ def check(config: ConfigDict, workdir: str) -> None:
     source = config.model or reflow.export_directory(config.reflow, workdir)
     if not config.model and not reflow.is_trained(config.reflow, workdir):
         flow = reflow.check(config.reflow, workdir)
-    recipe = check_pairs(pairs_config(config, source), Path(workdir) / config.pairs_folder, flow)
+    recipe = check_pairs(made_by(config.pairs, source), Path(workdir) / config.pairs_folder, flow)
     pipe = flow if flow and not config.init_from else loading.load(config.init_from or source, options.weights)
     pipe = stack(config.stacked.to_dict(), pipe, options.weights)
     flow_training.check(options, pipe, recipe, *load_loss(config, options, pipe))
@@ -101,13 +101,6 @@ def stack(fields: Mapping[str, Any], pipe: pipeline.Pipeline, weights: loading.W
                 "teachers"
             )
     return pipeline.stack(pipe, second, middle_norm=fields["middle_norm"], **loading.network_options(weights))
-
-
-def pairs_config(config: ConfigDict, source: str) -> ConfigDict:
-    """A copy of `config.pairs`, made by the flow `source`."""
-    pairs = config.pairs.copy_and_resolve_references().unlock()
-    pairs.model = source
-    return pairs.lock()
 
 
 def load_loss(

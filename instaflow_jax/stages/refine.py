@@ -1,4 +1,4 @@
-"""Stage `refine`: a one-step generator → a better one, by matching the distribution of the pairs' images (DMD2)."""
+"""Stage `refine`: a one-step generator → a better one, by matching the distribution of the data (DMD2)."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.stages import reflow
 from instaflow_jax.stages.common import adapters, fit, flow_training, loading, real_images
 from instaflow_jax.stages.common.adapters import Trained
-from instaflow_jax.stages.generate.stage import check_pairs, has_pairs, need_pairs
+from instaflow_jax.stages.generate.stage import check_pairs, has_pairs, made_by, need_pairs
 from instaflow_jax.train import lora, optim, score_distillation
 from instaflow_jax.train import state as train_state
 from instaflow_jax.train.batches import Batches
@@ -35,6 +35,7 @@ from instaflow_jax.train.two_time_scale import make_two_time_scale_step
 from instaflow_jax.weights.conventions import NUM_TIMESTEPS
 
 STUDENT = "distill"  # folder of the workdir whose export is refined if `config.model` is ""
+FLOW = "reflow"  # folder of the workdir whose export makes the pairs if `config.pairs.model` is ""
 
 
 class Losses(NamedTuple):
@@ -147,9 +148,7 @@ def has_data(config: ConfigDict, workdir: str) -> bool:
 
 def pairs_config(config: ConfigDict, workdir: str) -> ConfigDict:
     """`config.pairs`, made by the workdir's flow unless it names another model."""
-    pairs = config.pairs.copy_and_resolve_references().unlock()
-    pairs.model = pairs.model or str(Path(workdir) / "reflow" / loading.EXPORT)
-    return pairs.lock()
+    return made_by(config.pairs, config.pairs.model or str(Path(workdir) / FLOW / loading.EXPORT))
 
 
 # ---------------------------------------------------------------- the real images

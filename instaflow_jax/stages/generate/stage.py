@@ -88,6 +88,13 @@ def differing(config: ConfigDict, recipe: Recipe) -> str:
     )
 
 
+def made_by(config: ConfigDict, source: str) -> ConfigDict:
+    """A copy of a block `config.pairs`, whose pairs the model `source` makes."""
+    pairs = config.copy_and_resolve_references().unlock()
+    pairs.model = source
+    return pairs.lock()
+
+
 def has_pairs(directory: Path) -> bool:
     """Whether `directory`/pairs is complete. Raises ValueError if it does not fit its manifest."""
     try:
