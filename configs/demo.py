@@ -7,14 +7,15 @@
 Pairs → reflow → distillation → distillation without reflow (the paper's baseline) → evaluation → export →
 DIR/report.html. It may be killed at any moment; started again it continues and reuses what has finished. The config of
 every stage is part of this one: `--config.reflow.loop.steps=2000`, `--config.generate.count=8192`. `:full` adds the
-3-rectified flow, an LPIPS phase, the Stacked U-Net and progressive distillation to the table and the report, also in a
-workdir where the first command has finished.
-Measured on two CPU cores: 25 min 27 s, installation included; README.md has the table. `:full`: 67 min 33 s.
+3-rectified flow, an LPIPS phase, the Stacked U-Net and progressive distillation to the table and the report, and the
+refinement that goes beyond the paper, also in a workdir where the first command has finished.
+Measured on two CPU cores: 25 min 27 s, installation included; README.md has the table. `:full` without
+refinement: 67 min 33 s.
 """
 
 from ml_collections import ConfigDict
 
-from configs import common, distill, evaluate, export, progressive, reflow
+from configs import common, distill, evaluate, export, progressive, refine, reflow
 
 
 def get_config(variant: str = "openmoji") -> ConfigDict:
@@ -45,13 +46,14 @@ def openmoji() -> ConfigDict:
 
 
 def full(config: ConfigDict) -> None:
-    """Adds what else the paper trains or compares, each with its own recipe."""
+    """Adds what else the paper trains or compares, and refinement, each with its own recipe."""
     config.reflow_3 = reflow.get_config()
     config.lpips = distill.get_config("lpips")  # starts from what `config.distill` trained
+    config.refine = refine.get_config()  # of what `config.distill` trained
     config.stacked = distill.get_config("stacked")
     config.progressive = progressive.get_config()
     config.reflow_3.k, config.reflow_3.pairs = 3, config.generate
     config.reflow_3.later.pairs = config.lpips.pairs = config.stacked.pairs = config.distill.pairs
     config.lpips.reflow = config.stacked.reflow = config.reflow
     config.progressive.pairs, config.progressive.alpha = config.generate, config.generate.get_ref("alpha")
-    config.minutes.update({"reflow_3": 6.5, "lpips": 4.5, "stacked": 9, "progressive": 18, "evaluate": 9})
+    config.minutes.update({"reflow_3": 6.5, "lpips": 4.5, "refine": 11, "stacked": 9, "progressive": 18, "evaluate": 9})

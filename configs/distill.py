@@ -16,11 +16,9 @@
 Needs nothing: a missing flow and missing pairs are made first. Writes a one-step generator to DIR/distill/export
 (or DIR/direct/export, DIR/distill_lpips/export, DIR/stacked/export, DIR/stacked_lpips/export, DIR/consistency/export).
 Measured on two CPU cores with --cpu_devices=2 (by configs/demo.py): 12,288 pairs of the flow and 900 steps of 32 in
-5 min 42 s. Fréchet distance to real emoji at one step: 3.4 (the flow 3.7, direct distillation 3.3, the teacher at 25
-steps 3.1); for prompts that name only a kind of emoji: 22.0 (35.2, 26.2, 12.7). With --config.loop.steps=300 for both:
-3.5 and 25.2, direct distillation 3.9 and 31.5 (README.md). The Stacked U-Net after 900 steps: 3.4 and 24.4, while the
-single one had 3.4 and 21.6 in the same table. Consistency: 3.4 and 22.9 at one step, 3.4 and 18.2 at four, where the
-one-step model has 5.4 and 16.4. Not yet measured: the paper's variants and `:sd15_consistency`.
+5 min 42 s. Fréchet distance to real emoji at one step: 3.2 (the flow 3.5, direct distillation 3.1, the teacher at 25
+steps 2.8); for prompts that name only a kind of emoji: 15.9 (26.3, 16.7, 8.6). The Stacked U-Net, consistency and
+shorter runs: docs/training.md. Not yet measured: the paper's variants and `:sd15_consistency`.
 """
 
 from ml_collections import ConfigDict

@@ -6,7 +6,7 @@
     python -m instaflow_jax.main --config=configs/evaluate.py:coco30k --workdir=DIR      # see configs/evaluate_coco.py
 
 The first command evaluates the embedded world: the teacher, and those of DIR/reflow/export, DIR/reflow_K/export (later
-reflows), DIR/distill/export, DIR/distill_lpips/export, DIR/direct/export, DIR/consistency/export,
+reflows), DIR/distill/export, DIR/distill_lpips/export, DIR/direct/export, DIR/consistency/export, DIR/refine/export,
 DIR/stacked/export (also stacked_lpips and stacked_direct) and DIR/progressive_N/export (each at its own N steps) that
 exist. It writes DIR/evaluate/: results.json, table.md, few_steps.png, straightness.png (S by k), guidance.png,
 trajectories.png and grid.png. A second run measures only what is new, such as another model or another number of steps.
@@ -39,7 +39,7 @@ def openmoji() -> ConfigDict:
     config.check = False  # true only makes every check that needs no long computation
     config.teacher = {"model": "openmoji", "alpha": 0.0, "N": (25, 8, 4, 2, 1)}  # alpha 0: that of DIR/pairs
     config.reflow = {"alpha": 1.0, "N": (25, 8, 4, 2, 1)}  # of later reflows too
-    config.distill = {"alpha": 1.0, "N": (1, 2, 4, 8)}  # of consistency too
+    config.distill = {"alpha": 1.0, "N": (1, 2, 4, 8)}  # of consistency and refine too
     config.distill_lpips = {"alpha": 1.0, "N": (1, 2, 4)}
     config.direct = {"alpha": 1.0, "N": (1,)}
     config.stacked = {"alpha": 1.0, "N": (1,)}  # of every Stacked U-Net

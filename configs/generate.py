@@ -23,7 +23,7 @@ from configs import common
 # sd15: the paper's teacher; rf2: 2-rectified flow, the teacher of distillation
 _LARGE = {"shard_size": 8192, "dtype": "bfloat16"}
 VARIANTS = {
-    "openmoji": {"model": "openmoji", "N": 25, "alpha": 3.0, "count": 4096},
+    "openmoji": {"model": "openmoji", "N": 25, "alpha": 2.0, "count": 4096},
     "sd15": {"model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "N": 25, "alpha": 5.0, **_LARGE},
     "rf2": {"model": "XCLiu/2_rectified_flow_from_sd_1_5", "dynamics": "flow", "N": 25, "alpha": 1.5, **_LARGE},
 }

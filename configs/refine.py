@@ -9,9 +9,8 @@ Needs DIR/distill/export, or another one-step model in `config.model`, and DIR/r
 pairs in DIR/refine/pairs. Writes DIR/refine/export. The real score is the teacher's; with --config.real='' a flow that
 knows the distribution of its images, made first if it is missing: DIR/score/export, by `configs/reflow.py:score`.
 Measured on two CPU cores that other work shared (2026-11-27), from the demo's models: 12,288 pairs in 2 min, 560 steps
-in 8 min. Fréchet distance to real emoji at one step by names, kinds and latents: 3.0, 19.5 and 7.5, where distillation
-has 3.4, 21.6 and 7.0. From a demo at guidance 2, and for several steps: see docs/training.md. Not yet measured: the
-discriminator beside the scores, and SD 1.5.
+in 8 min. Fréchet distance to real emoji at one step by names, kinds and latents: 3.0, 14.1 and 5.9, where distillation
+has 3.2, 15.9 and 5.9. For several steps: docs/training.md. Not yet measured: SD 1.5.
 """
 
 from ml_collections import ConfigDict

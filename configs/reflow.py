@@ -17,8 +17,8 @@ What exists is used as it is. `configs/evaluate.py` compares all of them. To dis
         --config.pairs_folder=reflow_3 --config.output=distill_3
 
 Measured on two CPU cores with --cpu_devices=2 (by configs/demo.py): 1,500 steps of 32 in 6 min 27 s, 136 samples/s.
-S of the teacher, treated as a flow, is 0.463; S of this flow is 0.029. Fréchet distance to real emoji at one step: 3.7,
-the teacher's 46.5. S of the 3-rectified flow: 0.015. Not yet measured: the paper's variants (`plan` has compiled them).
+S of the teacher, treated as a flow, is 0.193; S of this flow is 0.022. Fréchet distance to real emoji at one step: 3.5,
+the teacher's 28.8. The 3-rectified flow: docs/training.md. Not yet run: the paper's variants (`plan` compiled them).
 """
 
 from ml_collections import ConfigDict, config_dict

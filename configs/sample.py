@@ -21,7 +21,7 @@ from configs import common
 
 SD21 = "stabilityai/stable-diffusion-2-1"
 VARIANTS = {
-    "openmoji": {"model": "openmoji", "N": 25, "alpha": 3.0},
+    "openmoji": {"model": "openmoji", "N": 25, "alpha": 2.0},
     "sd15": {"model": common.SD15, "N": 25, "alpha": 7.5},
     "sd21": {"model": SD21, "base": SD21, "N": 25, "alpha": 7.5},
     "rf2": {"model": "XCLiu/2_rectified_flow_from_sd_1_5", "dynamics": "flow", "N": 25, "alpha": 1.5},

@@ -23,7 +23,7 @@ _LARGE = {
     ),
 }
 VARIANTS = {
-    "openmoji": {"teacher": "openmoji", "teacher_alpha": 3.0},
+    "openmoji": {"teacher": "openmoji", "teacher_alpha": 2.0},
     "instaflow": {
         "model": "XCLiu/instaflow_0_9B_from_sd_1_5",
         "dynamics": "flow",

@@ -392,7 +392,7 @@ def shrink_evaluate(config, tiny):
 
 def shrink_demo(config, tiny):
     """The shipped config with small numbers."""
-    for name in ("reflow", "distill", "direct", "reflow_3", "lpips", "stacked", "progressive"):
+    for name in ("reflow", "distill", "direct", "reflow_3", "lpips", "refine", "stacked", "progressive"):
         if name in config:
             shrink_training(config[name], tiny).loop.update(
                 {"save_every": 2} | ({"steps": 2} if "steps" in config[name].loop else {})
@@ -400,6 +400,8 @@ def shrink_demo(config, tiny):
     for name in ("reflow", "direct", "reflow_3", "progressive"):
         if name in config:
             config[name].model = str(tiny)
+    if "refine" in config:
+        config.refine.real = str(tiny)
     shrink_evaluate(config.evaluate, tiny)
     return config
 

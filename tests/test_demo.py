@@ -191,16 +191,18 @@ def test_full_continues_a_finished_demo_and_reports_what_it_adds(run, tiny, tmp_
     config = shrink_demo(config_file.get_config("full"), tiny)
     config.export.formats = ("orbax",)
     main.run(config, str(copy))
-    assert trained == ["reflow_3", "lpips", "stacked", "progressive"]
+    assert trained == ["reflow_3", "lpips", "refine", "stacked", "progressive"]
     page = Page((copy / "report.html").read_text())
     assert len(page.sources) == 5  # with the curve of S
     for words in (
         "3-RF, 1 step",
         "reflow + distil + LPIPS, 1 step",
+        "reflow + distil + refine, 1 step",
         "reflow + distil, stacked, 1 step",
         "progressive, 1 step",
         "InstaFlow-1.7B",
         "2 training steps of batch size 4 by LPIPS, starting from the one-step model, on 8 pairs of 2-RF's own",
+        "2 training steps of batch size 4 by score distillation, starting from the one-step model, on 8 pairs",
         "2,400 training steps of batch size 4, in rounds for N = [16, 8, 4, 2, 1], starting from the teacher",
     ):
         assert words in page.text, words
@@ -219,5 +221,5 @@ def test_every_step_has_an_expected_time():
     ordinary = config_file.get_config()
     assert set(ordinary.minutes) == {step.name for step in demo.steps(ordinary)} < set(config.minutes)
     assert config.generate is config.reflow.pairs is config.reflow_3.pairs is config.progressive.pairs
-    config.generate.alpha = 2.0
-    assert config.progressive.alpha == 2.0
+    config.generate.alpha = 3.0
+    assert config.progressive.alpha == 3.0

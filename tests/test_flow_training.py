@@ -326,7 +326,7 @@ def half_finished(tmp_path):
     [
         ({"schedule.peak": 2e-3}, ["schedule.peak=0.002, there 0.001"]),
         ({"ema_decay": 0.5, "optim.b1": 0.5}, ["ema_decay=0.5, there 0.99", "optim.b1=0.5, there 0.9"]),
-        ({"pairs.alpha": 2.0}, ["pairs.alpha=2.0, there 3.0"]),
+        ({"pairs.alpha": 3.0}, ["pairs.alpha=3.0, there 2.0"]),
         ({"loop.steps": 3}, ["loop.steps=3, there 1500"]),
         ({"loop.steps": 3000}, ["schedule.total_steps=3000, there 1500"]),  # the cosine would change
     ],

@@ -169,7 +169,7 @@ def test_the_recipe_holds_weights_prompts_and_solver(made, teacher):
     recipe, pipe = pairs_manifest.read(made)["recipe"], pipeline.load(str(teacher), variant=None, attention="xla")
     for name, params in pipe.params.items():
         assert recipe["teacher"][name] == files.sha256_of_params(params)
-    assert (recipe["solver"], recipe["N"], recipe["alpha"], recipe["negative"]) == ("dpm_solver", 3, 3.0, "")
+    assert (recipe["solver"], recipe["N"], recipe["alpha"], recipe["negative"]) == ("dpm_solver", 3, 2.0, "")
     assert (recipe["scaling_factor"], recipe["latent_shape"], recipe["dynamics"]["beta_end"]) == (0.5, [4, 4, 4], 0.012)
 
 
@@ -281,7 +281,7 @@ def test_a_full_disk_names_the_shard_and_keeps_the_finished_ones(made, teacher, 
 @pytest.mark.parametrize(
     "changed, words",
     [
-        ({"alpha": 2.0}, "alpha is 3.0, not 2.0"),
+        ({"alpha": 3.0}, "alpha is 2.0, not 3.0"),
         ({"seed": 1}, "seed is 0, not 1"),
         ({"N": 4}, "N is 3, not 4"),
         ({"prompts.cleaning.min_chars": 6}, "prompts_sha256 is"),

@@ -19,6 +19,7 @@ TITLES = {
     "distill": "reflow + distil",
     "distill_lpips": "reflow + distil + LPIPS",
     "direct": "direct distil",
+    "refine": "reflow + distil + refine",
     "consistency": "reflow + consistency",
     "stacked": "reflow + distil, stacked",
     "stacked_lpips": "reflow + distil + LPIPS, stacked",
@@ -26,7 +27,7 @@ TITLES = {
 }
 NO_MODELS = ("real", "decoded")  # rows of the table that belong to no model
 FLOWS = ("reflow", "distill", "distill_lpips", "direct")  # folders of the workdir, each with export/
-CONSISTENCY = "consistency"  # evaluated like distill
+FEW_STEPS = ("refine", "consistency")  # evaluated like distill
 STACKED = ("stacked", "stacked_lpips", "stacked_direct")  # of Stacked U-Nets
 _REFLOW = re.compile(r"reflow_([1-9]\d*)")  # the k-rectified flow, k > 2
 _PROGRESSIVE = re.compile(r"progressive_([1-9]\d*)")  # the flow that progressive distillation made for N steps
@@ -88,13 +89,13 @@ def count_steps(name: str) -> int | None:
 
 
 def find_flows(workdir: Path) -> tuple[str, ...]:
-    """`FLOWS`, and what is exported of later reflows (k rises), `CONSISTENCY`, `STACKED`, progressive distillation (N
+    """`FLOWS`, and what is exported of later reflows (k rises), `FEW_STEPS`, `STACKED` and progressive distillation (N
     falls).
     """
     names = [path.name for path in workdir.glob("*") if loading.has_export(path)]
     reflows = sorted((k, name) for name in names if (k := count_reflows(name) or 0) > 2)
     rounds = sorted(((N, name) for name in names if (N := count_steps(name))), reverse=True)
-    others = (name for name in (CONSISTENCY, *STACKED) if name in names)
+    others = (name for name in (*FEW_STEPS, *STACKED) if name in names)
     return FLOWS[0], *(name for _, name in reflows), *FLOWS[1:], *others, *(name for _, name in rounds)
 
 
