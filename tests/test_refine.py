@@ -16,7 +16,7 @@ import toy_training as toy
 from helpers import killed_at, load, normal, refine_config, relative
 
 from instaflow_jax import main, pipeline, sampling, teacher
-from instaflow_jax.infra import devices
+from instaflow_jax.infra import cost, devices
 from instaflow_jax.models.discriminator import Discriminator
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.stages.common import flow_training
@@ -291,7 +291,7 @@ def test_fresh_noise_replaces_the_pairs_own():
 # ---------------------------------------------------------------- the step of two networks
 
 
-def make_step(updates, first, student_loss=None):
+def make_step(updates, first, student_loss=None, fake_loss=None):
     """Scalars that move towards each other: the fake towards the student, the student away from the fake."""
 
     def follow(params, frozen, batch, key):
@@ -303,7 +303,7 @@ def make_step(updates, first, student_loss=None):
     optimizers = toy.optim.make_optimizer(toy.optim.make_schedule("constant", peak=0.1, warmup_steps=0), **OPTIM)
     return optimizers, two_time_scale.make_two_time_scale_step(
         student_loss or flee,
-        follow,
+        fake_loss or follow,
         optimizers,
         optimizers,
         devices.make_mesh(fsdp=1),
@@ -345,6 +345,17 @@ def test_a_student_without_a_finite_gradient_leaves_the_fake_score_to_learn():
     now, metrics = jax.jit(step.update)(new_state(optimizer), {}, {"x": jnp.zeros(4)}, jax.random.key(0))
     assert metrics["skipped"] == 1 and now.params["a"] == 1 and int(now.step) == 1
     np.testing.assert_allclose(now.fake.params["a"], 0.1, rtol=1e-5)
+
+
+def test_the_arithmetic_of_a_step_is_that_of_its_gradients():
+    def loss(params, frozen, batch, key):
+        return jnp.sum(batch["x"] @ params["a"]), {}
+
+    optimizer, step = make_step(3, 0, loss, loss)
+    params = {name: {"a": jnp.ones((4, 5))} for name in ("student", "fake")}
+    inputs = train_state.create_two(params, optimizer, optimizer), {}, {"x": jnp.zeros((6, 4))}, jax.random.key(0)
+    update, gradients = (cost.count_flops(jax.make_jaxpr(f)(*inputs)) for f in (step.update, step.gradients))
+    assert update == gradients == 4 * (2 * 2 * 6 * 4 * 5)  # the product, and the kernel's gradient
 
 
 def test_no_key_is_used_twice():

@@ -5,6 +5,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -148,8 +149,9 @@ def compile_step(
     devices.check_batch_size("batch_size", batch_size, mesh, step.accumulate)
     start = time.monotonic()
     traced = trace_step(step, state, frozen, batch, key, mesh)
-    compiled = traced.lower().compile()
-    flops = count_flops(traced, step, state, frozen, batch, key)
+    with ThreadPoolExecutor(1) as beside:
+        counting = beside.submit(count_flops, traced, step, state, frozen, batch, key)  # while the compiler works
+        compiled, flops = traced.lower().compile(), counting.result()
     log.info(cost.describe(compiled, flops, time.monotonic() - start))
     return compiled, batch_size, flops
 
@@ -166,7 +168,7 @@ def trace_step(
 def count_flops(traced: jax.stages.Traced, step: TrainStep, *inputs: PyTree) -> float:
     """FLOPs of a step on all devices together, without what it recomputes to save memory (model FLOPs)."""
     if cost.recomputes(traced.jaxpr):
-        return model_flops(step.update, *inputs)
+        return model_flops(step.gradients, *inputs)
     return cost.count_flops(traced.jaxpr)
 
 

@@ -25,9 +25,16 @@ Gradient = Callable[[Params, PyTree, Batch, Key], tuple[Scalar, Metrics, Params]
 
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
-    """The step, and the number of micro-batches per batch, from which the loop computes shapes and cost."""
+    """The step, and what the loop computes shapes and cost from.
+
+    Attributes:
+      update: the step itself.
+      gradients: the gradients that a step computes, from the same inputs: nearly all of its arithmetic.
+      accumulate: the number of micro-batches per batch.
+    """
 
     update: Callable[[TrainState, PyTree, Batch, Key], tuple[TrainState, Metrics]]
+    gradients: Callable[[TrainState, PyTree, Batch, Key], PyTree]
     accumulate: int
 
     def __call__(self, state: TrainState, frozen: PyTree, batch: Batch, key: Key) -> tuple[TrainState, Metrics]:
@@ -70,11 +77,13 @@ def make_train_step(
     """
     gradient = make_gradients(loss, accumulate, mesh, sharded)
 
-    def update(state: TrainState, frozen: PyTree, batch: Batch, key: Key) -> tuple[TrainState, Metrics]:
-        found = gradient(state.params, frozen, batch, jax.random.fold_in(key, state.step))
-        return advance(state, optimizer, ema_decay, *found)
+    def gradients(state: TrainState, frozen: PyTree, batch: Batch, key: Key) -> tuple[Scalar, Metrics, Params]:
+        return gradient(state.params, frozen, batch, jax.random.fold_in(key, state.step))
 
-    return TrainStep(update, accumulate)
+    def update(state: TrainState, frozen: PyTree, batch: Batch, key: Key) -> tuple[TrainState, Metrics]:
+        return advance(state, optimizer, ema_decay, *gradients(state, frozen, batch, key))
+
+    return TrainStep(update, gradients, accumulate)
 
 
 def advance(

@@ -83,4 +83,10 @@ def make_two_time_scale_step(
         state = TwoNetworkState(student.step, student.params, student.ema, student.opt_state, fake)
         return state, metrics | means | {"skipped": skipped}
 
-    return TrainStep(update, accumulate)
+    def gradients(state: TwoNetworkState, frozen: PyTree, batch: Batch, key: Key) -> PyTree:
+        others = {**frozen, "student": state.params, "fake": state.fake.params}
+        keys = jax.random.split(key, updates)
+        fake = jax.lax.map(lambda key: fake_gradient(state.fake.params, others, batch, key), keys)
+        return fake, student_gradient(state.params, others, batch, key)
+
+    return TrainStep(update, gradients, accumulate)
