@@ -49,11 +49,13 @@ def full(config: ConfigDict) -> None:
     """Adds what else the paper trains or compares, and refinement, each with its own recipe."""
     config.reflow_3 = reflow.get_config()
     config.lpips = distill.get_config("lpips")  # starts from what `config.distill` trained
-    config.refine = refine.get_config()  # of what `config.distill` trained
+    config.refine = refine.get_config()
     config.stacked = distill.get_config("stacked")
     config.progressive = progressive.get_config()
     config.reflow_3.k, config.reflow_3.pairs = 3, config.generate
     config.reflow_3.later.pairs = config.lpips.pairs = config.stacked.pairs = config.distill.pairs
+    with config.refine.unlocked():
+        config.refine.reflow = config.reflow
     config.lpips.reflow = config.stacked.reflow = config.reflow
     config.progressive.pairs, config.progressive.alpha = config.generate, config.generate.get_ref("alpha")
     config.minutes.update({"reflow_3": 6.5, "lpips": 4.5, "refine": 11, "stacked": 9, "progressive": 18, "evaluate": 9})

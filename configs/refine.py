@@ -1,13 +1,14 @@
-"""Refinement: move the one-step model's distribution onto that of the data (score distillation, DMD2).
+"""Refinement: move the distribution of a flow's images onto that of the data (score distillation, DMD2).
 
     python -m instaflow_jax.main --config=configs/refine.py --workdir=DIR
     python -m instaflow_jax.main --config=configs/refine.py:sd15 --workdir=DIR
     python -m instaflow_jax.main --config=configs/refine.py:sd15_adversarial --workdir=DIR \\
         --config.model=DIR/refine/export
 
-Needs DIR/distill/export, or another one-step model in `config.model`, and DIR/reflow/export, the flow that makes the
-pairs in DIR/refine/pairs. Writes DIR/refine/export. The real score is the teacher's; with --config.real='' a flow that
-knows the distribution of its images, made first if it is missing: DIR/score/export, by `configs/reflow.py:score`.
+Needs nothing: a missing flow, DIR/reflow/export, and its pairs in DIR/refine/pairs are made first. Writes
+DIR/refine/export, for one and a few steps. `config.model` may name another flow, or a one-step model to start from. The
+real score is the teacher's; with --config.real='' a flow that knows the distribution of its images, made first if it is
+missing: DIR/score/export, by `configs/reflow.py:score`.
 Measured on two CPU cores that other work shared (2026-11-27), from the demo's models: 12,288 pairs in 2 min, 560 steps
 in 8 min. Fréchet distance to real emoji at one step by names, kinds and latents: 3.0, 14.1 and 5.9, where distillation
 has 3.2, 15.9 and 5.9. For several steps: docs/training.md. Not yet measured: SD 1.5.
@@ -21,7 +22,7 @@ from configs import common, distill, reflow
 def get_config(variant: str = "openmoji") -> ConfigDict:
     config = reflow.training()
     config.stage = "refine"
-    config.model = ""  # the one-step model to start from; "" is DIR/distill/export
+    config.model = ""  # the flow to start from; "" is DIR/reflow/export
     # What knows the data's score: a teacher, or a flow trained with fresh noise; "" is DIR/score/export, made with
     # config.score if missing. alpha: its guidance.
     config.real, config.alpha = "openmoji", 1.0
@@ -40,6 +41,7 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
     config.pairs = distill.get_config("sd15_l2" if variant.startswith("sd15") else "openmoji").pairs
     config.pairs.model = ""
     config.pairs_folder = "reflow"
+    config.reflow = reflow.get_config("sd15" if variant.startswith("sd15") else "openmoji")
     config.score = reflow.get_config("sd15_score" if variant.startswith("sd15") else "score")
     config.images = config.score.images  # real images for the score and the discriminator; share: the score's
     config.eval.N = (1, 2, 4)
@@ -63,7 +65,7 @@ def sd15(config: ConfigDict) -> None:
 
     From there: batch 2048, one update of the student to ten of the fake score, rate 1e-5 for both, clipping at 10,
     39,000 updates of the fake score, the teacher's score with guidance 1.75. They start from the teacher; we start from
-    a one-step model, which should need fewer updates: how many is not known. Our own: EMA 0.999, weight decay, `first`.
+    the 2-rectified flow, which should need fewer updates: how many is not known. Our own: EMA, weight decay, `first`.
     """
     config.real, config.alpha = common.SD15, 1.75
     config.dtype = "bfloat16"

@@ -359,7 +359,8 @@ def refine_config(teacher):
     config = shrink_training(read_config("refine"), teacher)
     config.update({"regression": 0.25, "adversarial": 0.1, "N": (1, 2)})
     config.fake.update({"updates": 1, "first": 1, "adversarial": 0.1})
-    shrink_training(config.score, teacher).model = str(teacher)
+    for flow in (config.score, config.reflow):
+        shrink_training(flow, teacher).model = str(teacher)
     with config.unlocked():  # the teacher's pairs, and a score that is trained on them
         config.update({"real": "", "pairs_folder": ""})
         config.pairs = config.score.pairs

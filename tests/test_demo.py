@@ -197,12 +197,12 @@ def test_full_continues_a_finished_demo_and_reports_what_it_adds(run, tiny, tmp_
     for words in (
         "3-RF, 1 step",
         "reflow + distil + LPIPS, 1 step",
-        "reflow + distil + refine, 1 step",
+        "reflow + refine, 1 step",
         "reflow + distil, stacked, 1 step",
         "progressive, 1 step",
         "InstaFlow-1.7B",
         "2 training steps of batch size 4 by LPIPS, starting from the one-step model, on 8 pairs of 2-RF's own",
-        "2 training steps of batch size 4 by score distillation, starting from the one-step model, on 8 pairs",
+        "2 training steps of batch size 4 by score distillation, starting from 2-RF, on 8 pairs of 2-RF's own",
         "2,400 training steps of batch size 4, in rounds for N = [16, 8, 4, 2, 1], starting from the teacher",
     ):
         assert words in page.text, words

@@ -189,7 +189,7 @@ def test_check_only_checks(stage, teacher, tmp_path, capsys):
     shrunk = {"reflow": reflow_config, "distill": distill_config, "progressive": progressive_config}
     shrunk |= {"refine": refine_config, "control": control_config}
     config = shrunk.get(stage, lambda _: read_config(stage))(teacher)
-    if stage in ("sample", "generate", "refine"):
+    if stage in ("sample", "generate"):
         config.model = str(teacher)
     if stage == "export":
         with config.unlocked():

@@ -25,7 +25,7 @@ FLOORS = {
 SAME_FLOOR = {("flow", "arrays"), ("infra", "arrays"), ("solvers", "teacher")}  # (importer, imported)
 CHAIN = ("generate", "reflow", "distill", "export", "demo")  # a stage imports those before it
 CHAINED = {stage: set(CHAIN[:i]) for i, stage in enumerate(CHAIN)}
-CHAINED["demo"] |= {"evaluate", "progressive"}
+CHAINED["demo"] |= {"evaluate", "progressive", "refine"}
 CHAINED["progressive"] = {"generate"}
 CHAINED["refine"] = CHAINED["control"] = {"generate", "reflow"}
 CHAINED["plan"] = {"generate", "reflow", "distill", "refine", "progressive"}  # whose programs it compiles

@@ -262,7 +262,6 @@ def test_distillation_of_adapters_follows_its_base_in_a_moved_workdir(run, teach
 @pytest.mark.slow
 def test_refinement_trains_adapters_of_both_networks(run, teacher, tmp_path):
     workdir = shutil.copytree(run, tmp_path / "run")
-    (workdir / "reflow").rename(workdir / "distill")
     config = configured(refine_config(teacher), real=str(run / "reflow" / "export"))
     main.run(config, str(workdir))
     rest = saved(workdir / "refine", "optimizer")
@@ -270,7 +269,7 @@ def test_refinement_trains_adapters_of_both_networks(run, teacher, tmp_path):
     assert any(name.startswith("fake.params.head.") for name in fake)
     assert all(".lora_" in name or ".head." in name for name in fake)
     assert {name.removeprefix("fake.params.") for name in fake if ".lora_" in name} == saved(workdir / "refine").keys()
-    before, after = unet(workdir / "distill" / "export"), unet(workdir / "refine" / "export")
+    before, after = unet(workdir / "reflow" / "export"), unet(workdir / "refine" / "export")
     assert_same(after, lora.merge(before, saved(workdir / "refine"), 6.0))
     assert any(np.any(after[name] != value) for name, value in before.items())
 

@@ -522,9 +522,9 @@ def test_a_share_of_less_than_one_image_is_refused(teacher, folder, tmp_path):
 
 @pytest.fixture
 def refining(teacher, folder, tmp_path):
-    """A workdir with a student, and the config of its refinement with these images."""
+    """A workdir with a flow, and the config of its refinement with these images."""
     pipe = load(teacher)
-    pipeline.save(flow_training.as_flow(pipe, pipe.params["unet"]), tmp_path / "run" / "distill" / "export")
+    pipeline.save(flow_training.as_flow(pipe, pipe.params["unet"]), tmp_path / "run" / "reflow" / "export")
     config = refine_config(teacher)
     config.images.update({"source": str(folder), "batch": 2})
     return config, tmp_path / "run"
@@ -538,7 +538,7 @@ def test_refine_reads_the_images_for_its_discriminator_and_its_score(refining, e
     assert batch["real_X1"].shape == batch["X1"].shape
     config.adversarial = config.fake.adversarial = 0.0
     assert "real_X1" not in next(refine.make_batches(config, encoded, options, load(teacher), pairs))
-    config.real = str(workdir / "distill" / "export")
+    config.real = str(workdir / "reflow" / "export")
     words = (
         r"config\.images\.source='.*folder' has no effect with config\.real='.*export' and without config\.adversarial"
     )
@@ -548,7 +548,7 @@ def test_refine_reads_the_images_for_its_discriminator_and_its_score(refining, e
 
 def test_a_score_of_other_images_is_refused(refining):
     config, workdir = refining
-    shutil.copytree(workdir / "distill", workdir / "score")
+    shutil.copytree(workdir / "reflow", workdir / "score")
     checkpoints = Checkpoints(workdir / "score" / "checkpoints", keep_last=1, keep_every=0)
     small = train_state.create({"a": np.ones(2, np.float32)}, toy.optimizer())
     checkpoints.save(4, small, {"step": 4}, config.score.to_dict())
@@ -567,4 +567,4 @@ def test_a_check_of_refine_reads_the_images(refining, copy):
     damage(copy / "02.png")
     with pytest.raises(ValueError, match=r"1 of 11 images cannot be used.*02\.png is not readable"):
         refine.check(config, str(workdir))
-    assert [path.name for path in workdir.iterdir()] == ["distill"]
+    assert [path.name for path in workdir.iterdir()] == ["reflow"]

@@ -19,6 +19,7 @@ from instaflow_jax import main, pipeline, sampling, teacher
 from instaflow_jax.infra import cost, devices
 from instaflow_jax.models.discriminator import Discriminator
 from instaflow_jax.models.unet import UNet2DConditionModel
+from instaflow_jax.stages import reflow
 from instaflow_jax.stages.common import flow_training
 from instaflow_jax.train import losses, score_distillation, two_time_scale
 from instaflow_jax.train import state as train_state
@@ -467,9 +468,9 @@ def test_sharded_states_equal_those_of_one_device():
 
 @pytest.fixture(scope="module")
 def run(only_training, teacher, tmp_path_factory):
-    """A workdir whose student and score are the teacher seen as a flow; `refine` has to make pairs."""
+    """A workdir whose flow and score are the teacher seen as a flow; `refine` has to make pairs."""
     workdir = tmp_path_factory.mktemp("run")
-    make_flow(teacher, workdir / "distill")
+    make_flow(teacher, workdir / "reflow")
     make_flow(teacher, workdir / "score")
     main.run(refine_config(teacher), str(workdir))
     return workdir
@@ -486,7 +487,7 @@ def unet(folder):
 
 @pytest.mark.slow
 def test_refine_trains_the_student_and_exports_a_flow(run):
-    before, after = unet(run / "distill"), unet(run / "refine")
+    before, after = unet(run / "reflow"), unet(run / "refine")
     assert any(np.any(before[name] != after[name]) for name in before)
     pipe = load(run / "refine/export")
     assert sampling.read_dynamics(pipe.scheduler, pipe.index, "auto") == sampling.Flow(1, 1000)
@@ -497,18 +498,17 @@ def test_refine_trains_the_student_and_exports_a_flow(run):
 
 
 @pytest.mark.slow
-def test_a_teacher_is_a_real_score(run, teacher, tmp_path):
-    """Two trained networks, of which one keeps the teacher's head, on the pairs of the flow; nothing else is made."""
-    (tmp_path / "distill").symlink_to(run / "distill")
-    make_flow(teacher, tmp_path / "reflow")
+def test_a_teacher_is_a_real_score(run, teacher, tmp_path, monkeypatch):
+    """Two trained networks, of which one keeps the teacher's head, on the pairs of the flow, which is made first."""
+    monkeypatch.setattr(reflow, "run", lambda config, workdir: make_flow(teacher, Path(workdir) / "reflow"))
     config = refine_config(teacher)
     config.update({"real": str(teacher), "alpha": 1.5, "pairs_folder": "refine"})
     config.pairs.update({"model": "", "dynamics": "flow", "alpha": 1.0})
     main.run(config, str(tmp_path))
-    assert {path.name for path in tmp_path.iterdir()} == {"distill", "reflow", "refine"}
+    assert {path.name for path in tmp_path.iterdir()} == {"reflow", "refine"}
     recipe = json.loads((tmp_path / "refine/pairs/manifest.json").read_text())["recipe"]
     assert recipe["solver"] == "euler"
-    before, after = unet(run / "distill"), unet(tmp_path / "refine")
+    before, after = unet(run / "reflow"), unet(tmp_path / "refine")
     assert any(np.any(before[name] != after[name]) for name in before)
 
 
@@ -530,16 +530,18 @@ BAD = [
 
 @pytest.mark.parametrize("fields, words", BAD)
 def test_what_can_be_refused_is_refused_before_anything_is_made(fields, words, teacher, tmp_path):
-    make_flow(teacher, tmp_path / "distill")
+    make_flow(teacher, tmp_path / "reflow")
     config = refine_config(teacher)
     config.update_from_flattened_dict(fields)
     with pytest.raises((ValueError, FileNotFoundError)) as refused:
         main.run(config, str(tmp_path))
     assert words in str(refused.value) and "\n" not in str(refused.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["distill"]
+    assert [path.name for path in tmp_path.iterdir()] == ["reflow"]
 
 
-def test_a_missing_student_is_refused(teacher, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"distill/export holds no one-step model to refine: train it with"):
-        main.run(refine_config(teacher), str(tmp_path))
+def test_a_missing_flow_is_checked_before_it_is_made(teacher, tmp_path):
+    config = refine_config(teacher)
+    config.reflow.model = "nowhere"
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        main.run(config, str(tmp_path))
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Stage `refine`: a one-step generator → a better one, by matching the distribution of the data (DMD2)."""
+"""Stage `refine`: a flow → a generator of one or a few steps, by matching the distribution of the data (DMD2)."""
 
 import dataclasses
 import functools
@@ -34,9 +34,6 @@ from instaflow_jax.train.step import Loss
 from instaflow_jax.train.two_time_scale import make_two_time_scale_step
 from instaflow_jax.weights.conventions import NUM_TIMESTEPS
 
-STUDENT = "distill"  # folder of the workdir whose export is refined if `config.model` is ""
-FLOW = "reflow"  # folder of the workdir whose export makes the pairs if `config.pairs.model` is ""
-
 
 class Losses(NamedTuple):
     """What trains the two networks.
@@ -52,11 +49,11 @@ class Losses(NamedTuple):
 
 
 def run(config: ConfigDict, workdir: str) -> None:
-    """Trains in `workdir`/`config.output`, from the one-step flow `config.model`, on the prompts and X1 of the pairs.
+    """Trains in `workdir`/`config.output`, from the flow `config.model`, on the prompts and X1 of the pairs.
 
-    First makes what is missing: the real score (if `config.real` is ""), by `reflow` with `config.score`, and the pairs
-    in `workdir`/`config.pairs_folder`. With `config.images` the discriminator's real images are these, and the score is
-    theirs.
+    First makes what is missing: the flow (if `config.model` is ""), by `reflow` with `config.reflow`, the real score
+    (if `config.real` is ""), by `reflow` with `config.score`, and the pairs in `workdir`/`config.pairs_folder`. With
+    `config.images` the discriminator's real images are these, and the score is theirs.
 
     Raises:
       ValueError, FileNotFoundError: a field of the config, one of the two flows, or the pairs are wrong.
@@ -65,6 +62,8 @@ def run(config: ConfigDict, workdir: str) -> None:
     options, directory = read_options(config, workdir), Path(workdir) / config.output
     if not has_data(config, workdir):
         check(config, workdir)
+    if needs_flow(config, workdir):
+        reflow.need(config.reflow, workdir)
     pairs = need_pairs(pairs_config(config, workdir), Path(workdir) / config.pairs_folder)
     real = load_real(config.real or reflow.need(config.score, workdir), options)
     pipe = load_student(options, real)
@@ -98,8 +97,11 @@ def check(config: ConfigDict, workdir: str) -> None:
         dynamics = flow_training.start_dynamics(real)
     else:  # what the score will start from
         real, dynamics = reflow.check(config.score, workdir), flow_training.FLOW
-    recipe = check_pairs(pairs_config(config, workdir), Path(workdir) / config.pairs_folder)
-    pipe = load_student(options, real)
+    flow = None  # a stand-in for the flow that is missing
+    if needs_flow(config, workdir) and not reflow.is_trained(config.reflow, workdir):
+        flow = reflow.check(config.reflow, workdir)
+    recipe = check_pairs(pairs_config(config, workdir), Path(workdir) / config.pairs_folder, flow)
+    pipe = flow if flow and not config.model else load_student(options, real)
     shows_images = discriminates_images(config)
     if shows_images:
         job = real_images.read_job(config.images, options.weights, pipe, recipe["latent_shape"])
@@ -120,11 +122,11 @@ def read_options(config: ConfigDict, workdir: str) -> flow_training.FlowOptions:
     """Checks and unpacks the config before anything is loaded; the resolved one names the two models to start from.
 
     Raises:
-      ValueError, FileNotFoundError: naming the field, its value and the rule.
+      ValueError: naming the field, its value and the rule.
     """
     chosen = [name for name in ("model", "real") if not config[name]]
     resolved = config.copy_and_resolve_references().unlock()
-    resolved.model = find_student(config, workdir)
+    resolved.model = config.model or reflow.export_directory(config.reflow, workdir)
     resolved.real = config.real or reflow.export_directory(config.score, workdir)
     options, t = flow_training.read_flow_options(resolved.lock()), tuple(config.t)
     if len(t) != 2 or not t[0] < t[1]:
@@ -140,15 +142,21 @@ def read_options(config: ConfigDict, workdir: str) -> flow_training.FlowOptions:
 
 
 def has_data(config: ConfigDict, workdir: str) -> bool:
-    """Whether the score and all data are there."""
+    """Whether the flow, the score and all data are there."""
+    flow = not needs_flow(config, workdir) or reflow.is_trained(config.reflow, workdir)
     score = bool(config.real) or reflow.is_trained(config.score, workdir)
     images = not discriminates_images(config) or real_images.has_images(Path(workdir))
-    return score and images and has_pairs(Path(workdir) / config.pairs_folder)
+    return flow and score and images and has_pairs(Path(workdir) / config.pairs_folder)
+
+
+def needs_flow(config: ConfigDict, workdir: str) -> bool:
+    """Whether the workdir's flow is to be refined, or to make the pairs."""
+    return not config.model or not (config.pairs.model or has_pairs(Path(workdir) / config.pairs_folder))
 
 
 def pairs_config(config: ConfigDict, workdir: str) -> ConfigDict:
     """`config.pairs`, made by the workdir's flow unless it names another model."""
-    return made_by(config.pairs, config.pairs.model or str(Path(workdir) / FLOW / loading.EXPORT))
+    return made_by(config.pairs, config.pairs.model or reflow.export_directory(config.reflow, workdir))
 
 
 # ---------------------------------------------------------------- the real images
@@ -198,17 +206,6 @@ def make_batches(
 
 
 # ---------------------------------------------------------------- the models
-
-
-def find_student(config: ConfigDict, workdir: str) -> str:
-    """The model to refine. Raises FileNotFoundError if it is the workdir's and has not been trained."""
-    directory = Path(workdir) / STUDENT
-    if not config.model and not loading.has_export(directory):
-        raise FileNotFoundError(
-            f"{directory / loading.EXPORT} holds no one-step model to refine: train it with "
-            "--config=configs/distill.py, or name one with --config.model"
-        )
-    return config.model or str(directory / loading.EXPORT)
 
 
 def load_real(source: str, options: flow_training.FlowOptions) -> pipeline.Pipeline:

@@ -40,8 +40,9 @@ HEADLINE = (
     ("progressive_1", 1, "distilled progressively, one step"),
     ("distill", 1, "<b>reflow, then distilled, one step</b>"),
     ("distill_lpips", 1, "… and then by LPIPS"),
-    ("refine", 1, "… and then refined, which the paper does not have"),
     ("stacked", 1, "reflow, then distilled into two U-Nets in series, one step"),
+    ("refine", 1, "reflow, then refined, which the paper does not have, one step"),
+    ("refine", 2, "the same, two steps"),
 )
 IN_BOTH = ("seconds", "fd_emoji", "clip_score")  # keys of our columns that the paper's table has too, in our order
 
@@ -184,9 +185,7 @@ def describe(name: str, settings: dict[str, Any]) -> str:
     loss = f" by {settings['distance'].upper()}" if "distance" in settings else ""
     if name == "refine":
         loss = " by score distillation"
-    sources = dict.fromkeys(("reflow", "direct"), "the teacher")
-    sources |= dict.fromkeys(("lpips", "refine"), "the one-step model")
-    source = sources.get(name, "2-RF")
+    source = {"reflow": "the teacher", "direct": "the teacher", "lpips": "the one-step model"}.get(name, "2-RF")
     count, steps = settings["pairs"]["count"], settings["loop"]["steps"]
     pairs = "the teacher's pairs" if source == "the teacher" else f"{count:,} pairs of 2-RF's own"
     return f"{steps:,} training steps of batch size {settings['batch_size']}{loss}, starting from {source}, on {pairs}"

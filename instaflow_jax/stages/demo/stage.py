@@ -55,12 +55,6 @@ def check_lpips(config: ConfigDict, workdir: str) -> None:
     distill.check(start_from_distilled(config, workdir), workdir)
 
 
-def check_refine(config: ConfigDict, workdir: str) -> None:
-    """Before there is a one-step model, nothing but the ranges of the config can be checked."""
-    if has_export(Path(workdir) / refine.STUDENT):
-        refine.check(config, workdir)
-
-
 STEPS = (  # those that have no field in the config are left out
     Step("generate", "pairs of noise and image, from the teacher", generate.run, "pairs/dataset_info.json", True),
     Step("reflow", "reflow: straight paths between them (2-RF)", reflow.run, "reflow/export/model_index.json", True),
@@ -68,7 +62,7 @@ STEPS = (  # those that have no field in the config are left out
     Step("direct", "distillation without reflow, for comparison", distill.run, "direct/export/model_index.json", True),
     Step("reflow_3", "reflow of 2-RF's own pairs (3-RF)", reflow.run, "reflow_3/export/model_index.json", True),
     Step("lpips", "distillation continued by LPIPS", run_lpips, "distill_lpips/export/model_index.json", True),
-    Step("refine", "refinement of the one-step model", refine.run, "refine/export/model_index.json", True),
+    Step("refine", "refinement of 2-RF, beyond the paper", refine.run, "refine/export/model_index.json", True),
     Step("stacked", "distillation of 2-RF into a Stacked U-Net", distill.run, "stacked/export/model_index.json", True),
     Step(
         *("progressive", "progressive distillation, for comparison", progressive.run),
@@ -82,7 +76,7 @@ CHECKS: dict[str, Callable[[ConfigDict, str], Any]] = {  # before the first step
     "direct": distill.check,
     "reflow_3": reflow.check,
     "lpips": check_lpips,
-    "refine": check_refine,
+    "refine": refine.check,
     "stacked": distill.check,
     "progressive": progressive.check,
     "evaluate": evaluate.check_fields,

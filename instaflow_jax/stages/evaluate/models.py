@@ -19,7 +19,7 @@ TITLES = {
     "distill": "reflow + distil",
     "distill_lpips": "reflow + distil + LPIPS",
     "direct": "direct distil",
-    "refine": "reflow + distil + refine",
+    "refine": "reflow + refine",
     "consistency": "reflow + consistency",
     "stacked": "reflow + distil, stacked",
     "stacked_lpips": "reflow + distil + LPIPS, stacked",
