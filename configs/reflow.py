@@ -126,7 +126,7 @@ def sd15(config: ConfigDict) -> None:
     config.model = common.SD15
     config.pairs = generate.get_config("sd15")
     config.dtype = "bfloat16"
-    config.remat.unet = "blocks"
+    config.remat.unet = "blocks"  # none takes a fifth less arithmetic where it fits, as on 80 GB (docs/hardware.md)
     config.loop.update({"steps": 70_000, "save_every": 2500})
     config.later = later(generate.get_config("rf2"), steps=25_000, peak=1e-7)  # the paper's rate; its steps are unknown
     config.eval_every = 2500
