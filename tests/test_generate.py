@@ -162,7 +162,8 @@ def test_integrating_again_by_the_recipe_gives_the_same_pair(made, teacher):
         encode(batch["ids"]),
         encode(pipe.tokenizer([recipe["negative"]])),
     )
-    np.testing.assert_allclose(batch["X1"], np.asarray(again), rtol=2**-11, atol=1e-6)
+    # float16's rounding, and float32's of latents up to 33
+    np.testing.assert_allclose(batch["X1"], np.asarray(again), rtol=2**-11, atol=33 * 1e-6)
 
 
 def test_the_recipe_holds_weights_prompts_and_solver(made, teacher):

@@ -267,12 +267,12 @@ def config(tiny, **fields):
 def test_stage_writes_images_and_a_grid(tiny, tmp_path):
     main.run(config(tiny), str(tmp_path))
     made = sorted(p.name for p in (tmp_path / "sample").iterdir())
-    assert len(made) == 7 and "grid.png" in made and "001_house_seed6_N2_alpha3.png" in made
-    image = Image.open(tmp_path / "sample" / "001_house_seed6_N2_alpha3.png")
+    assert len(made) == 7 and "grid.png" in made and "001_house_seed6_N2_alpha2.png" in made
+    image = Image.open(tmp_path / "sample" / "001_house_seed6_N2_alpha2.png")
     assert image.size == (16, 16)
     assert image.text["prompt"] == "house" and image.text["seed"] == "6" and image.text["N"] == "2"
     main.run(config(tiny, prompts="house", seeds=(6,)), str(tmp_path / "alone"))
-    alone = Image.open(tmp_path / "alone" / "sample" / "000_house_seed6_N2_alpha3.png")
+    alone = Image.open(tmp_path / "alone" / "sample" / "000_house_seed6_N2_alpha2.png")
     assert np.abs(np.asarray(alone, int) - np.asarray(image, int)).max() <= 1
 
 
