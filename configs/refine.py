@@ -10,8 +10,8 @@ DIR/refine/export, for one and a few steps. `config.model` may name another flow
 real score is the teacher's; with --config.real='' a flow that knows the distribution of its images, made first if it is
 missing: DIR/score/export, by `configs/reflow.py:score`.
 Measured on two CPU cores that other work shared (2026-11-27), from the demo's models: 12,288 pairs in 2 min, 560 steps
-in 8 min. Fréchet distance to real emoji at one step by names, kinds and latents: 3.0, 14.1 and 5.9, where distillation
-has 3.2, 15.9 and 5.9. For several steps: docs/training.md. Not yet measured: SD 1.5.
+in 8 min. Fréchet distance to real emoji by names, kinds and latents: 3.1, 14.7 and 7.2 at one step, 3.0, 12.7 and 5.9
+at two, where distillation has 3.2, 15.9 and 5.9 at one, 3.9, 12.3 and 19.2 at two. Not yet measured: SD 1.5.
 """
 
 from ml_collections import ConfigDict
