@@ -62,7 +62,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     options, directory = read_options(config, workdir), Path(workdir) / config.output
     if not has_data(config, workdir):
         check(config, workdir)
-    if needs_flow(config, workdir):
+    if lacks_flow(config, workdir):
         reflow.need(config.reflow, workdir)
     pairs = need_pairs(pairs_config(config, workdir), Path(workdir) / config.pairs_folder)
     real = load_real(config.real or reflow.need(config.score, workdir), options)
@@ -97,11 +97,13 @@ def check(config: ConfigDict, workdir: str) -> None:
         dynamics = flow_training.start_dynamics(real)
     else:  # what the score will start from
         real, dynamics = reflow.check(config.score, workdir), flow_training.FLOW
-    flow = None  # a stand-in for the flow that is missing
-    if needs_flow(config, workdir) and not reflow.is_trained(config.reflow, workdir):
-        flow = reflow.check(config.reflow, workdir)
+    flow = reflow.check(config.reflow, workdir) if lacks_flow(config, workdir) else None  # a stand-in
     recipe = check_pairs(pairs_config(config, workdir), Path(workdir) / config.pairs_folder, flow)
-    pipe = flow if flow and not config.model else load_student(options, real)
+    if flow and not config.model:
+        pipe = flow
+        check_text_encoder(pipe, real, config.reflow.model)
+    else:
+        pipe = load_student(options, real)
     shows_images = discriminates_images(config)
     if shows_images:
         job = real_images.read_job(config.images, options.weights, pipe, recipe["latent_shape"])
@@ -143,15 +145,15 @@ def read_options(config: ConfigDict, workdir: str) -> flow_training.FlowOptions:
 
 def has_data(config: ConfigDict, workdir: str) -> bool:
     """Whether the flow, the score and all data are there."""
-    flow = not needs_flow(config, workdir) or reflow.is_trained(config.reflow, workdir)
     score = bool(config.real) or reflow.is_trained(config.score, workdir)
     images = not discriminates_images(config) or real_images.has_images(Path(workdir))
-    return flow and score and images and has_pairs(Path(workdir) / config.pairs_folder)
+    return score and images and has_pairs(Path(workdir) / config.pairs_folder) and not lacks_flow(config, workdir)
 
 
-def needs_flow(config: ConfigDict, workdir: str) -> bool:
-    """Whether the workdir's flow is to be refined, or to make the pairs."""
-    return not config.model or not (config.pairs.model or has_pairs(Path(workdir) / config.pairs_folder))
+def lacks_flow(config: ConfigDict, workdir: str) -> bool:
+    """Whether the workdir's flow, which is to be refined or to make the pairs, is missing."""
+    needed = not config.model or not (config.pairs.model or has_pairs(Path(workdir) / config.pairs_folder))
+    return needed and not reflow.is_trained(config.reflow, workdir)
 
 
 def pairs_config(config: ConfigDict, workdir: str) -> ConfigDict:
@@ -223,13 +225,18 @@ def load_student(options: flow_training.FlowOptions, real: pipeline.Pipeline) ->
     """The model to refine. Raises ValueError, FileNotFoundError; also if its text encoder is not the real score's."""
     source = options.train.config["model"]
     pipe = loading.load(source, options.weights)
+    check_text_encoder(pipe, real, source)
+    return pipe
+
+
+def check_text_encoder(pipe: pipeline.Pipeline, real: pipeline.Pipeline, source: str) -> None:
+    """Raises ValueError if the text encoder of the model `source` is not the real score's."""
     texts = [each.params["text_encoder"] for each in (pipe, real)]
     if texts[0].keys() != texts[1].keys() or not all(np.array_equal(p, texts[1][name]) for name, p in texts[0].items()):
         raise ValueError(
             f"{source} has another text encoder than the real score: refine it with a score that was trained from "
             "the same teacher (config.score.model, or config.real)"
         )
-    return pipe
 
 
 def prepare(
