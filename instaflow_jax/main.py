@@ -8,6 +8,7 @@ its own.
 """
 
 import difflib
+import gc
 import importlib
 import logging
 import re
@@ -104,6 +105,7 @@ def run(config: ConfigDict, workdir: str) -> None:
 
 def main(argv: list[str]) -> None:
     """Entry point for absl; `parse_flags` has read the command line."""
+    gc.set_threshold(10_000)  # for 700: tracing makes millions of objects that live long
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # hides the list of platforms it did not find
     logging.getLogger("absl").addFilter(_hide_tfds_information)
     if _CPU_DEVICES.value:

@@ -359,13 +359,13 @@ def test_metrics_are_strict_json_lines(tmp_path):
 
 def test_resuming_deletes_later_and_incomplete_rows(tmp_path):
     writer = metrics.make_writer(tmp_path, tensorboard=False)
-    writer.resume(0)  # there is no file yet
+    writer.start(0)  # there is no file yet
     for step in range(1, 5):
         writer.write_scalars(step, {"loss": step})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')
     assert [row["step"] for row in metrics.read_json_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
-    writer.resume(2)
+    writer.start(2)
     writer.write_scalars(3, {"loss": 30.0})
     assert [row["loss"] for row in metrics.read_json_lines(tmp_path / "metrics.jsonl")] == [1, 2, 30]
 
@@ -376,6 +376,7 @@ def test_tensorboard_gets_the_same_scalars(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     writer = metrics.make_writer(tmp_path, tensorboard=True)
+    writer.start(0)
     writer.write_hparams({"optim": {"peak": 1e-3}})
     writer.write_scalars(1, {"loss": 0.5})
     writer.write_speed(1, {"steps_per_s": 2.0})

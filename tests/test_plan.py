@@ -117,7 +117,7 @@ def test_planned_pairs_match_the_disk():
             {"shapes": "nowhere"},
             "config.shapes='nowhere' is neither 'sd15', 'sd15_stacked', an embedded model nor a directory",
         ),
-        ({"optimization_level": "fast"}, "config.optimization_level='fast' is not one of O0, O1, O2, O3"),
+        ({"optimization_level": "fast"}, "config.optimization_level='fast' is not one of UNKNOWN, O0, O1, O2, O3"),
     ],
 )
 def test_wrong_settings_end_in_one_line_and_write_nothing(fields, words, compilers, tmp_path):

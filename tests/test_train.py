@@ -1,3 +1,4 @@
+import dataclasses
 import signal
 
 import jax
@@ -86,7 +87,7 @@ def test_unknown_schedules_and_long_warm_ups_are_refused():
         optim.make_schedule("cosine", peak=1.0, warmup_steps=5, total_steps=5, end=0.0)
 
 
-def test_scalarshold_the_learning_rate(mesh):
+def test_scalars_hold_the_learning_rate(mesh):
     after, first = run_step(toy.loss, toy.new_state(mesh))
     _, second = run_step(toy.loss, after)
     np.testing.assert_allclose([first["learning_rate"], second["learning_rate"]], [0, 1e-2 / 3], rtol=1e-6)
@@ -203,7 +204,16 @@ def test_a_finished_run_is_returned_unchanged(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
-def test_scalarsafter_the_checkpoint_are_written_again(tmp_path):
+def test_a_checkpoint_of_other_arrays_is_refused_before_the_compiler_starts(tmp_path, monkeypatch):
+    toy.run(tmp_path, 2)
+    monkeypatch.setattr(loop, "compile_step", lambda *_: pytest.fail("the compiler started"))
+    start = toy.new_state(devices.make_mesh(fsdp=1))
+    other = dataclasses.replace(start, params={name: value[None] for name, value in start.params.items()})
+    with pytest.raises(ValueError, match="not the expected ones"):
+        toy.run(tmp_path, 4, state=other)
+
+
+def test_scalars_after_the_checkpoint_are_written_again(tmp_path):
     class Interrupted(Exception):
         pass
 

@@ -100,6 +100,13 @@ class Checkpoints:
         with self._explain_errors():
             self._manager.check_for_errors()
 
+    def check_newest(self, like: PyTree) -> None:
+        """Raises ValueError if the newest checkpoint, if there is one, holds other arrays than `restore` expects."""
+        if self.latest() is not None:
+            path = _step_path(self._local, None)
+            for name, item in _items(like).items():
+                check_match(str(path / name), _saved(path / name), item)
+
     def restore(self, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
         """The newest state, read straight into shards, and the position in the data.
 

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -18,6 +18,9 @@ Scalars = Mapping[str, float | np.floating]
 class Writer:
     """Writes a run's metrics and images; this base class discards them, for processes other than the first."""
 
+    def start(self, step: int) -> None:
+        """Comes before all else: opens the files and deletes the scalars after `step`, which the run writes again."""
+
     def write_scalars(self, step: int, scalars: Scalars) -> None:
         """Results of training; a killed and resumed run writes the same as an uninterrupted one."""
 
@@ -29,9 +32,6 @@ class Writer:
 
     def write_hparams(self, hparams: Mapping[str, object]) -> None:
         """The resolved config, nested or flat."""
-
-    def resume(self, step: int) -> None:
-        """Deletes the scalars after `step`, which the resumed run will write again."""
 
     def flush(self) -> None:
         """Returns once every scalar written so far is on disk, or in the bucket of the workdir."""
@@ -47,12 +47,20 @@ class DiskWriter(Writer):
     twice.
     """
 
-    def __init__(self, directory: Path, boards: Sequence):
+    def __init__(self, directory: Path, tensorboard: bool):
         directory.mkdir(parents=True, exist_ok=True)
         self._metrics = directory / "metrics.jsonl"
         self._speed = directory / "speed.jsonl"
         self._hparams = directory / "hparams.json"
-        self._boards = boards
+        self._tensorboard, self._boards = directory / "tensorboard" if tensorboard else None, []
+
+    def start(self, step: int) -> None:
+        if self._metrics.exists():
+            truncate(self._metrics, step)
+        if self._tensorboard:
+            from clu import metric_writers  # imports TensorFlow, which takes seconds
+
+            self._boards = [metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(self._tensorboard)))]
 
     def write_scalars(self, step: int, scalars: Scalars) -> None:
         append(self._metrics, json_line(step, scalars))
@@ -73,10 +81,6 @@ class DiskWriter(Writer):
         write_json(self._hparams, flat)
         for board in self._boards:
             board.write_hparams(flat)
-
-    def resume(self, step: int) -> None:
-        if self._metrics.exists():
-            truncate(self._metrics, step)
 
     def flush(self) -> None:
         with self._metrics.open("a") as file:
@@ -99,12 +103,7 @@ def make_writer(directory: str | Path, *, tensorboard: bool) -> Writer:
     """
     if jax.process_index() > 0:
         return Writer()
-    boards = []
-    if tensorboard:
-        from clu import metric_writers  # imports TensorFlow, which takes seconds
-
-        boards = [metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(Path(directory) / "tensorboard")))]
-    return DiskWriter(Path(directory), boards)
+    return DiskWriter(Path(directory), tensorboard)
 
 
 def append(path: Path, text: str) -> None:

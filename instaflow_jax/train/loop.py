@@ -79,12 +79,16 @@ def train(
       OSError: a checkpoint could not be written.
       Preempted: after SIGTERM, when the state is saved; ends the process with exit code 0 unless it is caught.
     """
-    with Preemption() as preemption:
-        state, first = resume(state, mesh, batches, checkpoints, writer)
+    with Preemption() as preemption, ThreadPoolExecutor(1) as beside:
+        like = devices.abstract(state, mesh)
+        checkpoints.check_newest(like)  # before the compiler, which takes minutes, starts
+        frozen, key = devices.replicate(frozen, mesh), devices.replicate_key(key, mesh)
+        if (checkpoints.latest() or 0) < steps:
+            compiling = beside.submit(compile_step, step, like, frozen, batches, key, mesh)
+        state, first = resume(state, mesh, batches, checkpoints, writer)  # while the compiler works
         if first >= steps:
             return state
-        frozen, key = devices.replicate(frozen, mesh), devices.replicate_key(key, mesh)
-        compiled, batch_size, flops = compile_step(step, state, frozen, batches, key, mesh)
+        compiled, batch_size, flops = compiling.result()
         writer.write_hparams(config)
         progress = Progress(steps, "steps", done=first)
         rates = functools.partial(cost.rates, samples_per_step=batch_size, flops_per_step=flops)
@@ -125,21 +129,24 @@ def resume(
     """The state in its shards and the number of its steps; `batches` and `writer` are moved to that step."""
     first = checkpoints.latest()
     if first is None:
-        writer.resume(0)
+        writer.start(0)
         return devices.shard(state, mesh), 0
     like = devices.abstract(state, mesh)
     jax.tree.map(lambda leaf: leaf.delete(), state)  # so that the device never holds two states
     state, position = checkpoints.restore(like)
     batches.restore(position)
-    writer.resume(first)
+    writer.start(first)
     log.info("resumed from step %d", first)
     return state, first
 
 
 def compile_step(
-    step: TrainStep, state: TrainState, frozen: PyTree, batches: Batches, key: Key, mesh: Mesh
+    step: TrainStep, state: PyTree, frozen: PyTree, batches: Batches, key: Key, mesh: Mesh
 ) -> tuple[jax.stages.Compiled, int, float]:
     """Compiles the step before any data is read, and logs its cost.
+
+    Args:
+      state: a TrainState, or its shapes with shardings.
 
     Returns:
       The compiled step, which donates the state; the global batch size; FLOPs per step.
@@ -157,7 +164,7 @@ def compile_step(
 
 
 def trace_step(
-    step: TrainStep, state: TrainState, frozen: PyTree, batch: PyTree, key: Key | jax.ShapeDtypeStruct, mesh: Mesh
+    step: TrainStep, state: PyTree, frozen: PyTree, batch: PyTree, key: Key | jax.ShapeDtypeStruct, mesh: Mesh
 ) -> jax.stages.Traced:
     """The step, which donates the state and returns the next one in the same shards; takes arrays or shapes."""
     out = jax.tree.map(lambda leaf: leaf.sharding, state), devices.replicated(mesh)

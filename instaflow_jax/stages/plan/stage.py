@@ -23,7 +23,7 @@ from instaflow_jax.stages.plan.programs import Program
 from instaflow_jax.stages.plan.targets import Target
 
 DIRECTORY = "plan"
-OPTIMIZATION_LEVELS = ("O0", "O1", "O2", "O3")
+OPTIMIZATION_LEVELS = ("UNKNOWN", "O0", "O1", "O2", "O3")
 _RECORD_OVERHEAD = 66  # bytes that ArrayRecord adds to a record
 _BLOCK = 2**16  # ArrayRecord files consist of blocks of this size; the last one holds the index
 
