@@ -32,8 +32,8 @@ def get_config(variant: str = "reflow_openmoji") -> ConfigDict:
     # only the config.json are read.
     config.shapes = "sd15" if name.startswith(LARGE) else "openmoji"
     config.target = "v5e-4"  # FAMILY-CHIPS: v4, v5e, v5p, v6e, tpu7x; or CARD-COUNT: a100, h100, h200
-    # Of the TPU's compiler: O0 to O3, or UNKNOWN, which training uses. O0 compiles several times faster and plans a
-    # little more.
+    # Of the TPU's compiler: O0 to O3, or UNKNOWN, which training uses. O0 compiles faster and plans about as much
+    # memory; only there is memory traffic counted.
     config.optimization_level = "O0"
     config.search = False  # try micro-batches, remat, FSDP and attention, and print the fastest plan that fits
     config.dollars_per_device_hour = 0.0

@@ -10,7 +10,7 @@ DIR/refine/export, for one and a few steps. `config.model` may name another flow
 real score is the teacher's; with --config.real='' a flow that knows the distribution of its images, made first if it is
 missing: DIR/score/export, by `configs/reflow.py:score`.
 Measured on two CPU cores that other work shared (2026-11-27), from the demo's models: 12,288 pairs in 2 min, 560 steps
-in 8 min. Fréchet distance to real emoji by names, kinds and latents: 3.1, 14.7 and 7.2 at one step, 3.0, 12.7 and 5.9
+in 8 min. Fréchet distance to real emoji by names, kinds and latents: 3.1, 13.9 and 7.0 at one step, 2.9, 12.4 and 6.0
 at two, where distillation has 3.2, 15.9 and 5.9 at one, 3.9, 12.3 and 19.2 at two. Not yet measured: SD 1.5.
 """
 
@@ -54,7 +54,7 @@ def openmoji(config: ConfigDict) -> None:
     config.pairs_folder, config.pairs.seed, config.pairs.prompts.source = "refine", 2, "openmoji_kinds"
     reflow.emoji_budget(config, steps=560)
     config.regression = 0.5
-    config.schedule = {"name": "constant", "peak": 1e-4, "warmup_steps": 10}
+    config.schedule.update({"peak": 2e-4, "warmup_steps": 10})
     config.fake.update({"first": 60, "schedule": {"name": "constant", "peak": 2e-4, "warmup_steps": 10}})
     config.loop.save_every = 100
     config.eval_every = 560

@@ -30,7 +30,7 @@ _BLOCK = 2**16  # ArrayRecord files consist of blocks of this size; the last one
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one program takes. Bytes are those of one device; seconds are lower bounds, not measurements.
+    """What one program takes. Bytes are those of one device; seconds are those at the peaks, not measurements.
 
     Attributes:
       fields: the fields of the config that decide it.
@@ -38,7 +38,7 @@ class Plan:
       memory: None if the compiler refused the program for lack of memory.
       needed: bytes, by the compiler's refusal or `memory.total`.
       flops: of one call on all devices together, without recomputation.
-      accessed: bytes that a call reads and writes; an upper bound if it has a loop; None if the compiler does not say.
+      accessed: bytes that a call reads and writes as compiled at O0, an upper bound; None if they are not counted.
       sent: bytes that a device sends in a call, by collective operation.
       seconds: of one call: "model" for `flops` at the peak FLOP/s, "compute" with what is recomputed, "memory" at the
         peak bandwidth, and "bound", the largest.
@@ -132,7 +132,8 @@ def measure(config: ConfigDict, model: str, target: Target, optimization_level: 
     else:
         seconds, memory = time.monotonic() - start, cost.memory(compiled)
         needed, found = memory.total if memory else 0, collectives.read(compiled.as_text())
-        accessed = (compiled.cost_analysis() or {}).get("bytes accessed", 0.0) * program.rounds or None
+        if optimization_level == "O0":  # above it the count includes what a TPU keeps in VMEM between operations
+            accessed = (compiled.cost_analysis() or {}).get("bytes accessed", 0.0) * program.rounds or None
     return Plan(
         program=config.stage,
         target=target.name,
@@ -172,7 +173,7 @@ def optimizing(level: str) -> Iterator[None]:
 
 
 def roofline(program: Program, target: Target, accessed: float | None) -> dict[str, float]:
-    """Seconds of a call at the peaks: nothing is faster, and real runs are slower."""
+    """Seconds of a call at the peaks. No run is faster than its arithmetic; compiled above O0, it may access less."""
     peak = target.peak.flops * len(target.devices)
     model, compute = program.flops / peak, cost.count_flops(program.traced.jaxpr) / peak
     memory = (accessed or 0.0) / target.peak.bandwidth
@@ -216,14 +217,14 @@ def summary(plan: Plan) -> str:
         needed = f"{plan.needed * gib:.2f} GiB" if plan.needed else "more memory than there is"
         return f"  does not fit: it needs {needed} of {plan.available * gib:.0f} GiB a device"
     parts = ", ".join(f"{name} {size * gib:.2f}" for name, size in dataclasses.asdict(plan.memory).items())
-    moved = "not counted by this compiler" if plan.accessed is None else f"{plan.accessed / 1e9:.1f} GB a device"
+    moved = "not counted" if plan.accessed is None else f"{plan.accessed / 1e9:.1f} GB a device"
     sent = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in plan.sent.items() if size) or "nothing"
     fits, ms = "fits" if plan.fits else "does not fit", {name: 1000 * s for name, s in plan.seconds.items()}
     return (
         f"  {fits}: {plan.memory.total * gib:.2f} of {plan.available * gib:.0f} GiB a device ({parts}); compiled in "
         f"{plan.compile_seconds:.0f} s\n"
         f"  a call of {plan.rows} {plan.unit}s: {plan.flops / 1e12:.4g} TFLOP, reads and writes {moved}, sends {sent}\n"
-        f"  at least {ms['bound']:.3g} ms (a bound, not a measurement: arithmetic {ms['compute']:.3g}, without "
+        f"  {ms['bound']:.3g} ms at the peaks (not a measurement: arithmetic {ms['compute']:.3g}, without "
         f"recomputation {ms['model']:.3g}; memory {ms['memory']:.3g}), so MFU at most {100 * plan.mfu:.0f} %"
     ) + (f"\n  unexpected: {first_ten(plan.unexpected, '; ')}" if plan.unexpected else "")
 
