@@ -36,7 +36,7 @@ class Callback:
 
 def train(
     step: TrainStep,
-    state: TrainState,
+    state: PyTree,
     frozen: PyTree,
     batches: Batches,
     *,
@@ -61,7 +61,7 @@ def train(
 
     Args:
       step: from `make_train_step`.
-      state: the initial state; its buffers are donated.
+      state: the initial TrainState, whose buffers are donated; where there is a checkpoint, its shapes are enough.
       frozen: arrays that the loss reads; copied to every device unless they are on this mesh already.
       batches: at position 0; moved to the checkpoint's position if the run resumes.
       key: the run's key, the same on every process.
@@ -124,7 +124,7 @@ def train(
 
 
 def resume(
-    state: TrainState, mesh: Mesh, batches: Batches, checkpoints: Checkpoints, writer: Writer
+    state: PyTree, mesh: Mesh, batches: Batches, checkpoints: Checkpoints, writer: Writer
 ) -> tuple[TrainState, int]:
     """The state in its shards and the number of its steps; `batches` and `writer` are moved to that step."""
     first = checkpoints.latest()
@@ -132,7 +132,9 @@ def resume(
         writer.start(0)
         return devices.shard(state, mesh), 0
     like = devices.abstract(state, mesh)
-    jax.tree.map(lambda leaf: leaf.delete(), state)  # so that the device never holds two states
+    for leaf in jax.tree.leaves(state):  # so that the device never holds two states
+        if isinstance(leaf, jax.Array):
+            leaf.delete()
     state, position = checkpoints.restore(like)
     batches.restore(position)
     writer.start(first)

@@ -194,13 +194,14 @@ def train_by(
     devices.check_batch_size("config.batch_size", options.batch_size, mesh, options.accumulate)
     create, step = make_method(mesh)
     init_key, key = jax.random.split(jax.random.key(options.seed))
-    if callable(init):
-        state = devices.create_sharded(lambda k: create(init(k)), mesh, init_key)
-    else:
-        state = devices.create_sharded(create, mesh, devices.shard(init, mesh))
+    begin, given = (lambda key: create(init(key)), init_key) if callable(init) else (create, init)
     writer = metrics.make_writer(directory, tensorboard=options.tensorboard)
     checkpoints = Checkpoints(directory / CHECKPOINTS, **options.checkpoints, verify=options.verify)
     try:
+        if checkpoints.latest() is None:
+            state = devices.create_sharded(begin, mesh, given if callable(init) else devices.shard(init, mesh))
+        else:
+            state = devices.abstract(jax.eval_shape(begin, given), mesh)
         return loop.train(
             step,
             state,
