@@ -122,15 +122,6 @@ def platform(mesh: Mesh) -> str:
     return mesh.devices.flat[0].platform
 
 
-def sums_behind_loops(mesh: Mesh) -> bool:
-    """Whether the compiler moves a sum over devices out of the loop over micro-batches.
-
-    Then whole weights and gradients outside of that loop let each step gather and scatter once. TPUs' does not (libtpu
-    0.0.42): there it would sum whole gradients in each micro-batch, so shards inside of the loop take less.
-    """
-    return platform(mesh) != "tpu"
-
-
 def gathering(gradient: Callable, mesh: Mesh, others: Sequence[str] = ()) -> Callable:
     """`gradient(params, frozen, batch, key)` that gathers parameters before it computes and scatters what it found.
 

@@ -129,11 +129,8 @@ def make_gradients(loss: Loss, accumulate: int, mesh: Mesh, others: Sequence[str
     """
     if accumulate < 1:
         raise ValueError(f"accumulate={accumulate} must be 1 or more: use 1 for no micro-batches")
-    gradient = make_gradient(loss)
-    if devices.sums_behind_loops(mesh):
-        total = devices.gathering(make_sum(gradient, accumulate), mesh, others)
-    else:
-        total = make_sum(devices.gathering(gradient, mesh, others), accumulate)
+    # Whole weights and gradients outside of the loop over micro-batches: each step gathers once and scatters once.
+    total = devices.gathering(make_sum(make_gradient(loss), accumulate), mesh, others)
 
     def mean(params, frozen, batch, key):
         return jax.tree.map(lambda a: a / accumulate, total(params, frozen, batch, key))
