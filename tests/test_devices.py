@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import toy_training as toy
 
-from instaflow_jax.infra import devices, metrics
+from instaflow_jax.infra import cost, devices, metrics
 
 STEPS = 5
 
@@ -87,6 +87,13 @@ def test_a_mesh_that_does_not_divide_is_refused():
 def test_a_mesh_of_given_devices():
     mesh = devices.make_mesh(fsdp=1, devices=jax.devices()[:1])
     assert mesh == devices.make_mesh(fsdp=1)
+
+
+@pytest.mark.parametrize("gib, once", [(16, False), (32, True)])
+def test_what_a_device_holds_whole_takes_at_most_a_quarter_of_its_memory(gib, once, monkeypatch):
+    monkeypatch.setattr(devices.cost, "peak", lambda kind: cost.Peak(1.0, 1.0, gib * cost.GIB))
+    unet = {"kernel": jax.ShapeDtypeStruct((859_520_964,), np.float32)}
+    assert devices.gathers_once((unet, unet), devices.make_mesh(fsdp=1)) == once
 
 
 def test_host_arrays_reach_devices_unchanged():

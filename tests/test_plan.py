@@ -7,13 +7,15 @@ import runpy
 import jax
 import jax.numpy as jnp
 import pytest
+import toy_training as toy
 from helpers import ROOT, read_config
 
 from instaflow_jax import main
-from instaflow_jax.infra import cost
+from instaflow_jax.infra import collectives, cost, devices
 from instaflow_jax.models import layers
 from instaflow_jax.models.unet import UNet2DConditionModel
 from instaflow_jax.stages.plan import programs, shapes, stage, targets
+from instaflow_jax.train import loop, state, step
 
 PROGRAMS = ("sample_openmoji", "generate_openmoji", "reflow_openmoji", "distill_openmoji", "distill_lpips")
 PROGRAMS += ("progressive_openmoji", "refine_openmoji")
@@ -193,3 +195,20 @@ def test_the_embedded_programs_are_planned_for_a_v5e_4(variant, sends, tmp_path,
     assert plan["accessed"] > 1e8 and plan["seconds"]["memory"] > plan["seconds"]["compute"] > 0
     assert "| v5e-4 | " in (tmp_path / "plan" / f"{name}.md").read_text()
     assert "  fits: 0." in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU's compiler")
+@pytest.mark.parametrize("fsdp", [1, 4])
+def test_a_tpus_compiler_gathers_and_sums_once_a_step_at_full_effort(fsdp):
+    mesh = devices.make_mesh(fsdp=fsdp, devices=targets.find("v5e-4").devices)
+    update = step.make_train_step(toy.quiet_loss, toy.optimizer(), mesh, ema_decay=0.9, accumulate=4)
+    start = jax.eval_shape(lambda key: state.create(toy.params(key), toy.optimizer()), jax.random.key(0))
+    batch = devices.abstract_batch(toy.source().spec(), mesh)
+    key = devices.with_sharding(jax.eval_shape(lambda: jax.random.key(0)), devices.replicated(mesh))
+    frozen = devices.with_sharding(toy.frozen(), devices.replicated(mesh))
+    traced = loop.trace_step(update, devices.abstract(start, mesh), frozen, batch, key, mesh)
+    with stage.optimizing("UNKNOWN"):
+        found = collectives.read(traced.lower().compile().as_text())
+    sharded = [p.shape for p in devices.abstract(start, mesh).params.values() if not p.sharding.is_fully_replicated]
+    assert found and not collectives.unexpected(found, sharded, sums=1)

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxtyping import Array, PyTree
 
 from instaflow_jax.arrays import AnyArray, Key
-from instaflow_jax.infra import files, stores
+from instaflow_jax.infra import cost, files, stores
 
 AXES = ("data", "fsdp")
 AnyMesh = Mesh | AbstractMesh
@@ -120,6 +120,19 @@ def abstract(tree: PyTree, mesh: Mesh) -> PyTree:
 def platform(mesh: Mesh) -> str:
     """ "cpu", "gpu" or "tpu": of the devices of a mesh, which are of one kind."""
     return mesh.devices.flat[0].platform
+
+
+def gathers_once(whole: PyTree, mesh: Mesh) -> bool:
+    """Whether a step gathers weights and sums gradients once, outside of its loop over micro-batches.
+
+    That sends least, but each device then holds them whole. Where they take more than a quarter of its memory, as those
+    of SD's U-Net do on 16 GiB, each micro-batch gathers and scatters instead.
+
+    Args:
+      whole: what a device would hold, arrays or shapes; counted in float32.
+    """
+    found = cost.peak(mesh.devices.flat[0].device_kind)
+    return found is None or 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(whole)) <= found.memory / 4
 
 
 def gathering(gradient: Callable, mesh: Mesh, others: Sequence[str] = ()) -> Callable:

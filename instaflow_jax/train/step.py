@@ -129,10 +129,13 @@ def make_gradients(loss: Loss, accumulate: int, mesh: Mesh, others: Sequence[str
     """
     if accumulate < 1:
         raise ValueError(f"accumulate={accumulate} must be 1 or more: use 1 for no micro-batches")
-    # Whole weights and gradients outside of the loop over micro-batches: each step gathers once and scatters once.
-    total = devices.gathering(make_sum(make_gradient(loss), accumulate), mesh, others)
+    gradient = make_gradient(loss)
 
     def mean(params, frozen, batch, key):
+        if devices.gathers_once((params, params, *(frozen[name] for name in others)), mesh):  # weights and gradients
+            total = devices.gathering(make_sum(gradient, accumulate), mesh, others)
+        else:
+            total = make_sum(devices.gathering(gradient, mesh, others), accumulate)
         return jax.tree.map(lambda a: a / accumulate, total(params, frozen, batch, key))
 
     return mean

@@ -49,7 +49,7 @@ class Program:
       flops: of one call on all devices together, without what is computed twice to save memory.
       sharded: full shapes of the arrays that FSDP splits.
       rounds: how often a call runs the loops that nearly all of it is: solver steps, or micro-batches of each update.
-      sums: how often a call sums gradients over the devices: once for each update.
+      sums: how often a call gathers weights and sums gradients over the devices.
     """
 
     traced: jax.stages.Traced
@@ -159,7 +159,8 @@ def _training(config: ConfigDict, model: str, nets: Mapping[str, Net], mesh: Mes
     split = tuple(p.shape for p in params if not p.sharding.is_fully_replicated)
     updates = config.fake.updates + 1 if config.stage == "refine" else 1
     rounds = train.accumulate * updates
-    return Program(traced, train.batch_size, train.loop["steps"], "sample", flops, split, rounds, updates)
+    sums = updates if devices.gathers_once((state.params, state.params, sharded), mesh) else rounds
+    return Program(traced, train.batch_size, train.loop["steps"], "sample", flops, split, rounds, sums)
 
 
 def _make_method(
