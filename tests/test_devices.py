@@ -93,7 +93,7 @@ def test_a_mesh_of_given_devices():
 def test_what_a_device_holds_whole_takes_at_most_a_quarter_of_its_memory(gib, once, monkeypatch):
     monkeypatch.setattr(devices.cost, "peak", lambda kind: cost.Peak(1.0, 1.0, gib * cost.GIB))
     unet = {"kernel": jax.ShapeDtypeStruct((859_520_964,), np.float32)}
-    assert devices.gathers_once((unet, unet), devices.make_mesh(fsdp=1)) == once
+    assert devices.gathers_once(unet, (), devices.make_mesh(fsdp=1)) == once
 
 
 def test_host_arrays_reach_devices_unchanged():

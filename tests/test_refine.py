@@ -1,5 +1,6 @@
 """Refinement by distribution matching: losses where their values are known, the step, and the stage when killed."""
 
+import functools
 import json
 import os
 import subprocess
@@ -392,8 +393,10 @@ def train_toys(workdir, steps):
         first=1,
         unroll=False,
     )
+
     params = {name: toy.params(jax.random.key(i)) for i, name in enumerate(("student", "fake"))}
-    return toy.run(workdir, steps, step=step, state=train_state.create_two(params, optimizer, optimizer))
+    create = functools.partial(train_state.create_two, optimizer=optimizer, fake_optimizer=optimizer)
+    return toy.run(workdir, steps, step=step, create=lambda mesh: devices.create_sharded(create, mesh, params))
 
 
 @pytest.mark.slow

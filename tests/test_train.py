@@ -207,10 +207,13 @@ def test_a_finished_run_is_returned_unchanged(tmp_path):
 def test_a_checkpoint_of_other_arrays_is_refused_before_the_compiler_starts(tmp_path, monkeypatch):
     toy.run(tmp_path, 2)
     monkeypatch.setattr(loop, "compile_step", lambda *_: pytest.fail("the compiler started"))
-    start = toy.new_state(devices.make_mesh(fsdp=1))
-    other = dataclasses.replace(start, params={name: value[None] for name, value in start.params.items()})
+
+    def other(mesh):
+        start = toy.new_state(mesh)
+        return dataclasses.replace(start, params={name: value[None] for name, value in start.params.items()})
+
     with pytest.raises(ValueError, match="not the expected ones"):
-        toy.run(tmp_path, 4, state=other)
+        toy.run(tmp_path, 4, create=other)
 
 
 def test_scalars_after_the_checkpoint_are_written_again(tmp_path):

@@ -4,6 +4,7 @@ The script trains in a workdir, writes metrics and checkpoints, then result.npz;
 """
 
 import contextlib
+import functools
 import os
 import subprocess
 import sys
@@ -63,14 +64,15 @@ def new_state(mesh):
     return devices.create_sharded(lambda key: state.create(params(key), optimizer()), mesh, jax.random.key(0))
 
 
-def run(workdir, steps, *, fsdp=1, accumulate=1, **changed):
+def run(workdir, steps, *, fsdp=1, accumulate=1, create=new_state, **changed):
     """Trains in workdir; `changed` replaces arguments of `loop.train`."""
     mesh = devices.make_mesh(fsdp=fsdp)
     writer = metrics.make_writer(workdir, tensorboard=False)
     checkpoints = checkpoint.Checkpoints(Path(workdir) / "checkpoints", keep_last=2, keep_every=0)
     arguments = {
         "step": step.make_train_step(loss, optimizer(), mesh, ema_decay=0.99, accumulate=accumulate),
-        "state": new_state(mesh),
+        "create": functools.partial(create, mesh),
+        "like": devices.abstract(jax.eval_shape(functools.partial(create, mesh)), mesh),
         "frozen": frozen(),
         "batches": source(),
         "key": jax.random.key(1),

@@ -105,7 +105,7 @@ class Checkpoints:
         if self.latest() is not None:
             path = _step_path(self._local, None)
             for name, item in _items(like).items():
-                check_match(str(path / name), _saved(path / name), item)
+                _check_arrays(path / name, item)
 
     def restore(self, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
         """The newest state, read straight into shards, and the position in the data.
@@ -358,8 +358,13 @@ def _saved(path: AnyPath) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(saved.shape, saved.dtype) for name, saved in found.items()}
 
 
-def _load_arrays(path: AnyPath, like: Leaves) -> Params:
+def _check_arrays(path: AnyPath, like: Leaves) -> None:
+    """`check_match` of a saved item; of its metadata alone, so it is quick."""
     check_match(str(path), _saved(path), like)
+
+
+def _load_arrays(path: AnyPath, like: Leaves) -> Params:
+    _check_arrays(path, like)
     wanted = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for name, a in like.items()}
     with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
         return handler.restore(path, args=ocp.args.StandardRestore(wanted))

@@ -122,17 +122,19 @@ def platform(mesh: Mesh) -> str:
     return mesh.devices.flat[0].platform
 
 
-def gathers_once(whole: PyTree, mesh: Mesh) -> bool:
+def gathers_once(params: PyTree, others: PyTree, mesh: Mesh) -> bool:
     """Whether a step gathers weights and sums gradients once, outside of its loop over micro-batches.
 
     That sends least, but each device then holds them whole. Where they take more than a quarter of its memory, as those
     of SD's U-Net do on 16 GiB, each micro-batch gathers and scatters instead.
 
     Args:
-      whole: what a device would hold, arrays or shapes; counted in float32.
+      params: what is trained, arrays or shapes; counted in float32, and once more for the gradients.
+      others: what is split like the parameters and not trained.
     """
     found = cost.peak(mesh.devices.flat[0].device_kind)
-    return found is None or 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(whole)) <= found.memory / 4
+    whole = jax.tree.leaves((params, params, others))
+    return found is None or 4 * sum(math.prod(leaf.shape) for leaf in whole) <= found.memory / 4
 
 
 def gathering(gradient: Callable, mesh: Mesh, others: Sequence[str] = ()) -> Callable:

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -52,7 +53,8 @@ class DiskWriter(Writer):
         self._metrics = directory / "metrics.jsonl"
         self._speed = directory / "speed.jsonl"
         self._hparams = directory / "hparams.json"
-        self._tensorboard, self._boards = directory / "tensorboard" if tensorboard else None, []
+        self._tensorboard = directory / "tensorboard" if tensorboard else None
+        self._boards: list[Any] = []
 
     def start(self, step: int) -> None:
         if self._metrics.exists():

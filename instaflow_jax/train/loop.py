@@ -36,7 +36,8 @@ class Callback:
 
 def train(
     step: TrainStep,
-    state: PyTree,
+    create: Callable[[], TrainState],
+    like: PyTree,
     frozen: PyTree,
     batches: Batches,
     *,
@@ -61,7 +62,8 @@ def train(
 
     Args:
       step: from `make_train_step`.
-      state: the initial TrainState, whose buffers are donated; where there is a checkpoint, its shapes are enough.
+      create: makes the initial state in its shards; called only where there is no checkpoint.
+      like: the shapes of that state, with shardings.
       frozen: arrays that the loss reads; copied to every device unless they are on this mesh already.
       batches: at position 0; moved to the checkpoint's position if the run resumes.
       key: the run's key, the same on every process.
@@ -80,12 +82,11 @@ def train(
       Preempted: after SIGTERM, when the state is saved; ends the process with exit code 0 unless it is caught.
     """
     with Preemption() as preemption, ThreadPoolExecutor(1) as beside:
-        like = devices.abstract(state, mesh)
         checkpoints.check_newest(like)  # before the compiler, which takes minutes, starts
         frozen, key = devices.replicate(frozen, mesh), devices.replicate_key(key, mesh)
         if (checkpoints.latest() or 0) < steps:
             compiling = beside.submit(compile_step, step, like, frozen, batches, key, mesh)
-        state, first = resume(state, mesh, batches, checkpoints, writer)  # while the compiler works
+        state, first = start(create, like, batches, checkpoints, writer)  # while the compiler works
         if first >= steps:
             return state
         compiled, batch_size, flops = compiling.result()
@@ -123,18 +124,14 @@ def train(
         return state
 
 
-def resume(
-    state: PyTree, mesh: Mesh, batches: Batches, checkpoints: Checkpoints, writer: Writer
+def start(
+    create: Callable[[], TrainState], like: PyTree, batches: Batches, checkpoints: Checkpoints, writer: Writer
 ) -> tuple[TrainState, int]:
-    """The state in its shards and the number of its steps; `batches` and `writer` are moved to that step."""
+    """The newest state, or a new one, and the number of its steps; `batches` and `writer` are moved to that step."""
     first = checkpoints.latest()
     if first is None:
         writer.start(0)
-        return devices.shard(state, mesh), 0
-    like = devices.abstract(state, mesh)
-    for leaf in jax.tree.leaves(state):  # so that the device never holds two states
-        if isinstance(leaf, jax.Array):
-            leaf.delete()
+        return create(), 0
     state, position = checkpoints.restore(like)
     batches.restore(position)
     writer.start(first)

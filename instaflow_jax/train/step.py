@@ -132,7 +132,7 @@ def make_gradients(loss: Loss, accumulate: int, mesh: Mesh, others: Sequence[str
     gradient = make_gradient(loss)
 
     def mean(params, frozen, batch, key):
-        if devices.gathers_once((params, params, *(frozen[name] for name in others)), mesh):  # weights and gradients
+        if devices.gathers_once(params, [frozen[name] for name in others], mesh):
             total = devices.gathering(make_sum(gradient, accumulate), mesh, others)
         else:
             total = make_sum(devices.gathering(gradient, mesh, others), accumulate)

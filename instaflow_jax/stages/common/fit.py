@@ -198,13 +198,10 @@ def train_by(
     writer = metrics.make_writer(directory, tensorboard=options.tensorboard)
     checkpoints = Checkpoints(directory / CHECKPOINTS, **options.checkpoints, verify=options.verify)
     try:
-        if checkpoints.latest() is None:
-            state = devices.create_sharded(begin, mesh, given if callable(init) else devices.shard(init, mesh))
-        else:
-            state = devices.abstract(jax.eval_shape(begin, given), mesh)
         return loop.train(
             step,
-            state,
+            lambda: devices.create_sharded(begin, mesh, given if callable(init) else devices.shard(init, mesh)),
+            devices.abstract(jax.eval_shape(begin, given), mesh),
             frozen,
             batches,
             key=key,

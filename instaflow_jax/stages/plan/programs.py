@@ -159,7 +159,7 @@ def _training(config: ConfigDict, model: str, nets: Mapping[str, Net], mesh: Mes
     split = tuple(p.shape for p in params if not p.sharding.is_fully_replicated)
     updates = config.fake.updates + 1 if config.stage == "refine" else 1
     rounds = train.accumulate * updates
-    sums = updates if devices.gathers_once((state.params, state.params, sharded), mesh) else rounds
+    sums = updates if devices.gathers_once(state.params, sharded, mesh) else rounds
     return Program(traced, train.batch_size, train.loop["steps"], "sample", flops, split, rounds, sums)
 
 
