@@ -45,8 +45,8 @@ def make_schedule(name: str, **fields) -> optax.Schedule:
 
 def make_optimizer(
     schedule: optax.Schedule, *, b1: float, b2: float, eps: float, weight_decay: float, clip: float
-) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) after clipping of the gradient's global norm.
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW (arXiv 1711.05101) after clipping of the gradient's global norm, which `update` takes as `norm`.
 
     Weight decay applies to arrays of two or more axes: kernels and embeddings, not biases or norm scales.
 
@@ -55,11 +55,20 @@ def make_optimizer(
       clip: largest global norm of the gradient; `inf` turns clipping off.
     """
     return optax.chain(
-        optax.clip_by_global_norm(clip),
+        clip_by(clip),
         optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
         optax.add_decayed_weights(weight_decay, mask=is_matrix),
         scale_by_schedule(schedule),
     )
+
+
+def clip_by(largest: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.clip_by_global_norm` of a norm that is known already, because computing it reads all gradients."""
+
+    def update(updates, state, params=None, *, norm: Scalar):
+        return jax.tree.map(lambda u: jnp.where(norm < largest, u, u / norm * largest), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def is_matrix(params: Params) -> dict[str, bool]:

@@ -55,7 +55,7 @@ class TrainStep:
 
 def make_train_step(
     loss: Loss,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     mesh: Mesh,
     *,
     ema_decay: float,
@@ -88,7 +88,7 @@ def make_train_step(
 
 def advance(
     state: TrainState,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     ema_decay: float,
     value: Scalar,
     metrics: Metrics,
@@ -98,7 +98,7 @@ def advance(
     old = state.params, state.ema, state.opt_state
 
     def apply_update():
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, norm=grad_norm)
         params = optax.apply_updates(state.params, updates)
         ema = update_ema(state.ema, params, ema_decay_at(state.step, ema_decay))
         return (params, ema, opt_state), optax.tree.norm(updates)

@@ -20,8 +20,8 @@ from instaflow_jax.train.step import Loss, Metrics, TrainStep, advance, make_gra
 def make_two_time_scale_step(
     student_loss: Loss,
     fake_loss: Loss,
-    optimizer: optax.GradientTransformation,
-    fake_optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
+    fake_optimizer: optax.GradientTransformationExtraArgs,
     mesh: Mesh,
     *,
     ema_decay: float,
