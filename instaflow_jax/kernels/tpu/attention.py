@@ -9,8 +9,8 @@ from jaxtyping import Float
 
 from instaflow_jax.arrays import AnyArray
 
-MIN_TOKENS = 1024  # below, the scores are small, and XLA's attention reads and writes less than the padded heads
-LANES = 128  # head sizes are padded to a multiple of this
+MIN_TOKENS = 1024  # below, the scores are small, and XLA's attention reads and writes less
+LANES = 128  # of head sizes above this the kernel takes only multiples
 _BLOCK = 512
 
 
@@ -39,7 +39,7 @@ def _on_one_device(q, k, v):
     from jax.experimental.pallas.ops.tpu import flash_attention as pallas  # takes a second to import
 
     size = q.shape[-1]
-    padding = ((0, 0), (0, 0), (0, 0), (0, -size % LANES))
+    padding = ((0, 0), (0, 0), (0, 0), (0, -size % LANES if size > LANES else 0))
     heads_first = [jnp.pad(x.swapaxes(1, 2), padding) for x in (q, k, v)]  # zeros change neither scores nor sums
     names = {field.name for field in dataclasses.fields(pallas.BlockSizes)} - {"block_b"}
     blocks = pallas.BlockSizes(block_b=1, **dict.fromkeys(names, _BLOCK))
