@@ -4,18 +4,13 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+
+from instaflow_jax.infra import hlo
+from instaflow_jax.infra.hlo import Array, Instruction
 
 OPERATIONS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 GRADIENT_SIZE = 2**14  # elements; smaller sums are of scalars, biases and norms
-_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}
-_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (.*?) ([a-z][\w-]*)\((.*)$")
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{\s*$")
-_CALLED = re.compile(r"(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
-_CONDITION = re.compile(r"condition=%?([\w.-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CHANNEL = re.compile(r"channel_id=\d+")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
@@ -44,8 +39,7 @@ class Collective:
     @property
     def size(self) -> int:
         """Bytes of the array on a device."""
-        bits = _BITS.get(self.dtype) or int(re.sub(r"\D", "", self.dtype))
-        return math.prod(self.shape) * bits // 8
+        return math.prod(self.shape) * Array(self.dtype, self.shape, "").bits // 8
 
     @property
     def sent(self) -> float:
@@ -66,66 +60,38 @@ def read(text: str) -> list[Collective]:
     Raises:
       ValueError: one of them is in a loop that does not say how often it runs.
     """
-    computations, entry = _split(text)
+    computations, entry = hlo.split(text)
     found: dict[str, list[Collective]] = {}
     _visit(computations, entry, 1, found)
     return [collective for collectives in found.values() for collective in collectives]
 
 
-def _split(text: str) -> tuple[dict[str, list[tuple[str, str, str]]], str]:
-    """Computation → its instructions (result, operation, rest of the line), and the name of the entry computation."""
-    computations, entry, current = {}, "", []
-    for line in text.splitlines():
-        if head := _COMPUTATION.match(line):
-            current = computations[head[2]] = []
-            entry = head[2] if head[1] else entry
-        elif instruction := _INSTRUCTION.match(line):
-            current.append(instruction.groups())
-    return computations, entry
-
-
-def _visit(computations: Mapping, name: str, times: int, found: dict[str, list[Collective]]) -> None:
+def _visit(computations: hlo.Computations, name: str, times: int, found: dict[str, list[Collective]]) -> None:
     """Adds the collectives of a computation and of those it calls, each once.
 
     The TPU's compiler spreads an asynchronous collective over several fusions, which all name its channel.
     """
-    for result, operation, rest in computations[name]:
-        name = operation.removesuffix("-start")
-        if name in OPERATIONS:
-            arrays = [Collective(name, *array, _group(rest), times) for array in _sent_arrays(operation, result)]
+    for instruction in computations[name]:
+        rest, operation = instruction.rest, instruction.operation.removesuffix("-start")
+        if operation in OPERATIONS:
+            arrays = [Collective(operation, *array, _group(rest), times) for array in _sent_arrays(instruction)]
             found.setdefault(_key(arrays, rest), arrays)
             continue
         if scatter := _SCATTER.search(rest):
-            inner = next(rest for _, part, rest in computations[scatter[1]] if part.startswith("all-reduce"))
-            arrays = [Collective("reduce-scatter", *array, _group(inner), times) for array in _sent_arrays("", result)]
+            inner = next(i.rest for i in computations[scatter[1]] if i.operation.startswith("all-reduce"))
+            arrays = [Collective("reduce-scatter", *array, _group(inner), times) for array in _sent_arrays(instruction)]
             found[rest] = arrays
             continue
-        called = _CALLED.findall(rest) + [n.strip(" %") for names in _BRANCHES.findall(rest) for n in names.split(",")]
         if operation == "while":
-            trips, before = _trips(computations, rest), len(found)
-            for inner in called:
+            trips, before = hlo.trips(computations, instruction), len(found)
+            for inner in instruction.called:
                 _visit(computations, inner, times * (trips or 1), found)
             if len(found) > before and not trips:
                 first = list(found.values())[before][0].operation
                 raise ValueError(f"a loop with {first} has an unknown trip count: {rest[:200]}")
             continue
-        for inner in called:
+        for inner in instruction.called:
             _visit(computations, inner, times, found)
-
-
-def _trips(computations: Mapping, rest: str) -> int | None:
-    """How often a loop runs: as XLA states it, or else, as for TPUs, the constant that its condition counts up to.
-
-    jax's scans count from 0 in steps of 1.
-    """
-    if stated := _TRIPS.search(rest):
-        return int(stated[1])
-    condition = computations[_CONDITION.search(rest)[1]]
-    limits = [
-        int(rest.split(")")[0]) for result, part, rest in condition if (result[:5], part) == ("s32[]", "constant")
-    ]
-    counts = [rest for _, part, rest in condition if part == "compare" and "direction=LT" in rest]
-    return limits[0] if len(limits) == len(counts) == 1 else None
 
 
 def _key(arrays: list[Collective], rest: str) -> str:
@@ -134,10 +100,10 @@ def _key(arrays: list[Collective], rest: str) -> str:
     return f"{channel[0]} {[(c.operation, c.shape) for c in arrays]}" if channel else rest
 
 
-def _sent_arrays(operation: str, result: str) -> list[tuple[str, tuple[int, ...]]]:
+def _sent_arrays(instruction: Instruction) -> list[tuple[str, tuple[int, ...]]]:
     """Dtypes and shapes in an instruction's result; a "-start" lists operands first, then results."""
-    arrays = [(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _ARRAY.findall(result)]
-    if operation in ("all-gather-start", "reduce-scatter-start", "collective-permute-start"):
+    arrays = [(array.dtype, array.shape) for array in hlo.arrays(instruction.result)]
+    if instruction.operation in ("all-gather-start", "reduce-scatter-start", "collective-permute-start"):
         arrays = [a for a in arrays if a != ("u32", ())]
         return arrays[len(arrays) // 2 :]
     return arrays

@@ -1,16 +1,14 @@
-"""Flash attention on TPUs: jax's Pallas kernel, which keeps the L × L scores in the chip's fast memory."""
+"""Flash attention on TPUs: jax's Pallas kernel "splash", which keeps the L × L scores in the chip's fast memory."""
 
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Float
 
 from instaflow_jax.arrays import AnyArray
 
 MIN_TOKENS = 1024  # below, the scores are small, and XLA's attention reads and writes less
-LANES = 128  # of head sizes above this the kernel takes only multiples
 _BLOCK = 512
 
 
@@ -36,12 +34,18 @@ def flash_attention(
 
 
 def _on_one_device(q, k, v):
-    from jax.experimental.pallas.ops.tpu import flash_attention as pallas  # takes a second to import
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # takes a second to import
 
-    size = q.shape[-1]
-    padding = ((0, 0), (0, 0), (0, 0), (0, -size % LANES if size > LANES else 0))
-    heads_first = [jnp.pad(x.swapaxes(1, 2), padding) for x in (q, k, v)]  # zeros change neither scores nor sums
-    names = {field.name for field in dataclasses.fields(pallas.BlockSizes)} - {"block_b"}
-    blocks = pallas.BlockSizes(block_b=1, **dict.fromkeys(names, _BLOCK))
-    out = pallas.flash_attention(*heads_first, sm_scale=size**-0.5, block_sizes=blocks)
-    return out[..., :size].swapaxes(1, 2)
+    length, heads, size = q.shape[1:]
+    # Tokens along the lanes, of which a vector register has 128: heads of 40 would leave two thirds of them empty.
+    layouts = dict.fromkeys(("q_layout", "k_layout", "v_layout"), splash.QKVLayout.SEQ_MINOR)
+    block = _BLOCK if size * q.dtype.itemsize <= 1024 else _BLOCK // 2  # the VAE's heads of 512 in float32
+    names = [field.name for field in dataclasses.fields(splash.BlockSizes) if field.name.startswith("block_")]
+    attend = splash.make_splash_mha(
+        splash.MultiHeadMask([splash.FullMask((length, length))] * heads),
+        block_sizes=splash.BlockSizes(**dict.fromkeys(names, block), **layouts),
+        head_shards=1,
+        q_seq_shards=1,
+    )
+    heads_first = (x.swapaxes(1, 2) for x in ((q * size**-0.5).astype(q.dtype), k, v))
+    return jax.vmap(attend)(*heads_first).swapaxes(1, 2)
