@@ -75,8 +75,8 @@ def _moved(computations: Computations, instruction: Instruction, results: Mappin
         return 2 * min(_in_memory(operands[0][0]), _size(operands[1][0]))
     if operation == "fusion":
         return _moved_by_fusion(computations[instruction.called[0]], written, operands)
-    if operation == "custom-call":  # whose bytes are a workspace
-        written = [array for array in written if array.dtype != "u8"]
+    if operation == "custom-call":  # of a GPU's library, whose bytes are a workspace
+        written = [array for array in written if array.dtype not in ("s8", "u8")]
     return sum(map(_in_memory, written)) + sum(_in_memory(array) for arrays in operands for array in arrays)
 
 

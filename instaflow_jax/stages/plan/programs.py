@@ -48,7 +48,7 @@ class Program:
       unit: what a row is.
       flops: of one call on all devices together, without what is computed twice to save memory.
       sharded: full shapes of the arrays that FSDP splits.
-      rounds: how often a call runs the loops that nearly all of it is: solver steps, or micro-batches of each update.
+      rounds: micro-batches of a call, those of all its updates together.
       sums: how often a call gathers weights and sums gradients over the devices.
     """
 
@@ -119,7 +119,7 @@ def _inference(config: ConfigDict, model: str, nets: Mapping[str, Net], targets:
     )
     traced = runner.trace(fixed, *rows)
     calls = max(1, math.ceil(count / runner.rows))
-    return Program(traced, runner.rows, calls, unit, cost.count_flops(traced.jaxpr), rounds=options.N)
+    return Program(traced, runner.rows, calls, unit, cost.count_flops(traced.jaxpr))
 
 
 def _training(config: ConfigDict, model: str, nets: Mapping[str, Net], mesh: Mesh) -> Program:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from instaflow_jax.data.pairs import manifest as pairs_manifest
 from instaflow_jax.data.pairs import store as pairs_store
-from instaflow_jax.infra import collectives, cost, files
+from instaflow_jax.infra import collectives, cost, files, traffic
 from instaflow_jax.infra.messages import first_ten, markdown_table
 from instaflow_jax.stages.common.ranges import check_ranges
 from instaflow_jax.stages.plan import programs, targets
@@ -38,10 +38,10 @@ class Plan:
       memory: None if the compiler refused the program for lack of memory.
       needed: bytes, by the compiler's refusal or `memory.total`.
       flops: of one call on all devices together, without recomputation.
-      accessed: bytes that a call reads and writes as compiled at O0, an upper bound; None if they are not counted.
+      accessed: bytes that a call reads and writes, by the file of this package that asked for it, see `traffic.read`.
       sent: bytes that a device sends in a call, by collective operation.
       seconds: of one call: "model" for `flops` at the peak FLOP/s, "compute" with what is recomputed, "memory" at the
-        peak bandwidth, and "bound", the largest.
+        peak bandwidth, and "bound", which no run is faster than.
     """
 
     program: str
@@ -53,7 +53,7 @@ class Plan:
     needed: int
     available: int
     flops: float
-    accessed: float | None
+    accessed: dict[str, float]
     sent: dict[str, float]
     unexpected: list[str]
     seconds: dict[str, float]
@@ -121,7 +121,7 @@ def check(config: ConfigDict, workdir: str) -> None:
 def measure(config: ConfigDict, model: str, target: Target, optimization_level: str) -> Plan:
     """Traces, lowers and compiles the program of the stage that `config` configures."""
     program = programs.trace(config, model, target.devices)
-    start, memory, accessed, found = time.monotonic(), None, None, []
+    start, memory, accessed, found = time.monotonic(), None, {}, []
     try:
         with optimizing(optimization_level):
             compiled = program.traced.lower().compile(compiler_options=target.options)
@@ -131,9 +131,8 @@ def measure(config: ConfigDict, model: str, target: Target, optimization_level: 
         seconds, needed = time.monotonic() - start, refused_bytes(str(error))
     else:
         seconds, memory = time.monotonic() - start, cost.memory(compiled)
-        needed, found = memory.total if memory else 0, collectives.read(compiled.as_text())
-        if optimization_level == "O0":  # above it the count includes what a TPU keeps in VMEM between operations
-            accessed = (compiled.cost_analysis() or {}).get("bytes accessed", 0.0) * program.rounds or None
+        needed, text = memory.total if memory else 0, compiled.as_text()
+        found, accessed = collectives.read(text), dict(traffic.read(text).most_common())
     return Plan(
         program=config.stage,
         target=target.name,
@@ -147,7 +146,7 @@ def measure(config: ConfigDict, model: str, target: Target, optimization_level: 
         accessed=accessed,
         sent=collectives.sent_by_operation(found),
         unexpected=collectives.unexpected(found, program.sharded, sums(program, target, optimization_level)),
-        seconds=roofline(program, target, accessed),
+        seconds=roofline(program, target, sum(accessed.values())),
         rows=program.rows,
         unit=program.unit,
         calls=program.calls,
@@ -178,12 +177,16 @@ def optimizing(level: str) -> Iterator[None]:
             jax.config.update(name, value)
 
 
-def roofline(program: Program, target: Target, accessed: float | None) -> dict[str, float]:
-    """Seconds of a call at the peaks. No run is faster than its arithmetic; compiled above O0, it may access less."""
+def roofline(program: Program, target: Target, accessed: float) -> dict[str, float]:
+    """Seconds of a call at the peaks.
+
+    The bound of a GPU is that of arithmetic: its cache holds some of what one kernel writes until the next reads it.
+    """
     peak = target.peak.flops * len(target.devices)
     model, compute = program.flops / peak, cost.count_flops(program.traced.jaxpr) / peak
-    memory = (accessed or 0.0) / target.peak.bandwidth
-    return {"model": model, "compute": compute, "memory": memory, "bound": max(compute, memory)}
+    memory = accessed / target.peak.bandwidth
+    bound = compute if target.devices[0].platform == "gpu" else max(compute, memory)
+    return {"model": model, "compute": compute, "memory": memory, "bound": bound}
 
 
 def refused_bytes(message: str) -> int:
@@ -223,13 +226,15 @@ def summary(plan: Plan) -> str:
         needed = f"{plan.needed * gib:.2f} GiB" if plan.needed else "more memory than there is"
         return f"  does not fit: it needs {needed} of {plan.available * gib:.0f} GiB a device"
     parts = ", ".join(f"{name} {size * gib:.2f}" for name, size in dataclasses.asdict(plan.memory).items())
-    moved = "not counted" if plan.accessed is None else f"{plan.accessed / 1e9:.1f} GB a device"
+    moved = sum(plan.accessed.values())
+    largest = ", ".join(f"{name} {100 * size / moved:.0f} %" for name, size in list(plan.accessed.items())[:4])
     sent = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in plan.sent.items() if size) or "nothing"
     fits, ms = "fits" if plan.fits else "does not fit", {name: 1000 * s for name, s in plan.seconds.items()}
     return (
         f"  {fits}: {plan.memory.total * gib:.2f} of {plan.available * gib:.0f} GiB a device ({parts}); compiled in "
         f"{plan.compile_seconds:.0f} s\n"
-        f"  a call of {plan.rows} {plan.unit}s: {plan.flops / 1e12:.4g} TFLOP, reads and writes {moved}, sends {sent}\n"
+        f"  a call of {plan.rows} {plan.unit}s: {plan.flops / 1e12:.4g} TFLOP, reads and writes {moved / 1e9:.1f} GB a "
+        f"device ({largest}), sends {sent}\n"
         f"  {ms['bound']:.3g} ms at the peaks (not a measurement: arithmetic {ms['compute']:.3g}, without "
         f"recomputation {ms['model']:.3g}; memory {ms['memory']:.3g}), so MFU at most {100 * plan.mfu:.0f} %"
     ) + (f"\n  unexpected: {first_ten(plan.unexpected, '; ')}" if plan.unexpected else "")
@@ -279,7 +284,7 @@ def cells(plan: Plan) -> list[str]:
         *gib,
         f"{plan.needed / 2**30:.2f}",
         f"{plan.flops / 1e12:.4g}",
-        "–" if plan.accessed is None else f"{plan.accessed / 1e9:.1f}",
+        f"{sum(plan.accessed.values()) / 1e9:.1f}" if plan.memory else "–",
         f"{1000 * plan.seconds['bound']:.3g}",
         f"{100 * plan.mfu:.0f} %",
         f"{sum(plan.sent.values()) / 2**20:,.0f}",
