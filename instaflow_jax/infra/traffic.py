@@ -8,7 +8,7 @@ for GPUs, and counts a loop's body once.
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 
 from instaflow_jax.infra import hlo
@@ -36,10 +36,10 @@ def read(text: str) -> Counter[str]:
       ValueError: a loop does not say how often it runs.
     """
     computations, entry = hlo.split(text)
-    return _visit(computations, entry, _file_finder(text))
+    return _visit(computations, entry, _file_finder(text, computations))
 
 
-def _visit(computations: Computations, name: str, file_of) -> Counter[str]:
+def _visit(computations: Computations, name: str, file_of: Callable[[Instruction], str]) -> Counter[str]:
     moved, results = Counter(), {}
     for instruction in computations[name]:
         results[instruction.name] = instruction.result
@@ -57,7 +57,7 @@ def _visit(computations: Computations, name: str, file_of) -> Counter[str]:
             for inner in instruction.called:
                 moved.update(_visit(computations, inner, file_of))
         elif operation not in _FREE and not operation.endswith("-done"):
-            moved[file_of(instruction.rest)] += _moved(computations, instruction, results)
+            moved[file_of(instruction)] += _moved(computations, instruction, results)
     return +moved  # without zeros
 
 
@@ -132,8 +132,8 @@ def _size(array: Array) -> int:
 # ---------------------------------------------------------------- where an instruction comes from
 
 
-def _file_finder(text: str):
-    """A function of an instruction's rest that names its file."""
+def _file_finder(text: str, computations: Computations) -> Callable[[Instruction], str]:
+    """A function that names the file of an instruction; of a fusion that says nothing, the file of what is inside."""
     names = {number: name.strip('"') for number, name in _table(text, "FileNames").items()}
     files = {number: names[_field(line, "file_name_id")] for number, line in _table(text, "FileLocations").items()}
     frames = _table(text, "StackFrames")
@@ -148,9 +148,11 @@ def _file_finder(text: str):
             number = 0 if parent == number else parent
         return OTHER
 
-    def file_of(rest: str) -> str:
-        found = _FRAME.search(rest)
-        return file_of_frame(int(found[1])) if found else OTHER
+    def file_of(instruction: Instruction) -> str:
+        inside = computations[instruction.called[0]] if instruction.operation == "fusion" else ()
+        frames = (_FRAME.search(each.rest) for each in (instruction, *reversed(inside)))
+        files = (file_of_frame(int(frame[1])) for frame in frames if frame)
+        return next((file for file in files if file != OTHER), OTHER)
 
     return file_of
 
