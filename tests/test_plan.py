@@ -152,6 +152,15 @@ def test_what_a_refusal_needs_is_read():
     assert stage.refused_bytes(message) == int(22.36 * 2**30) and stage.refused_bytes("no figure") == 0
 
 
+def test_a_program_whose_traffic_cannot_be_counted_is_planned(monkeypatch, capsys):
+    def refuse(text):
+        raise ValueError("a loop has an unknown trip count: while.1")
+
+    monkeypatch.setattr(stage.traffic, "read", refuse)
+    assert stage.count_traffic("") == {}
+    assert "memory traffic is not counted: a loop has an unknown trip count: while.1" in capsys.readouterr().out
+
+
 def test_the_fastest_plan_that_fits_wins():
     def plan(seconds, rows, fits):
         nothing = {"program": "reflow", "target": "v5e-4", "devices": 4, "fields": {}, "memory": None, "needed": 0}

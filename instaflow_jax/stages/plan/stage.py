@@ -38,7 +38,7 @@ class Plan:
       memory: None if the compiler refused the program for lack of memory.
       needed: bytes, by the compiler's refusal or `memory.total`.
       flops: of one call on all devices together, without recomputation.
-      accessed: bytes that a call reads and writes, by the file of this package that asked for it, see `traffic.read`.
+      accessed: bytes that a call reads and writes, by file, see `traffic.read`; empty if they are not counted.
       sent: bytes that a device sends in a call, by collective operation.
       seconds: of one call: "model" for `flops` at the peak FLOP/s, "compute" with what is recomputed, "memory" at the
         peak bandwidth, and "bound", which no run is faster than.
@@ -132,7 +132,7 @@ def measure(config: ConfigDict, model: str, target: Target, optimization_level: 
     else:
         seconds, memory = time.monotonic() - start, cost.memory(compiled)
         needed, text = memory.total if memory else 0, compiled.as_text()
-        found, accessed = collectives.read(text), dict(traffic.read(text).most_common())
+        found, accessed = collectives.read(text), count_traffic(text)
     return Plan(
         program=config.stage,
         target=target.name,
@@ -152,6 +152,15 @@ def measure(config: ConfigDict, model: str, target: Target, optimization_level: 
         calls=program.calls,
         compile_seconds=seconds,
     )
+
+
+def count_traffic(text: str) -> dict[str, float]:
+    """`traffic.read`, the largest first; empty, with a line, where it fails, so that the rest of the plan is kept."""
+    try:
+        return dict(traffic.read(text).most_common())
+    except ValueError as error:
+        print(f"  memory traffic is not counted: {error}", flush=True)
+        return {}
 
 
 def sums(program: Program, target: Target, optimization_level: str) -> int:
@@ -228,13 +237,14 @@ def summary(plan: Plan) -> str:
     parts = ", ".join(f"{name} {size * gib:.2f}" for name, size in dataclasses.asdict(plan.memory).items())
     moved = sum(plan.accessed.values())
     largest = ", ".join(f"{name} {100 * size / moved:.0f} %" for name, size in list(plan.accessed.items())[:4])
+    gigabytes = f"{moved / 1e9:.1f} GB a device ({largest})" if moved else "not counted"
     sent = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in plan.sent.items() if size) or "nothing"
     fits, ms = "fits" if plan.fits else "does not fit", {name: 1000 * s for name, s in plan.seconds.items()}
     return (
         f"  {fits}: {plan.memory.total * gib:.2f} of {plan.available * gib:.0f} GiB a device ({parts}); compiled in "
         f"{plan.compile_seconds:.0f} s\n"
-        f"  a call of {plan.rows} {plan.unit}s: {plan.flops / 1e12:.4g} TFLOP, reads and writes {moved / 1e9:.1f} GB a "
-        f"device ({largest}), sends {sent}\n"
+        f"  a call of {plan.rows} {plan.unit}s: {plan.flops / 1e12:.4g} TFLOP, reads and writes {gigabytes}, "
+        f"sends {sent}\n"
         f"  {ms['bound']:.3g} ms at the peaks (not a measurement: arithmetic {ms['compute']:.3g}, without "
         f"recomputation {ms['model']:.3g}; memory {ms['memory']:.3g}), so MFU at most {100 * plan.mfu:.0f} %"
     ) + (f"\n  unexpected: {first_ten(plan.unexpected, '; ')}" if plan.unexpected else "")
@@ -284,7 +294,7 @@ def cells(plan: Plan) -> list[str]:
         *gib,
         f"{plan.needed / 2**30:.2f}",
         f"{plan.flops / 1e12:.4g}",
-        f"{sum(plan.accessed.values()) / 1e9:.1f}" if plan.memory else "–",
+        f"{sum(plan.accessed.values()) / 1e9:.1f}" if plan.accessed else "–",
         f"{1000 * plan.seconds['bound']:.3g}",
         f"{100 * plan.mfu:.0f} %",
         f"{sum(plan.sent.values()) / 2**20:,.0f}",
