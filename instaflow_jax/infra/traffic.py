@@ -93,7 +93,7 @@ def _moved_by_fusion(inner: Sequence[Instruction], written: list[Array], operand
         taken = [_taken(parameter.name, user, named) for user in users.get(parameter.name, [])]
         total += whole if None in taken else min(whole, sum(taken))
     root = next(i for i in inner if i.root)
-    outputs = [named[name] for name in root.operands] if root.operation == "tuple" else [root]
+    outputs = [named[name] for name in root.operands] if root.operation == "tuple" else [root] * len(written)
     for output, array in zip(outputs, written, strict=True):
         while output.operation in _VIEWS and output.operands[0] in named:
             output = named[output.operands[0]]
