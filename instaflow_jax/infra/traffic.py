@@ -90,7 +90,7 @@ def _moved_by_fusion(inner: Sequence[Instruction], written: list[Array], operand
     total = 0
     for parameter in (i for i in inner if i.operation == "parameter"):
         whole = sum(map(_in_memory, operands[int(parameter.rest.split(")")[0])]))
-        taken = [_taken(parameter.name, user, named) for user in users.get(parameter.name, [])]
+        taken = [_taken(parameter.name, user) for user in users.get(parameter.name, [])]
         total += whole if None in taken else min(whole, sum(taken))
     root = next(i for i in inner if i.root)
     outputs = [named[name] for name in root.operands] if root.operation == "tuple" else [root] * len(written)
@@ -104,7 +104,7 @@ def _moved_by_fusion(inner: Sequence[Instruction], written: list[Array], operand
     return total
 
 
-def _taken(name: str, user: Instruction, named: Mapping[str, Instruction]) -> int | None:
+def _taken(name: str, user: Instruction) -> int | None:
     """Bytes of the array `name` that an instruction of a fusion reads; None for all of it."""
     if user.operands[0] != name or name in user.operands[1:]:
         return None
