@@ -1,6 +1,6 @@
 """What a compiled program reads from and writes to a device's memory, counted array by array in its HLO text.
 
-XLA's own count (`cost_analysis`) agrees for a TPU's program compiled at O0 (48.16 GB for the 48.09 found here, the
+XLA's own count (`cost_analysis`) agrees for a TPU's program compiled at O0 (48.16 GB for the 48.01 found here, the
 one-step image of SD 1.5 at batch 8 for v5e). Above O0 that count includes what stays in on-chip memory; it says nothing
 for GPUs, and counts a loop's body once.
 """
