@@ -27,13 +27,7 @@ StackFrames
 3 {file_location_id=1 parent_frame_id=2}
 
 """
-COMPUTATIONS = """%add (a: f32[], b: f32[]) -> f32[] {
-  %a = f32[] parameter(0)
-  %b = f32[] parameter(1)
-  ROOT %sum = f32[] add(%a, %b)
-}
-
-%sliced (p0: f32[100,256], p1: s32[]) -> f32[1,256] {
+COMPUTATIONS = """%sliced (p0: f32[100,256], p1: s32[]) -> f32[1,256] {
   %p0 = f32[100,256]{1,0} parameter(0)
   %p1 = s32[] parameter(1)
   ROOT %row = f32[1,256]{1,0} dynamic-slice(%p0, %p1, %p1), dynamic_slice_sizes={1,256}

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from instaflow_jax.infra import hlo
-from instaflow_jax.infra.hlo import Array, Instruction
+from instaflow_jax.infra.hlo import Instruction
 
 OPERATIONS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 GRADIENT_SIZE = 2**14  # elements; smaller sums are of scalars, biases and norms
@@ -39,7 +39,7 @@ class Collective:
     @property
     def size(self) -> int:
         """Bytes of the array on a device."""
-        return math.prod(self.shape) * Array(self.dtype, self.shape, "").bits // 8
+        return math.prod(self.shape) * hlo.bits(self.dtype) // 8
 
     @property
     def sent(self) -> float:

@@ -27,11 +27,6 @@ class Array(NamedTuple):
     shape: tuple[int, ...]
     layout: str
 
-    @property
-    def bits(self) -> int:
-        """Of one element."""
-        return _BITS.get(self.dtype) or int(re.sub(r"\D", "", self.dtype) or 0)
-
 
 class Instruction(NamedTuple):
     """One line of a computation: `name = result operation(rest`, where rest begins with the operands."""
@@ -76,6 +71,11 @@ def arrays(result: str) -> list[Array]:
         Array(dtype, tuple(int(n) for n in dims.split(",") if n), layout)
         for dtype, dims, layout in _ARRAY.findall(result)
     ]
+
+
+def bits(dtype: str) -> int:
+    """Of one element of an array."""
+    return _BITS.get(dtype) or int(re.sub(r"\D", "", dtype) or 0)
 
 
 def body(loop: Instruction) -> str:

@@ -126,7 +126,7 @@ def _size(array: Array) -> int:
         fastest = [int(axis) for axis in array.layout.split(":")[0].split(",") if axis]
         for axis, length in zip(fastest, reversed(tile[1].split(",")), strict=False):
             shape[axis] = math.ceil(shape[axis] / int(length)) * int(length)
-    return math.prod(shape) * array.bits // 8
+    return math.prod(shape) * hlo.bits(array.dtype) // 8
 
 
 # ---------------------------------------------------------------- where an instruction comes from

@@ -63,6 +63,11 @@ class Plan:
     compile_seconds: float
 
     @property
+    def moved(self) -> float:
+        """All bytes of `accessed`."""
+        return sum(self.accessed.values())
+
+    @property
     def hours(self) -> float:
         """Of all calls, at least."""
         return self.calls * self.seconds["bound"] / 3600
@@ -235,16 +240,14 @@ def summary(plan: Plan) -> str:
         needed = f"{plan.needed * gib:.2f} GiB" if plan.needed else "more memory than there is"
         return f"  does not fit: it needs {needed} of {plan.available * gib:.0f} GiB a device"
     parts = ", ".join(f"{name} {size * gib:.2f}" for name, size in dataclasses.asdict(plan.memory).items())
-    moved = sum(plan.accessed.values())
-    largest = ", ".join(f"{name} {100 * size / moved:.0f} %" for name, size in list(plan.accessed.items())[:4])
-    gigabytes = f"{moved / 1e9:.1f} GB a device ({largest})" if moved else "not counted"
+    largest = ", ".join(f"{name} {100 * size / plan.moved:.0f} %" for name, size in list(plan.accessed.items())[:4])
+    moved = f"{plan.moved / 1e9:.1f} GB a device ({largest})" if plan.accessed else "not counted"
     sent = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in plan.sent.items() if size) or "nothing"
     fits, ms = "fits" if plan.fits else "does not fit", {name: 1000 * s for name, s in plan.seconds.items()}
     return (
         f"  {fits}: {plan.memory.total * gib:.2f} of {plan.available * gib:.0f} GiB a device ({parts}); compiled in "
         f"{plan.compile_seconds:.0f} s\n"
-        f"  a call of {plan.rows} {plan.unit}s: {plan.flops / 1e12:.4g} TFLOP, reads and writes {gigabytes}, "
-        f"sends {sent}\n"
+        f"  a call of {plan.rows} {plan.unit}s: {plan.flops / 1e12:.4g} TFLOP, reads and writes {moved}, sends {sent}\n"
         f"  {ms['bound']:.3g} ms at the peaks (not a measurement: arithmetic {ms['compute']:.3g}, without "
         f"recomputation {ms['model']:.3g}; memory {ms['memory']:.3g}), so MFU at most {100 * plan.mfu:.0f} %"
     ) + (f"\n  unexpected: {first_ten(plan.unexpected, '; ')}" if plan.unexpected else "")
@@ -294,7 +297,7 @@ def cells(plan: Plan) -> list[str]:
         *gib,
         f"{plan.needed / 2**30:.2f}",
         f"{plan.flops / 1e12:.4g}",
-        f"{sum(plan.accessed.values()) / 1e9:.1f}" if plan.accessed else "–",
+        f"{plan.moved / 1e9:.1f}" if plan.accessed else "–",
         f"{1000 * plan.seconds['bound']:.3g}",
         f"{100 * plan.mfu:.0f} %",
         f"{sum(plan.sent.values()) / 2**20:,.0f}",
