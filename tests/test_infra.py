@@ -387,6 +387,17 @@ def test_tensorboard_gets_the_same_scalars(tmp_path):
     assert {"loss", "speed/steps_per_s", "samples"} <= set(events.Tags()["tensors"])
 
 
+@pytest.mark.slow
+def test_a_failed_write_for_tensorboard_is_one_error(tmp_path):
+    pytest.importorskip("tensorflow")
+    (tmp_path / "tensorboard").touch()  # where its folder should be
+    writer = metrics.make_writer(tmp_path, tensorboard=True)
+    writer.write_scalars(1, {"loss": 0.5})
+    with pytest.raises(OSError, match=r"cannot write TensorBoard's files in .*/tensorboard .*Not a directory"):
+        writer.close()
+    assert metrics.read_json_lines(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5}]
+
+
 def test_hyper_parameters_are_flat(tmp_path):
     writer = metrics.make_writer(tmp_path, tensorboard=False)
     writer.write_hparams({"optim": {"peak": 1e-3, "betas": (0.9, 0.99)}, "name": "toy"})

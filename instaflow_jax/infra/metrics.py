@@ -3,7 +3,9 @@
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +43,54 @@ class Writer:
         """Flushes and releases the files."""
 
 
-class DiskWriter(Writer):
-    """Writes metrics.jsonl, speed.jsonl and hparams.json in a directory, and the same numbers to clu's writers.
+class Board:
+    """TensorBoard's event files, written by clu in a thread of its own.
 
-    Images go to clu's writers only. Those cannot truncate their files, so there a resumed run shows its repeated steps
-    twice.
+    clu is imported at the first write and there, because it imports TensorFlow: seconds in which a run that is started
+    again reads its compiled step. A write that fails raises OSError at the next call.
+    """
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+        self._thread = ThreadPoolExecutor(1)
+        self._writes: deque[Future] = deque()
+        self._writer: Any = None
+
+    def submit(self, method: str, *args: Any) -> None:
+        """Calls a method of clu's `MetricWriter` after the earlier ones, without waiting for it."""
+        while self._writes and self._writes[0].done():
+            self._take_first()
+        self._writes.append(self._thread.submit(self._call, method, args))
+
+    def wait(self, method: str) -> None:
+        """The same, and returns once it is done; nothing if nothing was ever written."""
+        if self._writes or self._writer:
+            self.submit(method)
+            while self._writes:
+                self._take_first()
+
+    def _take_first(self) -> None:
+        """Waits for the oldest write."""
+        try:
+            self._writes.popleft().result()
+        except Exception as error:  # TensorFlow has classes of its own
+            raise OSError(
+                f"cannot write TensorBoard's files in {self._directory} ({error}): free some space and run again, or "
+                "use --config.tensorboard=False"
+            ) from error
+
+    def _call(self, method: str, args: tuple[Any, ...]) -> None:
+        if self._writer is None:
+            from clu import metric_writers
+
+            self._writer = metric_writers.SummaryWriter(str(self._directory))
+        getattr(self._writer, method)(*args)
+
+
+class DiskWriter(Writer):
+    """Writes metrics.jsonl, speed.jsonl and hparams.json in a directory, and the same numbers for TensorBoard.
+
+    Images go to TensorBoard only. Its files cannot be truncated, so there a resumed run shows its repeated steps twice.
     """
 
     def __init__(self, directory: Path, tensorboard: bool):
@@ -53,48 +98,43 @@ class DiskWriter(Writer):
         self._metrics = directory / "metrics.jsonl"
         self._speed = directory / "speed.jsonl"
         self._hparams = directory / "hparams.json"
-        self._tensorboard = directory / "tensorboard" if tensorboard else None
-        self._boards: list[Any] = []
+        self._boards = [Board(directory / "tensorboard")] if tensorboard else []
 
     def start(self, step: int) -> None:
         if self._metrics.exists():
             truncate(self._metrics, step)
-        if self._tensorboard:
-            from clu import metric_writers  # imports TensorFlow, which takes seconds
-
-            self._boards = [metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(self._tensorboard)))]
 
     def write_scalars(self, step: int, scalars: Scalars) -> None:
         append(self._metrics, json_line(step, scalars))
         for board in self._boards:
-            board.write_scalars(step, scalars)
+            board.submit("write_scalars", step, scalars)
 
     def write_speed(self, step: int, scalars: Scalars) -> None:
         append(self._speed, json_line(step, scalars))
         for board in self._boards:
-            board.write_scalars(step, {f"speed/{name}": value for name, value in scalars.items()})
+            board.submit("write_scalars", step, {f"speed/{name}": value for name, value in scalars.items()})
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         for board in self._boards:
-            board.write_images(step, images)
+            board.submit("write_images", step, images)
 
     def write_hparams(self, hparams: Mapping[str, object]) -> None:
         flat = flatten(hparams)
         write_json(self._hparams, flat)
         for board in self._boards:
-            board.write_hparams(flat)
+            board.submit("write_hparams", flat)
 
     def flush(self) -> None:
         with self._metrics.open("a") as file:
             os.fsync(file.fileno())
         for board in self._boards:
-            board.flush()
+            board.wait("flush")
         stores.sync()
 
     def close(self) -> None:
         self.flush()
         for board in self._boards:
-            board.close()
+            board.wait("close")
 
 
 def make_writer(directory: str | Path, *, tensorboard: bool) -> Writer:

@@ -85,7 +85,7 @@ def train(
         checkpoints.check_newest(like)  # before the compiler, which takes minutes, starts
         frozen, key = devices.replicate(frozen, mesh), devices.replicate_key(key, mesh)
         if (checkpoints.latest() or 0) < steps:
-            compiling = beside.submit(compile_step, step, like, frozen, batches, key, mesh)
+            compiling = beside.submit(lower_step(step, like, frozen, batches, key, mesh))
         state, first = start(create, like, batches, checkpoints, writer)  # while the compiler works
         if first >= steps:
             return state
@@ -139,27 +139,33 @@ def start(
     return state, first
 
 
-def compile_step(
+def lower_step(
     step: TrainStep, state: PyTree, frozen: PyTree, batches: Batches, key: Key, mesh: Mesh
-) -> tuple[jax.stages.Compiled, int, float]:
-    """Compiles the step before any data is read, and logs its cost.
+) -> Callable[[], tuple[jax.stages.Compiled, int, float]]:
+    """Traces and lowers the step before any data is read. This is Python; the compiler is not, so it can run beside it.
 
     Args:
       state: a TrainState, or its shapes with shardings.
 
     Returns:
-      The compiled step, which donates the state; the global batch size; FLOPs per step.
+      A function that compiles the step and logs its cost. It returns the compiled step, which donates the state; the
+      global batch size; FLOPs per step.
     """
     batch = devices.abstract_batch(batches.spec(), mesh)
     batch_size = next(iter(batch.values())).shape[0]
     devices.check_batch_size("batch_size", batch_size, mesh, step.accumulate)
     start = time.monotonic()
     traced = trace_step(step, state, frozen, batch, key, mesh)
-    with ThreadPoolExecutor(1) as beside:
-        counting = beside.submit(count_flops, traced, step, state, frozen, batch, key)  # while the compiler works
-        compiled, flops = traced.lower().compile(), counting.result()
-    log.info(cost.describe(compiled, flops, time.monotonic() - start))
-    return compiled, batch_size, flops
+    lowered = traced.lower()
+
+    def compile_it() -> tuple[jax.stages.Compiled, int, float]:
+        with ThreadPoolExecutor(1) as beside:
+            counting = beside.submit(count_flops, traced, step, state, frozen, batch, key)  # while the compiler works
+            compiled, flops = lowered.compile(), counting.result()
+        log.info(cost.describe(compiled, flops, time.monotonic() - start))
+        return compiled, batch_size, flops
+
+    return compile_it
 
 
 def trace_step(

@@ -1,5 +1,6 @@
 """Converts a noise predictor's weights into initial weights of a flow."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
@@ -27,10 +28,12 @@ def from_teacher(params: Params, unet, schedule: Schedule, num_timesteps: int) -
     """
     config, t = unet.config, (np.arange(num_timesteps) + 0.5) / num_timesteps
 
+    @jax.jit
+    def embed(timestep):
+        return timestep_embedding(timestep, config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift)
+
     def sinusoids(timestep: Float[np.ndarray, " T"]) -> Float[np.ndarray, "T F"]:
-        timestep, features = jnp.asarray(timestep, jnp.float32), config.block_out_channels[0]
-        embedding = timestep_embedding(timestep, features, config.flip_sin_to_cos, config.freq_shift)
-        return np.asarray(embedding, np.float64)
+        return np.asarray(embed(jnp.asarray(timestep, jnp.float32)), np.float64)
 
     flow, teacher = sinusoids(num_timesteps * (1 - t)), sinusoids(equal_noise(schedule, t))
     refitted = {
