@@ -451,6 +451,15 @@ def test_grid_labels_do_not_cover_the_images():
     assert (made[: images.LABEL_HEIGHT, -30:] < 128).any()  # and above
 
 
+def test_a_label_wider_than_its_column_takes_more_lines():
+    pixels = np.zeros((2, 20, 60, 3), np.uint8)
+    made = images.grid(pixels, columns=2, row_labels=(), column_labels=("short", "wider than sixty pixels"), scale=1)
+    top = made.shape[0] - 20
+    assert top == 3 * images.LABEL_HEIGHT
+    ink = (made[:top, -60:] < 128).any(axis=(1, 2))
+    assert all(ink[start : start + images.LABEL_HEIGHT].any() for start in range(0, top, images.LABEL_HEIGHT))
+
+
 def test_grid_refuses_wrong_labels_and_no_images():
     with pytest.raises(ValueError, match="row_labels has 1 labels for a grid of 2"):
         images.grid(np.zeros((2, 4, 4, 3), np.uint8), columns=1, row_labels=("a",), column_labels=(), scale=1)

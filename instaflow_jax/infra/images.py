@@ -15,7 +15,7 @@ from instaflow_jax.infra.files import write_bytes, wrong_kind
 
 GAP = 2  # pixels between the images of a grid
 WHITE = 255
-LABEL_HEIGHT = 16  # pixels
+LABEL_HEIGHT = 16  # pixels of a line
 # All that Pillow raises for a file that it cannot decode.
 PILLOW_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 
@@ -43,7 +43,7 @@ def grid(
     Args:
       columns: images per row; the last row may be shorter.
       row_labels: one per row, or () for none; the margin is as wide as the longest.
-      column_labels: one per column, or () for none; cut off at the width of an image.
+      column_labels: one per column, or () for none; in as many lines as the width of an image asks for.
       scale: integer factor by which every pixel is enlarged, for small images.
 
     Raises:
@@ -57,7 +57,8 @@ def grid(
             raise ValueError(f"{name} has {len(labels)} labels for a grid of {count}: use one for each, or ()")
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     _, height, width, _ = images.shape
-    left, top = _margin(row_labels), LABEL_HEIGHT if column_labels else 0
+    column_labels = [_wrap(label, width) for label in column_labels]
+    left, top = _margin(row_labels), max((LABEL_HEIGHT * len(label.splitlines()) for label in column_labels), default=0)
     canvas = np.full((top + rows * (height + GAP) - GAP, left + columns * (width + GAP) - GAP, 3), WHITE, np.uint8)
     for number, image in enumerate(images):
         row, column = divmod(number, columns)
@@ -78,10 +79,22 @@ def _margin(labels: Sequence[str]) -> int:
     return max((int(_font().getlength(label)) + 8 for label in labels), default=0)
 
 
+def _wrap(label: str, width: int) -> str:
+    """The label with line breaks in place of spaces where a line would be wider than `width` pixels."""
+    lines = [""]
+    for word in label.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and _font().getlength(longer) + 2 > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
+
+
 def _write(canvas: UInt8[np.ndarray, "h w 3"], label: str, *, y: int, x: int, height: int, width: int) -> None:
     """Draws a label at the left of a box, vertically centred; text outside the box is cut off."""
     box = Image.new("RGB", (width, height), (WHITE,) * 3)
-    ImageDraw.Draw(box).text((2, height // 2), label, fill=0, font=_font(), anchor="lm")
+    ImageDraw.Draw(box).text((2, height // 2), label, fill=0, font=_font(), anchor="lm", spacing=2)
     canvas[y : y + height, x : x + width] = np.asarray(box)
 
 
