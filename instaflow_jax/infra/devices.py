@@ -137,24 +137,29 @@ def gathers_once(params: PyTree, others: PyTree, mesh: Mesh) -> bool:
     return found is None or 4 * sum(math.prod(leaf.shape) for leaf in whole) <= found.memory / 4
 
 
-def gathering(gradient: Callable, mesh: Mesh, others: Sequence[str] = ()) -> Callable:
+def gathering(gradient: Callable, mesh: Mesh, others: Sequence[str] = (), *, loops: bool = False) -> Callable:
     """`gradient(params, frozen, batch, key)` that gathers parameters before it computes and scatters what it found.
 
     `gradient` returns (value, metrics, gradients). `others` names the entries of `frozen` that are split like `params`.
+    `loops` says that it loops over micro-batches: then nothing moves the gathers into the loop, as XLA does for two
+    networks on GPUs. Without a loop XLA may, and casts to bfloat16 before it gathers.
 
     Without this the partitioner splits convolutions along their sharded kernels and sends activations between devices.
     """
     if mesh.shape["fsdp"] == 1:
         return gradient
 
-    def gather(tree: PyTree) -> PyTree:
+    def whole(tree: PyTree) -> PyTree:
         return jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+    def gather(tree: PyTree) -> PyTree:
+        return jax.tree.map(jax.lax.optimization_barrier, whole(tree)) if loops else whole(tree)
 
     def gathered(params, frozen, batch, key):
         frozen = {**frozen, **{name: gather(frozen[name]) for name in others}}
         value, metrics, grads = gradient(gather(params), frozen, batch, key)
         # Replicate first: a sharded gradient would make the partitioner shard the convolutions' activations as well.
-        return value, metrics, jax.lax.with_sharding_constraint(gather(grads), state_sharding(grads, mesh))
+        return value, metrics, jax.lax.with_sharding_constraint(whole(grads), state_sharding(grads, mesh))
 
     return gathered
 

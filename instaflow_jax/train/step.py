@@ -133,7 +133,7 @@ def make_gradients(loss: Loss, accumulate: int, mesh: Mesh, others: Sequence[str
 
     def mean(params, frozen, batch, key):
         if devices.gathers_once(params, [frozen[name] for name in others], mesh):
-            total = devices.gathering(make_sum(gradient, accumulate), mesh, others)
+            total = devices.gathering(make_sum(gradient, accumulate), mesh, others, loops=accumulate > 1)
         else:
             total = make_sum(devices.gathering(gradient, mesh, others), accumulate)
         return jax.tree.map(lambda a: a / accumulate, total(params, frozen, batch, key))
