@@ -141,8 +141,8 @@ def gathering(gradient: Callable, mesh: Mesh, others: Sequence[str] = (), *, loo
     """`gradient(params, frozen, batch, key)` that gathers parameters before it computes and scatters what it found.
 
     `gradient` returns (value, metrics, gradients). `others` names the entries of `frozen` that are split like `params`.
-    `loops` says that it loops over micro-batches: then nothing moves the gathers into the loop, as XLA does for two
-    networks on GPUs. Without a loop XLA may, and casts to bfloat16 before it gathers.
+    `loops` says that it loops over micro-batches: then a barrier keeps the gathers before the loop, into which XLA may
+    move them on GPUs. Without a loop there is no barrier, because XLA casts to bfloat16 before it gathers.
 
     Without this the partitioner splits convolutions along their sharded kernels and sends activations between devices.
     """

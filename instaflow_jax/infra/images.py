@@ -58,7 +58,7 @@ def grid(
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     _, height, width, _ = images.shape
     column_labels = [_wrap(label, width) for label in column_labels]
-    left, top = _margin(row_labels), max((LABEL_HEIGHT * len(label.splitlines()) for label in column_labels), default=0)
+    left, top = _margin(row_labels), LABEL_HEIGHT * max((label.count("\n") + 1 for label in column_labels), default=0)
     canvas = np.full((top + rows * (height + GAP) - GAP, left + columns * (width + GAP) - GAP, 3), WHITE, np.uint8)
     for number, image in enumerate(images):
         row, column = divmod(number, columns)
@@ -81,10 +81,10 @@ def _margin(labels: Sequence[str]) -> int:
 
 def _wrap(label: str, width: int) -> str:
     """The label with line breaks in place of spaces where a line would be wider than `width` pixels."""
-    lines = [""]
+    font, lines = _font(), [""]
     for word in label.split():
         longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and _font().getlength(longer) + 2 > width:
+        if lines[-1] and font.getlength(longer) + 2 > width:
             lines.append(word)
         else:
             lines[-1] = longer

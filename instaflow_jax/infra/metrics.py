@@ -22,7 +22,7 @@ class Writer:
     """Writes a run's metrics and images; this base class discards them, for processes other than the first."""
 
     def start(self, step: int) -> None:
-        """Comes before all else: opens the files and deletes the scalars after `step`, which the run writes again."""
+        """Comes before all else: deletes the scalars after `step`, which the run writes again."""
 
     def write_scalars(self, step: int, scalars: Scalars) -> None:
         """Results of training; a killed and resumed run writes the same as an uninterrupted one."""
