@@ -34,7 +34,8 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
     config.pairs_folder = "reflow"  # folder of the workdir that holds pairs/
     config.output = "distill"  # folder of the workdir to train in
     config.prompt_dropout = 0.0  # because a one-step model is not guided
-    config.distance = "l2"  # or lpips
+    config.distance = "l2"  # of the latents, or lpips
+    config.penalty = "squared"  # on errors of latents and velocities; or those of train/losses.py
     # model: embedded name or directory with lpips/. trunk, heads, net: instead of it, torchvision's vgg16 or alexnet
     # .pth and the lpips package's heads. l2: weight of the squared error that is added. crop, margin: latents per side
     # of the random crop that is compared, and around it; 0 compares the complete image.
@@ -54,6 +55,7 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
 def openmoji(config: ConfigDict) -> None:
     config.pairs = reflow.flow_pairs()
     reflow.emoji_budget(config, steps=900)
+    config.penalty = "pseudo_huber"
     config.warm_start = True
 
 
@@ -76,7 +78,7 @@ def direct(config: ConfigDict) -> None:
 def consistency(config: ConfigDict) -> None:
     """300 steps of 32, for sampling in 1, 2, 4 and 8 steps, from the one-step model `config.init_from`."""
     openmoji(config)
-    config.consistency, config.output = (1, 2, 4, 8), "consistency"
+    config.consistency, config.penalty, config.output = (1, 2, 4, 8), "squared", "consistency"
     config.loop.steps = 300
     config.schedule.peak = 3e-4
 

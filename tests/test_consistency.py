@@ -21,7 +21,7 @@ from instaflow_jax.train import losses
 TEXT = types.SimpleNamespace(apply=lambda params, ids: types.SimpleNamespace(last_hidden_state=params[ids]))
 FROZEN = {"text_encoder": jnp.asarray(normal(9, 16, 3)), "null_ids": np.array([[0, 0]])}
 BATCH = {"X0": normal(0, 64, 4, 4, 2), "X1": normal(1, 64, 4, 4, 2), "ids": np.arange(128).reshape(64, 2) % 15 + 1}
-SHARED = {"prompt_dropout": 0.0, "num_timesteps": 1000}
+SHARED = {"penalty": "squared", "prompt_dropout": 0.0, "num_timesteps": 1000}
 
 
 def curved(params, Z, tau, text):
@@ -29,8 +29,8 @@ def curved(params, Z, tau, text):
     return params * Z + jnp.sin(tau / 300)[:, None, None, None] + text.mean((1, 2))[:, None, None, None]
 
 
-def make_loss(apply, steps):
-    return losses.make_consistency_loss(types.SimpleNamespace(apply=apply), TEXT, steps=steps, **SHARED)
+def make_loss(apply, steps, **changes):
+    return losses.make_consistency_loss(types.SimpleNamespace(apply=apply), TEXT, steps=steps, **(SHARED | changes))
 
 
 # ---------------------------------------------------------------- the loss
@@ -73,10 +73,20 @@ def test_the_loss_compares_predictions_at_both_ends_of_a_step_of_the_pairs_line(
 
 def test_one_step_alone_is_eq_6():
     eq_6 = losses.make_distill_loss(
-        types.SimpleNamespace(apply=curved), TEXT, losses.latent_distance, match=0.0, **SHARED
+        types.SimpleNamespace(apply=curved), TEXT, losses.make_latent_distance("squared"), match=0.0, **SHARED
     )
     value, want = (loss(0.7, FROZEN, BATCH, jax.random.key(0))[0] for loss in (make_loss(curved, (1,)), eq_6))
     assert float(value) == pytest.approx(float(want), rel=1e-6) and value > 0.1
+
+
+def test_one_step_alone_with_another_penalty_is_that_of_the_latents():
+    distance = losses.make_latent_distance("pseudo_huber")
+    fields = SHARED | {"penalty": "pseudo_huber"}
+    eq_6 = losses.make_distill_loss(types.SimpleNamespace(apply=curved), TEXT, distance, match=0.0, **fields)
+    alone = make_loss(curved, (1,), penalty="pseudo_huber")
+    value, want = (loss(0.7, FROZEN, BATCH, jax.random.key(0))[0] for loss in (alone, eq_6))
+    assert float(value) == pytest.approx(float(want), rel=1e-6)
+    assert float(value) != pytest.approx(float(make_loss(curved, (1,))(0.7, FROZEN, BATCH, jax.random.key(0))[0]))
 
 
 def test_it_is_zero_for_the_velocity_of_straight_paths_only():
@@ -119,7 +129,7 @@ def apply(params, Z, tau, text):
 
 text = types.SimpleNamespace(apply=lambda params, ids: types.SimpleNamespace(last_hidden_state=params[ids]))
 loss = losses.make_consistency_loss(types.SimpleNamespace(apply=apply), text,
-    steps=(1, 2, 4), prompt_dropout=0.1, num_timesteps=1000)
+    steps=(1, 2, 4), penalty="squared", prompt_dropout=0.1, num_timesteps=1000)
 X0, X1 = jax.random.normal(jax.random.key(2), (2, 16, 2, 2, toy.WIDTH))
 batch = {"X0": X0, "X1": X1, "ids": jnp.ones((16, 3), jnp.int32)}
 frozen = {"text_encoder": jnp.arange(8.0).reshape(2, 4) / 8, "null_ids": jnp.zeros((1, 3), jnp.int32)}

@@ -169,6 +169,7 @@ def test_bad_fields_are_refused_before_anything_is_loaded(fields, words):
         ("distill", {"pairs.solver": "ddim"}, "solver='ddim' does not fit a flow"),
         ("distill", {"init_from": "nowhere"}, "nowhere"),
         ("distill", {"reflow.loss.penalty": "cubic"}, "penalty='cubic' is unknown"),
+        ("distill", {"penalty": "cubic"}, "penalty='cubic' is unknown: use one of squared"),
         ("distill", {"reflow.pairs.solver": "euler"}, "solver='euler' does not fit a teacher"),
     ],
 )
@@ -350,6 +351,19 @@ def test_settings_that_change_no_weights_may_differ(fields, half_finished):
     config = read_config("reflow")
     config.update_from_flattened_dict(fields)
     fit.check_same_run(fit.read_train_options(config), half_finished / "reflow")
+
+
+def test_a_distillation_from_before_penalties_is_continued_with_the_squared_error_only(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "distill" / "checkpoints", keep_last=1, keep_every=0)
+    old = read_config("distill").to_dict()
+    del old["penalty"]
+    checkpoints.save(4, train_state.create({"a": np.ones(2, np.float32)}, optax.sgd(1.0)), {"step": 4}, old)
+    checkpoints.close()
+    config = read_config("distill")
+    with pytest.raises(ValueError, match="penalty='pseudo_huber', there 'squared'"):
+        fit.check_same_run(fit.read_train_options(config), tmp_path / "distill")
+    config.penalty = "squared"
+    fit.check_same_run(fit.read_train_options(config), tmp_path / "distill")
 
 
 def test_a_run_of_version_0_1_is_continued(half_finished):

@@ -139,14 +139,34 @@ def test_distillation_by_l2_is_eq_6():
     loss = losses.make_distill_loss(
         net(lambda p, Z, tau, text: p * Z),
         TEXT,
-        losses.latent_distance,
+        losses.make_latent_distance("squared"),
         match=0.0,
+        penalty="squared",
         prompt_dropout=0.0,
         num_timesteps=1000,
     )
     value, metrics = loss(0.3, FROZEN, BATCH, jax.random.key(0))
     np.testing.assert_allclose(value, np.mean((1.3 * BATCH["X0"] - BATCH["X1"]) ** 2), rtol=1e-6)
     assert metrics == {"l2": value}
+
+
+def test_the_penalty_is_of_the_latents_and_of_the_velocities_that_match():
+    loss = losses.make_distill_loss(
+        net(lambda params, Z, tau, text: params + 0 * Z),
+        TEXT,
+        losses.make_latent_distance("pseudo_huber"),
+        match=0.25,
+        penalty="pseudo_huber",
+        prompt_dropout=0.0,
+        num_timesteps=1000,
+    )
+    value, metrics = loss(0.3, FROZEN, BATCH, jax.random.key(0))
+    error = BATCH["X0"] + 0.3 - BATCH["X1"]
+    norm, c = np.sqrt((error**2).sum((1, 2, 3))), 0.00054 * 32
+    each = (np.sqrt(norm**2 + c**2) - c) / 32**0.5
+    np.testing.assert_allclose(value, each.mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["matching"], each[::4].mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["l2"], (error**2)[np.arange(64) % 4 > 0].mean(), rtol=1e-5)
 
 
 def test_distillation_uses_t_zero_except_for_the_share_that_matches():
@@ -157,14 +177,26 @@ def test_distillation_uses_t_zero_except_for_the_share_that_matches():
         return Z
 
     loss = losses.make_distill_loss(
-        net(record), TEXT, losses.latent_distance, match=0.25, prompt_dropout=0.0, num_timesteps=1000
+        net(record),
+        TEXT,
+        losses.make_latent_distance("squared"),
+        match=0.25,
+        penalty="squared",
+        prompt_dropout=0.0,
+        num_timesteps=1000,
     )
     value, metrics = loss(0.0, FROZEN, BATCH, jax.random.key(0))
     tau = np.reshape(seen["tau"], (16, 4))
     assert np.all(tau[:, 0] < 1000) and np.all(tau[:, 1:] == 1000)
     np.testing.assert_allclose(value, 0.75 * metrics["l2"] + 0.25 * metrics["matching"], rtol=1e-6)
     loss = losses.make_distill_loss(
-        net(oracle), TEXT, losses.latent_distance, match=0.25, prompt_dropout=0.0, num_timesteps=1000
+        net(oracle),
+        TEXT,
+        losses.make_latent_distance("squared"),
+        match=0.25,
+        penalty="squared",
+        prompt_dropout=0.0,
+        num_timesteps=1000,
     )
     assert float(loss(0.0, FROZEN, BATCH, jax.random.key(0))[0]) < 1e-12
 
@@ -173,10 +205,17 @@ def test_distillation_uses_t_zero_except_for_the_share_that_matches():
     "make,message",
     [
         (lambda: reflow(net(oracle), time="never"), "time='never' is unknown: use one of uniform, u_shaped"),
+        (lambda: losses.make_latent_distance("hard"), "penalty='hard' is unknown: use one of squared, pseudo_huber"),
         (lambda: reflow(net(oracle), penalty="hard"), "penalty='hard' is unknown: use one of squared, pseudo_huber"),
         (
             lambda: losses.make_distill_loss(
-                net(oracle), TEXT, losses.latent_distance, match=1.0, prompt_dropout=0.0, num_timesteps=1000
+                net(oracle),
+                TEXT,
+                losses.make_latent_distance("squared"),
+                match=1.0,
+                penalty="squared",
+                prompt_dropout=0.0,
+                num_timesteps=1000,
             ),
             "match=1.0 must be a share in",
         ),

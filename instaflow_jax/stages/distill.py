@@ -121,10 +121,10 @@ def make_loss(config: ConfigDict, options: flow_training.FlowOptions, nets: Mapp
       ValueError: a field is wrong.
     """
     unet, text_encoder = nets["unet"].with_remat(options.remat["unet"]), nets["text_encoder"]
-    shared = {"prompt_dropout": options.prompt_dropout, "num_timesteps": NUM_TIMESTEPS}
+    shared = {"prompt_dropout": options.prompt_dropout, "num_timesteps": NUM_TIMESTEPS, "penalty": config.penalty}
     if config.consistency:
         return losses.make_consistency_loss(unet, text_encoder, steps=tuple(config.consistency), **shared)
-    distance = losses.latent_distance
+    distance = losses.make_latent_distance(config.penalty)
     if config.distance == "lpips":
         fields = {name: config.lpips[name] for name in config.lpips if name not in LPIPS_FILES}
         vae, lpips = (nets[name].with_remat(options.remat[name]) for name in ("vae", "lpips"))

@@ -200,7 +200,7 @@ def make_line_loss(errors: Callable, *, time: str, penalty: str, noise: str) -> 
 
 
 def make_distill_loss(
-    unet, text_encoder, distance: Distance, *, match: float, prompt_dropout: float, num_timesteps: int
+    unet, text_encoder, distance: Distance, *, match: float, penalty: str, prompt_dropout: float, num_timesteps: int
 ) -> Loss:
     """Eq. 6: one Euler step from noise, X0 + v(X0, 0), is trained to be X1, as measured by `distance`.
 
@@ -208,15 +208,19 @@ def make_distill_loss(
     usable with 2 and 4 steps. The network sees both parts as one batch, because X0 is the path's point at t = 0.
 
     Args:
-      distance: `latent_distance`, or from `make_lpips_distance`; (frozen, X1_hat, batch, key) → (scalar, metrics).
+      distance: from `make_latent_distance` or `make_lpips_distance`; (frozen, X1_hat, batch, key) → (scalar, metrics).
       match: share of the batch, in [0, 1), that matches velocities instead.
+      penalty: of these velocities' errors, as for `make_reflow_loss`.
 
     Raises:
-      ValueError: match is outside [0, 1).
+      ValueError: match is outside [0, 1), or an unknown penalty.
     """
     if not 0 <= match < 1:
         raise ValueError(f"match={match} must be a share in [0, 1): use less than 1, so that some pairs are distilled")
-    errors = make_errors(unet, text_encoder, prompt_dropout, num_timesteps)
+    errors, measure = (
+        make_errors(unet, text_encoder, prompt_dropout, num_timesteps),
+        choose(PENALTIES, "penalty", penalty),
+    )
 
     def loss(params, frozen, batch, key):
         time_key, drop_key, distance_key = jax.random.split(key, 3)
@@ -227,7 +231,7 @@ def make_distill_loss(
 
         rest = {name: split(rows)[1] for name, rows in batch.items()}
         value, metrics = distance(frozen, rest["X0"].astype(jnp.float32) + split(v)[1], rest, distance_key)
-        matching = split(squared(error))[0]
+        matching = split(measure(error))[0]
         if not len(matching):
             return value, metrics
         share, matching = len(matching) / count, jnp.mean(matching)
@@ -237,7 +241,7 @@ def make_distill_loss(
 
 
 def make_consistency_loss(
-    unet, text_encoder, *, steps: Sequence[int], prompt_dropout: float, num_timesteps: int
+    unet, text_encoder, *, steps: Sequence[int], penalty: str, prompt_dropout: float, num_timesteps: int
 ) -> Loss:
     """Consistency training on the pairs' straight paths, for sampling with any of the numbers of steps N in `steps`.
 
@@ -245,16 +249,18 @@ def make_consistency_loss(
     t, f(Xt, t) = Xt + (1 − t) v(Xt, t), is trained to be the one predicted at t', without a gradient. At t' = 1 that
     is the pair's X1, so N = 1 is Eq. 6, and larger N carry X1 back along the line. f and both points on one line are
     Consistency-FM's (arXiv 2407.02398), which has independent noise and one small t' − t. The target takes the trained
-    weights and not their moving average, as there and in iCT (2310.14189). The weight of the squared error is
-    max(SNR, 1) with SNR = t² / (1 − t)² (2202.00512): with equal weights, velocities near data, which a sampler of many
-    steps needs, would count little.
+    weights and not their moving average, as there and in iCT (2310.14189). The weight of the error is max(SNR, 1) with
+    SNR = t² / (1 − t)² (2202.00512): with equal weights, velocities near data, which a sampler of many steps needs,
+    would count little.
 
     Args:
       steps: at least one number of steps.
+      penalty: of the error, as for `make_reflow_loss`.
 
     Raises:
-      ValueError: one of `steps` is not an integer of at least 1.
+      ValueError: one of `steps` is not an integer of at least 1, or an unknown penalty.
     """
+    measure = choose(PENALTIES, "penalty", penalty)
     for N in steps:
         solvers.flow_times(N)  # refuses what is not a number of steps
 
@@ -269,8 +275,8 @@ def make_consistency_loss(
             v = unet.apply(params, Xt, flow.timestep(t, num_timesteps), text)
             return Xt + (1 - t)[:, None, None, None] * v
 
-        error = squared(predict(t) - lax.stop_gradient(predict(t_next)))
-        return jnp.mean(jnp.maximum(1, t / (1 - t)) ** 2 * error), buckets(t, error)
+        error = predict(t) - lax.stop_gradient(predict(t_next))
+        return jnp.mean(jnp.maximum(1, t / (1 - t)) ** 2 * measure(error)), buckets(t, squared(error))
 
     return loss
 
@@ -398,10 +404,19 @@ def two_steps(velocity_at: VelocityAt, grid: Grid, Z: Latent, first: Int[Array, 
 # ---------------------------------------------------------------- the distances of Eq. 6
 
 
-def latent_distance(frozen, X1_hat: Latent, batch, key: Key) -> tuple[Scalar, Metrics]:
-    """Squared error of the latents, for the first phase of the paper."""
-    l2 = jnp.mean(squared(X1_hat - batch["X1"]))
-    return l2, {"l2": l2}
+def make_latent_distance(penalty: str) -> Distance:
+    """The penalty on the error of the latents, as for `make_reflow_loss`; the first phase of the paper has "squared".
+
+    Raises:
+      ValueError: an unknown penalty.
+    """
+    measure = choose(PENALTIES, "penalty", penalty)
+
+    def distance(frozen, X1_hat, batch, key):
+        error = X1_hat - batch["X1"]
+        return jnp.mean(measure(error)), {"l2": jnp.mean(squared(error))}
+
+    return distance
 
 
 def make_lpips_distance(vae, lpips, *, l2: float, crop: int, margin: int) -> Distance:

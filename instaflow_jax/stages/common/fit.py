@@ -31,6 +31,7 @@ _FREE = "eval checkpoints remat eval_every tensorboard fsdp attention kernels ve
 _FREE += " save_every max_skipped profile_steps batch preview process processes inspect"
 # Settings that change neither the weights nor the pairs they are trained on.
 _MAY_DIFFER = re.compile(rf"^loop\.steps$|(^|\.)({_FREE.replace(' ', '|')})(\.|$)")
+_BEFORE = {"penalty": "squared"}  # what held in runs of versions that lacked the field
 Method = tuple[Callable[[PyTree], TrainState], TrainStep]
 Evaluate = Callable[[Params, Path], dict[str, float]]  # (running mean, PNG file to write) → numbers to log
 
@@ -94,7 +95,7 @@ def check_same_run(options: TrainOptions, directory: Path, chosen: Sequence[str]
     steps = complete_steps(folder)
     if not steps or options.resume == "force":
         return
-    there, here = flat(load_config(folder, step=None)), flat(options.config)
+    there, here = saved(load_config(folder, step=None)), flat(options.config)
     differ = [name for name in differing(there, here) if name not in chosen and not _MAY_DIFFER.search(name)]
     if options.loop["steps"] < steps[-1]:
         differ.append("loop.steps")
@@ -114,6 +115,11 @@ def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:
     """Every field of a config by its dotted name, tuples as the lists that JSON makes of them."""
     return dict(_leaves(config))
+
+
+def saved(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`flat` of a config that an older version may have saved, with what held there for fields that it lacked."""
+    return _BEFORE | flat(config)
 
 
 def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -173,7 +173,7 @@ def open_ledger(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
     for step in steps(settings):
         now = settings[step.name]
         before = ledger["steps"].get(step.name, {"settings": now})["settings"]
-        fields = [f"{step.name}.{field}" for field in fit.differing(fit.flat(before), fit.flat(now))]
+        fields = [f"{step.name}.{field}" for field in fit.differing(fit.saved(before), fit.flat(now))]
         if not step.trains or (not fields and (version == __version__ or before == now)):
             continue
         why = f"was made with another {', '.join(fields)}"
@@ -206,5 +206,5 @@ def unfinished(directory: Path, ledger: dict[str, Any], settings: dict[str, Any]
 def is_done(step: Step, directory: Path, ledger: dict[str, Any], settings: dict[str, Any]) -> bool:
     """Whether a step finished with these settings and its product still exists."""
     entry = ledger["steps"].get(step.name, {})
-    finished = "seconds" in entry and not fit.differing(fit.flat(entry["settings"]), fit.flat(settings[step.name]))
+    finished = "seconds" in entry and not fit.differing(fit.saved(entry["settings"]), fit.flat(settings[step.name]))
     return finished and (directory / step.product).is_file()
