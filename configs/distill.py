@@ -16,8 +16,8 @@
 Needs nothing: a missing flow and missing pairs are made first. Writes a one-step generator to DIR/distill/export
 (or DIR/direct/export, DIR/distill_lpips/export, DIR/stacked/export, DIR/stacked_lpips/export, DIR/consistency/export).
 Measured on two CPU cores with --cpu_devices=2 (by configs/demo.py): 12,288 pairs of the flow and 900 steps of 32 in
-5 min 42 s. Fréchet distance to real emoji at one step: 3.2 (the flow 3.5, direct distillation 3.1, the teacher at 25
-steps 2.8); for prompts that name only a kind of emoji: 15.9 (26.3, 16.7, 8.6). The Stacked U-Net, consistency and
+5 min 42 s. Fréchet distance to real emoji at one step: 3.1 (the flow 3.5, direct distillation 3.1, the teacher at 25
+steps 2.8); for prompts that name only a kind of emoji: 14.9 (26.3, 16.2, 8.6). The Stacked U-Net, consistency and
 shorter runs: docs/training.md. Not yet measured: the paper's variants and `:sd15_consistency`.
 """
 

@@ -11,7 +11,7 @@ real score is the teacher's; with --config.real='' a flow that knows the distrib
 missing: DIR/score/export, by `configs/reflow.py:score`.
 Measured on two CPU cores that other work shared (2026-11-27), from the demo's models: 12,288 pairs in 2 min, 560 steps
 in 8 min. Fréchet distance to real emoji by names, kinds and latents: 3.1, 13.9 and 7.0 at one step, 2.9, 12.4 and 6.0
-at two, where distillation has 3.2, 15.9 and 5.9 at one, 3.9, 12.3 and 19.2 at two. Not yet measured: SD 1.5.
+at two, where distillation has 3.1, 14.9 and 5.3 at one, 3.8, 11.4 and 20.2 at two. Not yet measured: SD 1.5.
 """
 
 from ml_collections import ConfigDict
