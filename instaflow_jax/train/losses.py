@@ -217,10 +217,8 @@ def make_distill_loss(
     """
     if not 0 <= match < 1:
         raise ValueError(f"match={match} must be a share in [0, 1): use less than 1, so that some pairs are distilled")
-    errors, measure = (
-        make_errors(unet, text_encoder, prompt_dropout, num_timesteps),
-        choose(PENALTIES, "penalty", penalty),
-    )
+    measure = choose(PENALTIES, "penalty", penalty)
+    errors = make_errors(unet, text_encoder, prompt_dropout, num_timesteps)
 
     def loss(params, frozen, batch, key):
         time_key, drop_key, distance_key = jax.random.split(key, 3)
