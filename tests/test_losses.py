@@ -35,6 +35,12 @@ def reflow(unet, **changes):
     return losses.make_reflow_loss(unet, TEXT, num_timesteps=1000, **options)
 
 
+def distill(unet, *, match, penalty="squared"):
+    distance = losses.make_latent_distance(penalty)
+    fields = {"match": match, "penalty": penalty, "prompt_dropout": 0.0, "num_timesteps": 1000}
+    return losses.make_distill_loss(unet, TEXT, distance, **fields)
+
+
 def diffusion(unet, prediction_type, **changes):
     options = {"time": "uniform", "penalty": "squared", "noise": "paired", "prompt_dropout": 0.0} | changes
     schedule = teacher.read_schedule(SD | {"prediction_type": prediction_type})
@@ -136,30 +142,14 @@ def test_buckets_average_the_error_in_each_quarter_of_t():
 
 
 def test_distillation_by_l2_is_eq_6():
-    loss = losses.make_distill_loss(
-        net(lambda p, Z, tau, text: p * Z),
-        TEXT,
-        losses.make_latent_distance("squared"),
-        match=0.0,
-        penalty="squared",
-        prompt_dropout=0.0,
-        num_timesteps=1000,
-    )
+    loss = distill(net(lambda p, Z, tau, text: p * Z), match=0.0)
     value, metrics = loss(0.3, FROZEN, BATCH, jax.random.key(0))
     np.testing.assert_allclose(value, np.mean((1.3 * BATCH["X0"] - BATCH["X1"]) ** 2), rtol=1e-6)
     assert metrics == {"l2": value}
 
 
 def test_the_penalty_is_of_the_latents_and_of_the_velocities_that_match():
-    loss = losses.make_distill_loss(
-        net(lambda params, Z, tau, text: params + 0 * Z),
-        TEXT,
-        losses.make_latent_distance("pseudo_huber"),
-        match=0.25,
-        penalty="pseudo_huber",
-        prompt_dropout=0.0,
-        num_timesteps=1000,
-    )
+    loss = distill(net(lambda params, Z, tau, text: params + 0 * Z), match=0.25, penalty="pseudo_huber")
     value, metrics = loss(0.3, FROZEN, BATCH, jax.random.key(0))
     error = BATCH["X0"] + 0.3 - BATCH["X1"]
     norm, c = np.sqrt((error**2).sum((1, 2, 3))), 0.00054 * 32
@@ -176,28 +166,12 @@ def test_distillation_uses_t_zero_except_for_the_share_that_matches():
         seen["tau"] = tau
         return Z
 
-    loss = losses.make_distill_loss(
-        net(record),
-        TEXT,
-        losses.make_latent_distance("squared"),
-        match=0.25,
-        penalty="squared",
-        prompt_dropout=0.0,
-        num_timesteps=1000,
-    )
+    loss = distill(net(record), match=0.25)
     value, metrics = loss(0.0, FROZEN, BATCH, jax.random.key(0))
     tau = np.reshape(seen["tau"], (16, 4))
     assert np.all(tau[:, 0] < 1000) and np.all(tau[:, 1:] == 1000)
     np.testing.assert_allclose(value, 0.75 * metrics["l2"] + 0.25 * metrics["matching"], rtol=1e-6)
-    loss = losses.make_distill_loss(
-        net(oracle),
-        TEXT,
-        losses.make_latent_distance("squared"),
-        match=0.25,
-        penalty="squared",
-        prompt_dropout=0.0,
-        num_timesteps=1000,
-    )
+    loss = distill(net(oracle), match=0.25)
     assert float(loss(0.0, FROZEN, BATCH, jax.random.key(0))[0]) < 1e-12
 
 
@@ -208,15 +182,7 @@ def test_distillation_uses_t_zero_except_for_the_share_that_matches():
         (lambda: losses.make_latent_distance("hard"), "penalty='hard' is unknown: use one of squared, pseudo_huber"),
         (lambda: reflow(net(oracle), penalty="hard"), "penalty='hard' is unknown: use one of squared, pseudo_huber"),
         (
-            lambda: losses.make_distill_loss(
-                net(oracle),
-                TEXT,
-                losses.make_latent_distance("squared"),
-                match=1.0,
-                penalty="squared",
-                prompt_dropout=0.0,
-                num_timesteps=1000,
-            ),
+            lambda: distill(net(oracle), match=1.0),
             "match=1.0 must be a share in",
         ),
         (lambda: losses.random_crop(jax.random.key(0), jnp.zeros((1, 8, 8, 4)), 9), "does not fit into 8×8"),
