@@ -159,7 +159,7 @@ def test_no_key_is_used_twice(mesh, accumulate):
 def test_the_step_donates_the_state_and_transfers_nothing_to_the_host(mesh):
     start, frozen, source = toy.new_state(mesh), devices.replicate(toy.frozen(), mesh), toy.source()
     key = devices.replicate_key(jax.random.key(1), mesh)
-    compiled, _, _ = loop.lower_step(one_step(toy.loss), start, frozen, source, key, mesh)()
+    compiled, *_ = loop.lower_step(one_step(toy.loss), start, frozen, source, key, mesh)()
     batch = devices.global_batch(next(source), mesh)
     with jax.transfer_guard("disallow"):
         with pytest.raises(jax.errors.JaxRuntimeError, match="host-to-device"):  # the guard is active

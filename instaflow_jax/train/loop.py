@@ -89,8 +89,8 @@ def train(
         state, first = start(create, like, batches, checkpoints, writer)  # while the compiler works
         if first >= steps:
             return state
-        compiled, batch_size, flops = compiling.result()
-        writer.write_hparams(config)
+        compiled, batch_size, flops, seconds = compiling.result()
+        beside.submit(lambda: log.info(cost.describe(compiled, flops, seconds)))  # reads for a while what XLA planned
         progress = Progress(steps, "steps", done=first)
         rates = functools.partial(cost.rates, samples_per_step=batch_size, flops_per_step=flops)
         metrics_log = MetricsLog(writer, progress, rates, first, log_every, max_skipped)
@@ -100,6 +100,8 @@ def train(
         for current in range(first + 1, steps + 1):
             profile.before(current)
             state, metrics = compiled(state, frozen, batch, key)
+            if current == first + 1:
+                writer.write_hparams(config)  # imports TensorFlow, while the first step runs
             metrics_log.add(current, metrics)  # logs the previous step while this one runs
             profile.after(current, metrics)
             checkpoints.check()  # fail now, not at the next save, if the disk is full
@@ -141,15 +143,15 @@ def start(
 
 def lower_step(
     step: TrainStep, state: PyTree, frozen: PyTree, batches: Batches, key: Key, mesh: Mesh
-) -> Callable[[], tuple[jax.stages.Compiled, int, float]]:
+) -> Callable[[], tuple[jax.stages.Compiled, int, float, float]]:
     """Traces and lowers the step before any data is read. This is Python; the compiler is not, so it can run beside it.
 
     Args:
       state: a TrainState, or its shapes with shardings.
 
     Returns:
-      A function that compiles the step and logs its cost. It returns the compiled step, which donates the state; the
-      global batch size; FLOPs per step.
+      A function that compiles the step. It returns the compiled step, which donates the state; the global batch size;
+      FLOPs per step; the seconds since tracing began.
     """
     batch = devices.abstract_batch(batches.spec(), mesh)
     batch_size = next(iter(batch.values())).shape[0]
@@ -158,12 +160,11 @@ def lower_step(
     traced = trace_step(step, state, frozen, batch, key, mesh)
     lowered = traced.lower()
 
-    def compile_it() -> tuple[jax.stages.Compiled, int, float]:
+    def compile_it() -> tuple[jax.stages.Compiled, int, float, float]:
         with ThreadPoolExecutor(1) as beside:
             counting = beside.submit(count_flops, traced, step, state, frozen, batch, key)  # while the compiler works
             compiled, flops = lowered.compile(), counting.result()
-        log.info(cost.describe(compiled, flops, time.monotonic() - start))
-        return compiled, batch_size, flops
+        return compiled, batch_size, flops, time.monotonic() - start
 
     return compile_it
 
