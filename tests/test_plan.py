@@ -1,5 +1,6 @@
 """Stage `plan`: the programs of the stages, their FLOPs and pairs, the refusals, and plans for a real TPU compiler."""
 
+import dataclasses
 import importlib.util
 import json
 import runpy
@@ -152,13 +153,23 @@ def test_what_a_refusal_needs_is_read():
     assert stage.refused_bytes(message) == int(22.36 * 2**30) and stage.refused_bytes("no figure") == 0
 
 
-def test_a_program_whose_traffic_cannot_be_counted_is_planned(monkeypatch, capsys):
+def test_a_program_whose_text_cannot_be_read_is_planned(capsys):
     def refuse(text):
         raise ValueError("a loop has an unknown trip count: while.1")
 
-    monkeypatch.setattr(stage.traffic, "read", refuse)
-    assert stage.count_traffic("") == {}
-    assert "memory traffic is not counted: a loop has an unknown trip count: while.1" in capsys.readouterr().out
+    assert stage.count("its memory traffic", refuse, "") is None
+    assert "its memory traffic is not counted: a loop has an unknown trip count: while.1" in capsys.readouterr().out
+
+
+def test_what_is_not_counted_is_said():
+    fields = {"program": "reflow", "target": "v5e-4", "devices": 4, "fields": {}, "fits": True, "needed": 3}
+    fields |= {"memory": cost.Memory(1, 1, 1), "available": 9, "flops": 1.0, "unexpected": [], "unit": "sample"}
+    fields |= {"seconds": dict.fromkeys(("model", "compute", "memory", "bound"), 1.0), "rows": 1, "calls": 1}
+    plan = stage.Plan(**fields, accessed={}, sent={}, compile_seconds=1.0)
+    assert "reads and writes not counted, sends not counted\n" in stage.summary(plan)
+    assert stage.cells(plan).count("–") == 2
+    quiet = dataclasses.replace(plan, accessed={"unet": 5e9}, sent={"all-reduce": 0.0})
+    assert "reads and writes 5.0 GB a device (unet 100 %), sends nothing\n" in stage.summary(quiet)
 
 
 def test_the_fastest_plan_that_fits_wins():

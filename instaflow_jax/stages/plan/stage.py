@@ -5,9 +5,10 @@ import dataclasses
 import itertools
 import re
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -22,6 +23,7 @@ from instaflow_jax.stages.plan import programs, targets
 from instaflow_jax.stages.plan.programs import Program
 from instaflow_jax.stages.plan.targets import Target
 
+Counted = TypeVar("Counted")
 DIRECTORY = "plan"
 OPTIMIZATION_LEVELS = ("UNKNOWN", "O0", "O1", "O2", "O3")
 _RECORD_OVERHEAD = 66  # bytes that ArrayRecord adds to a record
@@ -39,7 +41,7 @@ class Plan:
       needed: bytes, by the compiler's refusal or `memory.total`.
       flops: of one call on all devices together, without recomputation.
       accessed: bytes that a call reads and writes, by file, see `traffic.read`; empty if they are not counted.
-      sent: bytes that a device sends in a call, by collective operation.
+      sent: bytes that a device sends in a call, by collective operation; empty if they are not counted.
       seconds: of one call: "model" for `flops` at the peak FLOP/s, "compute" with what is recomputed, "memory" at the
         peak bandwidth, and "bound", which no run is faster than.
     """
@@ -126,7 +128,7 @@ def check(config: ConfigDict, workdir: str) -> None:
 def measure(config: ConfigDict, model: str, target: Target, optimization_level: str) -> Plan:
     """Traces, lowers and compiles the program of the stage that `config` configures."""
     program = programs.trace(config, model, target.devices)
-    start, memory, accessed, found = time.monotonic(), None, {}, []
+    start, memory, accessed, sends = time.monotonic(), None, {}, None
     try:
         with optimizing(optimization_level):
             compiled = program.traced.lower().compile(compiler_options=target.options)
@@ -137,7 +139,8 @@ def measure(config: ConfigDict, model: str, target: Target, optimization_level: 
     else:
         seconds, memory = time.monotonic() - start, cost.memory(compiled)
         needed, text = memory.total if memory else 0, compiled.as_text()
-        found, accessed = collectives.read(text), count_traffic(text)
+        sends = count("what it sends", collectives.read, text)
+        accessed = dict((count("its memory traffic", traffic.read, text) or Counter()).most_common())
     return Plan(
         program=config.stage,
         target=target.name,
@@ -149,8 +152,8 @@ def measure(config: ConfigDict, model: str, target: Target, optimization_level: 
         available=int(target.peak.memory),
         flops=program.flops,
         accessed=accessed,
-        sent=collectives.sent_by_operation(found),
-        unexpected=collectives.unexpected(found, program.sharded, sums(program, target, optimization_level)),
+        sent={} if sends is None else collectives.sent_by_operation(sends),
+        unexpected=collectives.unexpected(sends or [], program.sharded, sums(program, target, optimization_level)),
         seconds=roofline(program, target, sum(accessed.values())),
         rows=program.rows,
         unit=program.unit,
@@ -159,13 +162,13 @@ def measure(config: ConfigDict, model: str, target: Target, optimization_level: 
     )
 
 
-def count_traffic(text: str) -> dict[str, float]:
-    """`traffic.read`, the largest first; empty, with a line, where it fails, so that the rest of the plan is kept."""
+def count(what: str, read: Callable[[str], Counted], text: str) -> Counted | None:
+    """read(text) of a compiled program; None, with a line, where that fails, so that the rest of the plan is kept."""
     try:
-        return dict(traffic.read(text).most_common())
+        return read(text)
     except ValueError as error:
-        print(f"  memory traffic is not counted: {error}", flush=True)
-        return {}
+        print(f"  {what} is not counted: {error}", flush=True)
+        return None
 
 
 def sums(program: Program, target: Target, optimization_level: str) -> int:
@@ -242,7 +245,8 @@ def summary(plan: Plan) -> str:
     parts = ", ".join(f"{name} {size * gib:.2f}" for name, size in dataclasses.asdict(plan.memory).items())
     largest = ", ".join(f"{name} {100 * size / plan.moved:.0f} %" for name, size in list(plan.accessed.items())[:4])
     moved = f"{plan.moved / 1e9:.1f} GB a device ({largest})" if plan.accessed else "not counted"
-    sent = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in plan.sent.items() if size) or "nothing"
+    sends = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in plan.sent.items() if size) or "nothing"
+    sent = sends if plan.sent else "not counted"
     fits, ms = "fits" if plan.fits else "does not fit", {name: 1000 * s for name, s in plan.seconds.items()}
     return (
         f"  {fits}: {plan.memory.total * gib:.2f} of {plan.available * gib:.0f} GiB a device ({parts}); compiled in "
@@ -300,7 +304,7 @@ def cells(plan: Plan) -> list[str]:
         f"{plan.moved / 1e9:.1f}" if plan.accessed else "–",
         f"{1000 * plan.seconds['bound']:.3g}",
         f"{100 * plan.mfu:.0f} %",
-        f"{sum(plan.sent.values()) / 2**20:,.0f}",
+        f"{sum(plan.sent.values()) / 2**20:,.0f}" if plan.sent else "–",
         f"{plan.compile_seconds:.0f}",
     ]
 
