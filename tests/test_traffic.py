@@ -124,6 +124,7 @@ def test_a_loop_counts_as_often_as_it_runs():
 def test_bytes_belong_to_the_innermost_file_of_the_package(frame, part):
     line = f"ROOT %y = f32[256]{{0}} negate(%x), metadata={{stack_frame_id={frame}}}"
     assert traffic.read(program(X, line)) == {part: 2048}
+    assert traffic.read(program(X, line), compiled_in="models/unet") == {part.replace("models/unet", "other"): 2048}
     assert traffic.read(program(X, line.split(", metadata")[0])) == {traffic.OTHER: 2048}
 
 

@@ -26,17 +26,21 @@ _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "afte
 _FREE += ("opt-barrier",)
 
 
-def read(text: str) -> Counter[str]:
+def read(text: str, compiled_in: str = "") -> Counter[str]:
     """Bytes that one device moves in a call, by the file of this package that asked for it, or OTHER.
 
     A file is named like "kernels/attention": the innermost frame of this package in the stack. Loops count
     as often as they run, of a conditional the branch that moves most. Kernels count what they take and return, once.
 
+    Args:
+      text: of a compiled program.
+      compiled_in: the file that had it compiled; it is in every stack, so as the innermost it counts as OTHER.
+
     Raises:
       ValueError: a loop does not say how often it runs.
     """
     computations, entry = hlo.split(text)
-    return _visit(computations, entry, _file_finder(text, computations))
+    return _visit(computations, entry, _file_finder(text, computations, compiled_in))
 
 
 def _visit(computations: Computations, name: str, file_of: Callable[[Instruction], str]) -> Counter[str]:
@@ -132,7 +136,7 @@ def _size(array: Array) -> int:
 # ---------------------------------------------------------------- where an instruction comes from
 
 
-def _file_finder(text: str, computations: Computations) -> Callable[[Instruction], str]:
+def _file_finder(text: str, computations: Computations, compiled_in: str) -> Callable[[Instruction], str]:
     """A function that names the file of an instruction; of a fusion that says nothing, the file of what is inside."""
     names = {number: name.strip('"') for number, name in _table(text, "FileNames").items()}
     files = {number: names[_field(line, "file_name_id")] for number, line in _table(text, "FileLocations").items()}
@@ -143,7 +147,8 @@ def _file_finder(text: str, computations: Computations) -> Callable[[Instruction
         while number in frames:
             name, line = files[_field(frames[number], "file_location_id")], frames[number]
             if _PACKAGE in name:
-                return name.rpartition(_PACKAGE)[2].removesuffix(".py")
+                file = name.rpartition(_PACKAGE)[2].removesuffix(".py")
+                return OTHER if file == compiled_in else file
             parent = _field(line, "parent_frame_id")
             number = 0 if parent == number else parent
         return OTHER

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import re
 import time
@@ -25,6 +26,7 @@ from instaflow_jax.stages.plan.targets import Target
 
 Counted = TypeVar("Counted")
 DIRECTORY = "plan"
+THIS_FILE = "stages/plan/stage"
 OPTIMIZATION_LEVELS = ("UNKNOWN", "O0", "O1", "O2", "O3")
 _RECORD_OVERHEAD = 66  # bytes that ArrayRecord adds to a record
 _BLOCK = 2**16  # ArrayRecord files consist of blocks of this size; the last one holds the index
@@ -139,8 +141,9 @@ def measure(config: ConfigDict, model: str, target: Target, optimization_level: 
     else:
         seconds, memory = time.monotonic() - start, cost.memory(compiled)
         needed, text = memory.total if memory else 0, compiled.as_text()
+        read_traffic = functools.partial(traffic.read, compiled_in=THIS_FILE)
         sends = count("what it sends", collectives.read, text)
-        accessed = dict((count("its memory traffic", traffic.read, text) or Counter()).most_common())
+        accessed = dict((count("its memory traffic", read_traffic, text) or Counter()).most_common())
     return Plan(
         program=config.stage,
         target=target.name,
