@@ -32,7 +32,6 @@ def get_config(variant: str = "openmoji") -> ConfigDict:
     config.t = (0.02, 0.98)  # scores are compared at times between these
     config.matching = 1.0  # weight of the difference of scores
     config.regression = 0.0  # share of each batch that regresses the pairs' images from their noise instead
-    config.penalty = "squared"  # on their errors; or those of train/losses.py
     config.adversarial = 0.0  # weight of the discriminator's verdict; 0 goes without it
     # The fake score. updates: for each of the student's. first: steps before the student's first update. adversarial:
     # weight of the discriminator's loss.

@@ -168,7 +168,7 @@ made = {
     "progressive": losses.make_progressive_loss(net, text, *teacher[::-1], **fields),
     "distill": losses.make_distill_loss(net, text, losses.make_latent_distance("squared"), match=0.25, penalty="squared",
                                         **fields),
-    "refine": score_distillation.make_student_loss(method, matching=1, regression=0.25, penalty="squared", adversarial=0),
+    "refine": score_distillation.make_student_loss(method, matching=1, regression=0.25, adversarial=0),
 }
 weights = [{"mix": normal(i, 4, 4)} for i in range(2)]
 frozen = {"text_encoder": normal(2, 16, 8), "null_ids": jnp.zeros((1, 3), int)}

@@ -350,7 +350,7 @@ def make_losses(
         num_timesteps=NUM_TIMESTEPS,
         unroll=platform == "cpu",  # where convolutions in a loop are slow
     )
-    weights = {name: config[name] for name in ("matching", "regression", "penalty", "adversarial")}
+    weights = {name: config[name] for name in ("matching", "regression", "adversarial")}
     return Losses(
         score_distillation.make_student_loss(method, **weights),
         score_distillation.make_fake_loss(method, adversarial=config.fake.adversarial),

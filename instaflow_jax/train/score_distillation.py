@@ -118,19 +118,17 @@ class Noised(NamedTuple):
     Xt: Latent
 
 
-def make_student_loss(method: Method, *, matching: float, regression: float, penalty: str, adversarial: float) -> Loss:
+def make_student_loss(method: Method, *, matching: float, regression: float, adversarial: float) -> Loss:
     """The student's loss: DMD's gradient and two optional terms.
 
     Args:
       matching: weight of DMD's gradient.
       regression: share of the batch, in [0, 1), that regresses the pair's X1 from the pair's X0 (Eq. 6) instead.
-      penalty: of the regression's errors, as for `losses.make_reflow_loss`.
       adversarial: weight of the logistic loss by which the discriminator should take the student's images for real.
 
     Raises:
-      ValueError: regression is outside [0, 1), or an unknown penalty.
+      ValueError: regression is outside [0, 1).
     """
-    measure = losses.choose(losses.PENALTIES, "penalty", penalty)
     if not 0 <= regression < 1:
         raise ValueError(f"regression={regression} must be a share in [0, 1): use less than 1, or configs/distill.py")
 
@@ -146,7 +144,7 @@ def make_student_loss(method: Method, *, matching: float, regression: float, pen
         value, metrics = distribution_loss(frozen, x, split(text)[1], noised_key)
         if not len(regressed):
             return value, metrics
-        error, share = jnp.mean(measure(regressed - split(batch["X1"])[0])), len(regressed) / count
+        error, share = jnp.mean(squared(regressed - split(batch["X1"])[0])), len(regressed) / count
         return (1 - share) * value + share * error, metrics | {"regression": error}
 
     def distribution_loss(frozen, x: Latent, text: Context, key: Key) -> tuple[Scalar, Metrics]:
