@@ -128,9 +128,9 @@ import toy_training as toy
 from instaflow_jax.infra import collectives, devices
 from instaflow_jax.train import loop, step
 
-def advance(fsdp, accumulate):
+def advance(fsdp, accumulate, loss=toy.quiet_loss, cast=devices.keep):
     mesh = devices.make_mesh(fsdp=fsdp)
-    update = step.make_train_step(toy.quiet_loss, toy.optimizer(), mesh, ema_decay=0.9, accumulate=accumulate)
+    update = step.make_train_step(loss, toy.optimizer(), mesh, ema_decay=0.9, accumulate=accumulate, cast=cast)
     now, frozen = toy.new_state(mesh), devices.replicate(toy.frozen(), mesh)
     batch, key = devices.global_batch(next(toy.source()), mesh), devices.replicate_key(jax.random.key(1), mesh)
     compiled = loop.trace_step(update, now, frozen, batch, key, mesh).lower().compile()
@@ -140,8 +140,9 @@ def advance(fsdp, accumulate):
     return found | {"norm": float(compiled(now, frozen, batch, key)[1]["grad_norm"]), "sharded": sharded}
 
 found = [advance(1, 1), advance(8, 1), advance(4, 2)]
+low = [advance(1, 1, toy.low_loss), *(advance(8, n, toy.low_loss, toy.low) for n in (1, 2))]
 devices.gathers_once = lambda *_: False
-print(json.dumps([*found, advance(4, 2)]))
+print(json.dumps({"steps": [*found, advance(4, 2)], "low": low}))
 """
 
 LOSSES = """
@@ -188,9 +189,15 @@ print(json.dumps({name: [compute(loss, count) for count in (8, 1)] for name, los
 
 
 @pytest.fixture(scope="module")
-def steps():
-    """The toy step on 8 devices: data-parallel, FSDP 8, and FSDP 2 × 4 in two micro-batches."""
+def toy_steps():
+    """The toy step on 8 devices. "steps": data-parallel, FSDP 8, and FSDP 2 × 4 in two micro-batches, once gathering
+    outside of their loop. "low", with kernels in bfloat16: data-parallel, and FSDP 8 in one and two micro-batches."""
     return on_eight_devices(SCRIPT)
+
+
+@pytest.fixture
+def steps(toy_steps):
+    return toy_steps["steps"]
 
 
 def on_eight_devices(script):
@@ -232,3 +239,10 @@ def test_sharded_steps_send_nothing_else_and_agree(steps):
     left = sorted(steps[2]["unexpected"])  # by XLA:CPU, in the loop; the compilers of GPUs and TPUs move sums out of it
     assert left == [f"2 × all-reduce of f32[{shape}] among 8" for shape in ("128, 256", "256, 128")]
     assert [step["norm"] for step in steps] == pytest.approx([steps[0]["norm"]] * 4, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_parameters_that_are_sent_in_bfloat16_give_the_same_step(toy_steps):
+    alone, *sharded = (step["norm"] for step in toy_steps["low"])
+    assert sharded == pytest.approx([alone] * 2, rel=1e-4)  # a sum of two micro-batches is rounded before it is sent
+    assert alone != pytest.approx(toy_steps["steps"][0]["norm"], rel=1e-6)

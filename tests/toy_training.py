@@ -38,6 +38,19 @@ def quiet_loss(params, frozen, batch, key):
     return jnp.mean((guess - clean) ** 2), {"size": jnp.mean(guess**2)}
 
 
+def low(params):
+    """The kernels in bfloat16."""
+    return {name: p.astype(jnp.bfloat16) if name.endswith("kernel") else p for name, p in params.items()}
+
+
+def low_loss(params, frozen, batch, key):
+    """`quiet_loss` with products in bfloat16."""
+    kernels, clean = low(params), frozen["data"][batch["row"]]
+    inner = jnp.tanh((clean.astype(jnp.bfloat16) @ kernels["up.kernel"]).astype(jnp.float32) + params["up.bias"])
+    guess = (inner.astype(jnp.bfloat16) @ kernels["down.kernel"]).astype(jnp.float32)
+    return jnp.mean((guess - clean) ** 2), {"size": jnp.mean(guess**2)}
+
+
 def params(key):
     up, down = jax.random.split(key)
     return {

@@ -20,6 +20,7 @@ from instaflow_jax.infra import cost, files, stores
 
 AXES = ("data", "fsdp")
 AnyMesh = Mesh | AbstractMesh
+Cast = Callable[[PyTree], PyTree]  # parameters → the same in other types
 # Smaller arrays (a bias, a norm's scale) are replicated: gathering them would cost more time than it saves memory.
 MIN_SHARDED_SIZE = 2**14
 
@@ -137,14 +138,21 @@ def gathers_once(params: PyTree, others: PyTree, mesh: Mesh) -> bool:
     return found is None or 4 * sum(math.prod(leaf.shape) for leaf in whole) <= found.memory / 4
 
 
-def gathering(gradient: Callable, mesh: Mesh, others: Sequence[str] = (), *, loops: bool = False) -> Callable:
+def keep(params: PyTree) -> PyTree:
+    """The `Cast` that changes nothing."""
+    return params
+
+
+def gathering(gradient: Callable, mesh: Mesh, others: Sequence[str], cast: Cast) -> Callable:
     """`gradient(params, frozen, batch, key)` that gathers parameters before it computes and scatters what it found.
 
-    `gradient` returns (value, metrics, gradients). `others` names the entries of `frozen` that are split like `params`.
-    `loops` says that it loops over micro-batches: then a barrier keeps the gathers before the loop, into which XLA may
-    move them on GPUs. Without a loop there is no barrier, because XLA casts to bfloat16 before it gathers.
-
     Without this the partitioner splits convolutions along their sharded kernels and sends activations between devices.
+
+    Args:
+      gradient: returns (value, metrics, gradients), the latter of the parameters' types.
+      others: entries of `frozen` that are split like `params`.
+      cast: of parameters to the types in which layers use them (`Net.cast`). Parameters are sent in these types, and so
+        are gradients: in bfloat16 half the bytes, and the same bits as if XLA casts only where a layer begins.
     """
     if mesh.shape["fsdp"] == 1:
         return gradient
@@ -153,13 +161,19 @@ def gathering(gradient: Callable, mesh: Mesh, others: Sequence[str] = (), *, loo
         return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
     def gather(tree: PyTree) -> PyTree:
-        return jax.tree.map(jax.lax.optimization_barrier, whole(tree)) if loops else whole(tree)
+        # Without the barrier XLA gathers float32 on GPUs, and in each round of a loop over micro-batches.
+        return like(jax.tree.map(jax.lax.optimization_barrier, whole(cast(tree))), tree)
+
+    def like(tree: PyTree, other: PyTree) -> PyTree:
+        return jax.tree.map(lambda a, b: a.astype(b.dtype), tree, other)
 
     def gathered(params, frozen, batch, key):
         frozen = {**frozen, **{name: gather(frozen[name]) for name in others}}
         value, metrics, grads = gradient(gather(params), frozen, batch, key)
         # Replicate first: a sharded gradient would make the partitioner shard the convolutions' activations as well.
-        return value, metrics, jax.lax.with_sharding_constraint(whole(grads), state_sharding(grads, mesh))
+        # Cast first: on GPUs XLA sums in these types anyway, but makes a reduce-scatter only of a sum that is not cast.
+        scattered = jax.lax.with_sharding_constraint(whole(cast(grads)), state_sharding(grads, mesh))
+        return value, metrics, like(scattered, grads)
 
     return gathered
 

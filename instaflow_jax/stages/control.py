@@ -54,6 +54,7 @@ def run(config: ConfigDict, workdir: str) -> None:
         frozen=make_frozen(pipe),
         batches=PairBatches(pairs, batch_size=options.train.batch_size, seed=options.train.seed),
         evaluate=make_evaluate(options.eval, pipe, net, config.threshold),
+        cast=net.cast,
     )
     fit.export_ema(state, lambda ema: export(net, ema, directory / loading.EXPORT))
 

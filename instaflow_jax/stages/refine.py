@@ -74,7 +74,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     trained = prepare(options, directory, pipe, real, losses)
     evaluate = flow_training.make_evaluate(options.eval, pipe, tuple(recipe["latent_shape"]))
     state = fit.train_by(
-        functools.partial(make_method, config, options, trained.loss),
+        functools.partial(make_method, config, options, trained.loss, trained.cast),
         trained.options,
         directory,
         init=trained.init,
@@ -255,7 +255,13 @@ def prepare(
     if options.lora is None:
         frozen = flow_training.with_text(pipe, {"real": score.cast(real.params["unet"])})
         return Trained(
-            options.train, initial_params(pipe, real, losses.head, options), losses, frozen, (), lambda params: params
+            options.train,
+            initial_params(pipe, real, losses.head, options),
+            losses,
+            frozen,
+            (),
+            lambda params: params,
+            make_cast(net, score),
         )
     start, alpha = flow_training.initial_params(pipe, options.warm_start), options.lora.alpha
     ranks, score_ranks = (lora.find_ranks(options.lora, each.shapes) for each in (net, score))
@@ -276,7 +282,13 @@ def prepare(
         flow_training.with_text(pipe, frozen),
         (BASE,),
         functools.partial(lora.merge, start, alpha=alpha),
+        devices.keep,
     )
+
+
+def make_cast(student: Net, score: Net) -> devices.Cast:
+    """Casts the parameters of either network, and leaves those of a head in float32."""
+    return lambda params: score.cast(student.cast(params))
 
 
 def adapt(losses: Losses, alpha: float) -> Losses:
@@ -358,7 +370,9 @@ def make_losses(
     )
 
 
-def make_method(config: ConfigDict, options: flow_training.FlowOptions, losses: Losses, mesh: Mesh) -> fit.Method:
+def make_method(
+    config: ConfigDict, options: flow_training.FlowOptions, losses: Losses, cast: devices.Cast, mesh: Mesh
+) -> fit.Method:
     """How `fit.train_by` creates the state of both networks, and the step that trains them."""
     train = options.train
     optimizer, fake_optimizer = (
@@ -377,6 +391,7 @@ def make_method(config: ConfigDict, options: flow_training.FlowOptions, losses: 
         first=config.fake.first,
         unroll=devices.platform(mesh) == "cpu",  # where convolutions in a loop are slow
         sharded=(BASE,) if options.lora else (),
+        cast=cast,
     )
     create: Any = functools.partial(train_state.create_two, optimizer=optimizer, fake_optimizer=fake_optimizer)
     return create, step

@@ -61,6 +61,7 @@ def make_train_step(
     ema_decay: float,
     accumulate: int,
     sharded: Sequence[str] = (),
+    cast: devices.Cast = devices.keep,
 ) -> TrainStep:
     """Builds the step for one loss.
 
@@ -71,11 +72,12 @@ def make_train_step(
       ema_decay: decay of the EMA after its ramp (`state.ema_decay_at`).
       accumulate: number of micro-batches whose gradients are averaged.
       sharded: entries of `frozen` that are split like the parameters.
+      cast: of both to the types in which they are sent, see `devices.gathering`.
 
     Raises:
       ValueError: accumulate is below 1.
     """
-    gradient = make_gradients(loss, accumulate, mesh, sharded)
+    gradient = make_gradients(loss, accumulate, mesh, sharded, cast)
 
     def gradients(state: TrainState, frozen: PyTree, batch: Batch, key: Key) -> tuple[Scalar, Metrics, Params]:
         return gradient(state.params, frozen, batch, jax.random.fold_in(key, state.step))
@@ -119,10 +121,10 @@ def advance(
     }
 
 
-def make_gradients(loss: Loss, accumulate: int, mesh: Mesh, others: Sequence[str] = ()) -> Gradient:
+def make_gradients(loss: Loss, accumulate: int, mesh: Mesh, others: Sequence[str], cast: devices.Cast) -> Gradient:
     """The gradient of `loss` over `accumulate` micro-batches, by parameters that are split over the mesh.
 
-    `others` names the entries of `frozen` that are split like the parameters.
+    `others` and `cast` are those of `devices.gathering`.
 
     Raises:
       ValueError: accumulate is below 1.
@@ -133,9 +135,9 @@ def make_gradients(loss: Loss, accumulate: int, mesh: Mesh, others: Sequence[str
 
     def mean(params, frozen, batch, key):
         if devices.gathers_once(params, [frozen[name] for name in others], mesh):
-            total = devices.gathering(make_sum(gradient, accumulate), mesh, others, loops=accumulate > 1)
+            total = devices.gathering(make_sum(gradient, accumulate), mesh, others, cast)
         else:
-            total = make_sum(devices.gathering(gradient, mesh, others), accumulate)
+            total = make_sum(devices.gathering(gradient, mesh, others, cast), accumulate)
         return jax.tree.map(lambda a: a / accumulate, total(params, frozen, batch, key))
 
     return mean

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from instaflow_jax.arrays import Batch, Key
+from instaflow_jax.infra import devices
 from instaflow_jax.train.state import TrainState, TwoNetworkState
 from instaflow_jax.train.step import Loss, Metrics, TrainStep, advance, make_gradients
 
@@ -30,6 +31,7 @@ def make_two_time_scale_step(
     first: int,
     unroll: bool,
     sharded: Sequence[str] = (),
+    cast: devices.Cast = devices.keep,
 ) -> TrainStep:
     """Builds the step: `updates` updates of the fake score, each with its own noise, then one of the student.
 
@@ -44,6 +46,7 @@ def make_two_time_scale_step(
       first: the student waits for this many steps, so that the fake score knows it first.
       unroll: whether the fake score's updates are compiled one by one and not as a loop.
       sharded: entries of `frozen` that are split like the parameters.
+      cast: of all of these to the types in which they are sent, see `devices.gathering`.
 
     Returns:
       A step over a `TwoNetworkState`. Its metrics are the student's, 0 while it waits, and the fake score's, averaged
@@ -52,8 +55,8 @@ def make_two_time_scale_step(
     Raises:
       ValueError: accumulate is below 1.
     """
-    student_gradient = make_gradients(student_loss, accumulate, mesh, ("fake", *sharded))
-    fake_gradient = make_gradients(fake_loss, accumulate, mesh, ("student", *sharded))
+    student_gradient = make_gradients(student_loss, accumulate, mesh, ("fake", *sharded), cast)
+    fake_gradient = make_gradients(fake_loss, accumulate, mesh, ("student", *sharded), cast)
 
     def update(state: TwoNetworkState, frozen: PyTree, batch: Batch, key: Key) -> tuple[TwoNetworkState, Metrics]:
         student_key, fake_key = jax.random.split(jax.random.fold_in(key, state.step))

@@ -31,6 +31,8 @@ class Trained(NamedTuple):
       frozen: inputs of the loss that are not trained.
       sharded: the entries of `frozen` that are sharded as parameters are.
       complete: parameters on the host → the network's weights.
+      cast: of parameters and `sharded` to the types in which the networks use them: none of adapters, whose product
+        is made in float32.
     """
 
     options: fit.TrainOptions
@@ -39,6 +41,7 @@ class Trained(NamedTuple):
     frozen: Mapping[str, Any]
     sharded: tuple[str, ...]
     complete: Callable[[Params], Params]
+    cast: devices.Cast
 
 
 def read_lora(config: ConfigDict) -> Lora | None:
@@ -86,9 +89,9 @@ def prepare(
     Raises:
       ValueError: a pattern matches no layer, or the run in `directory` is of another model.
     """
-    if adapters is None:
-        return Trained(options, start, loss, frozen, (), lambda params: params)
     net = pipe.nets["unet"]
+    if adapters is None:
+        return Trained(options, start, loss, frozen, (), lambda params: params, net.cast)
     ranks = lora.find_ranks(adapters, net.shapes)
     return Trained(
         with_base(options, directory, source, {BASE: pipe.params["unet"]}),
@@ -97,6 +100,7 @@ def prepare(
         {**frozen, BASE: devices.shard(lora.freeze(net, start, ranks), devices.make_mesh(fsdp=options.fsdp))},
         (BASE,),
         functools.partial(lora.merge, start, alpha=adapters.alpha),
+        devices.keep,
     )
 
 

@@ -164,6 +164,7 @@ def train(
     frozen: Mapping[str, Any],
     batches: Batches,
     evaluate: Evaluate,
+    cast: devices.Cast,
     sharded: Sequence[str] = (),
 ) -> TrainState:
     """Trains in `directory` and returns the last state; resumes from the newest checkpoint there.
@@ -171,15 +172,16 @@ def train(
     Args:
       init: initial parameters: host arrays, or a function that draws them from a key.
       frozen: inputs of the loss that are not trained.
-      sharded: the entries of `frozen` that are sharded as parameters are.
       evaluate: called with the running mean every `options.eval_every` steps; see `Evaluate`.
+      cast: of parameters to the types in which the network uses them.
+      sharded: the entries of `frozen` that are sharded as parameters are.
 
     Raises:
       ValueError, OSError, FloatingPointError: see `loop.train`.
     """
 
     def make_method(mesh: Mesh) -> Method:
-        optimizer, step = make_step(options, loss, mesh, sharded)
+        optimizer, step = make_step(options, loss, mesh, cast, sharded)
         return functools.partial(train_state.create, optimizer=optimizer), step
 
     return train_by(make_method, options, directory, init=init, frozen=frozen, batches=batches, evaluate=evaluate)
@@ -225,13 +227,12 @@ def train_by(
 
 
 def make_step(
-    options: TrainOptions, loss: Loss, mesh: Mesh, sharded: Sequence[str] = ()
+    options: TrainOptions, loss: Loss, mesh: Mesh, cast: devices.Cast, sharded: Sequence[str] = ()
 ) -> tuple[optax.GradientTransformation, TrainStep]:
     """The optimizer and the step that `train` runs."""
     optimizer = optim.make_optimizer(optim.make_schedule(**options.schedule), **options.optim)
-    return optimizer, train_step.make_train_step(
-        loss, optimizer, mesh, ema_decay=options.ema_decay, accumulate=options.accumulate, sharded=sharded
-    )
+    fields = {"ema_decay": options.ema_decay, "accumulate": options.accumulate, "sharded": sharded, "cast": cast}
+    return optimizer, train_step.make_train_step(loss, optimizer, mesh, **fields)
 
 
 def make_eval_callback(

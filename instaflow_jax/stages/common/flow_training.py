@@ -205,9 +205,10 @@ def train_flow(
         init=trained.init,
         loss=trained.loss,
         frozen=trained.frozen,
-        sharded=trained.sharded,
         batches=batches,
         evaluate=lambda ema, path: evaluate(trained.complete(ema), path),
+        cast=trained.cast,
+        sharded=trained.sharded,
     )
     fit.export_ema(state, lambda ema: export(pipe, trained.complete(ema), directory / EXPORT, dynamics))
 

@@ -176,7 +176,8 @@ def _make_method(
         losses = refine.make_losses(config, options, nets, nets, convention, devices.platform(mesh))
         losses = refine.adapt(losses, options.lora.alpha) if options.lora else losses
         fake = refine.with_head(unet, losses.head and losses.head.shapes)
-        return {"student": unet, "fake": fake}, *refine.make_method(config, options, losses, mesh)
+        cast = devices.keep if options.lora else refine.make_cast(nets["unet"], nets["unet"])
+        return {"student": unet, "fake": fake}, *refine.make_method(config, options, losses, cast, mesh)
     if config.stage == "progressive":
         teacher = sampling.read_dynamics(shapes.read_scheduler(model), {}, "teacher")
         loss = progressive.make_loss(config, options, nets, teacher)
@@ -186,7 +187,8 @@ def _make_method(
     else:
         loss = distill.make_loss(config, options, nets)
     loss = lora.adapt(loss, options.lora.alpha, BASE, {}) if options.lora else loss
-    optimizer, step = fit.make_step(options.train, loss, mesh, (BASE,) if options.lora else ())
+    cast = devices.keep if options.lora else nets["unet"].cast
+    optimizer, step = fit.make_step(options.train, loss, mesh, cast, (BASE,) if options.lora else ())
     return unet, functools.partial(train_state.create, optimizer=optimizer), step
 
 

@@ -12,7 +12,7 @@ from instaflow_jax import pipeline
 from instaflow_jax.arrays import Params
 from instaflow_jax.data.openmoji import dataset as openmoji
 from instaflow_jax.data.openmoji.augment import augment
-from instaflow_jax.infra import files
+from instaflow_jax.infra import devices, files
 from instaflow_jax.models.vae import AutoencoderKL
 from instaflow_jax.stages.common import fit
 from instaflow_jax.stages.pretrain import autoencoder, classifier, clip, diffusion
@@ -55,6 +55,7 @@ def run(config: ConfigDict, workdir: str) -> None:
         frozen={},
         batches=ArrayBatches(recipe.arrays, batch_size=options.batch_size, seed=options.seed),
         evaluate=evaluate,
+        cast=devices.keep,
     )
     fit.export_ema(state, write)
     print(f"exported the running mean of step {int(state.step)} to {export}", flush=True)
