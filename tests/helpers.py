@@ -82,6 +82,13 @@ LEARNED_PROMPTS = ["a <cat-toy>", "BLORP! x<cat-toy>y <CAT-TOY>", "wow! ! <|star
 # ---------------------------------------------------------------- the reference libraries, of any version
 
 
+def need_jax2onnx() -> None:
+    """Skips a test where jax2onnx is not installed, or is 0.17, which fails with jax 0.12."""
+    pytest.importorskip("jax2onnx", reason="jax2onnx is not installed")
+    if jax.__version_info__ >= (0, 12) and metadata.version("jax2onnx").startswith("0.17."):
+        pytest.skip("jax2onnx 0.17 does not work with jax 0.12")
+
+
 def version(package: str) -> tuple[int, ...]:
     """The first two numbers of a package's version; (0, 0) where it is not installed."""
     try:

@@ -15,7 +15,7 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
-from helpers import make_tiny
+from helpers import make_tiny, need_jax2onnx
 from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 from PIL import Image
@@ -142,7 +142,7 @@ def test_the_whole_pipeline_shows_an_image_after_each_stage(few_emoji):
 
 @pytest.mark.slow
 def test_exports_are_loaded_elsewhere_and_agree(one_step):
-    pytest.importorskip("jax2onnx", reason="jax2onnx is not installed")
+    need_jax2onnx()
     ran = execute("3_export_and_load_elsewhere", TORCH, WORKDIR=str(one_step), PROMPTS="red apple|cat face")
     differences = dict(re.findall(r"(\S.*\S) +differs from ours by at most (\d+) of 255 levels", ran.text))
     limits = {"StableHLO": 1, "ONNX Runtime": 1, "PyTorch": 1, "single file": 8}  # whose weights are in float16

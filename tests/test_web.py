@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ from helpers import (
     PLAIN_PROMPTS,
     TOKENIZER,
     make_tiny,
+    need_jax2onnx,
     normal,
     onnxruntime_web,
     read_config,
@@ -67,7 +69,7 @@ def configured(model, **fields):
 @pytest.fixture(scope="module")
 def exported(tiny, tmp_path_factory):
     """The folder of an export in both formats."""
-    pytest.importorskip("jax2onnx", reason="jax2onnx is not installed")
+    need_jax2onnx()
     workdir = tmp_path_factory.mktemp("out")
     package = onnxruntime_web()
     main.run(configured(tiny, formats=("onnx", "web"), onnxruntime_web=str(package)), str(workdir))
@@ -106,7 +108,7 @@ def test_the_weights_of_onnx_are_beside_the_graph_and_those_of_web_inside_in_hal
     )
     assert whole * 0.9 < beside < whole * 1.2
     half = sum(array.nbytes for array in onnx.stored(flow.pipe, half=True).values())
-    assert half < 0.6 * whole and page < half + graph
+    assert half < 0.6 * whole and page < half + 1.1 * graph  # with casts in it
 
 
 # ---------------------------------------------------------------- refused before anything is written
@@ -115,7 +117,7 @@ def test_the_weights_of_onnx_are_beside_the_graph_and_those_of_web_inside_in_hal
 @pytest.fixture
 def converter(monkeypatch):
     """Stands in for jax2onnx, which these tests do not reach."""
-    monkeypatch.setitem(sys.modules, "jax2onnx", sys)
+    monkeypatch.setitem(sys.modules, "jax2onnx", types.SimpleNamespace(to_onnx=lambda *_, **__: None))
 
 
 @pytest.mark.parametrize(
@@ -163,6 +165,18 @@ def test_a_missing_jax2onnx_ends_in_one_line_that_names_the_extra(name, tiny, tm
     monkeypatch.setitem(sys.modules, "jax2onnx", None)
     with pytest.raises(ValueError, match=r"'export' needs the package 'jax2onnx'.* use pip install -e '\.\[onnx\]'"):
         main.run(configured(tiny, formats=(name,)), str(tmp_path))
+    assert not (tmp_path / "export").exists()
+
+
+def test_a_jax_that_jax2onnx_does_not_know_ends_in_one_line(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(
+        sys.modules, "jax2onnx", types.ModuleType("jax2onnx")
+    )  # lacks to_onnx, as a JAX may lack a name
+    monkeypatch.setattr(onnx.importlib.metadata, "version", lambda name: "0.17.1")
+    with pytest.raises(
+        ValueError, match=rf"jax2onnx 0\.17\.1 does not work with jax {jax.__version__} \(.*to_onnx.*\)"
+    ):
+        main.run(configured(tiny, formats=("onnx",)), str(tmp_path))
     assert not (tmp_path / "export").exists()
 
 

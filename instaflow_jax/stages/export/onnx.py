@@ -5,6 +5,7 @@ jax2onnx converts it, an optional package that is imported only then.
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import logging
 import warnings
 from collections.abc import Iterator
@@ -23,6 +24,25 @@ from instaflow_jax.stages.export.source import Source
 
 PROGRAM, TOKENIZER = "one_step.onnx", "tokenizer.json"
 OPSET = 20  # the first with Gelu, so that old runtimes too read it
+
+
+def check_converter() -> None:
+    """Converts a small function, because jax2onnx uses parts of JAX that change.
+
+    Raises:
+      ModuleNotFoundError: jax2onnx is not installed.
+      ValueError: it does not work with this JAX.
+    """
+    try:
+        import jax2onnx
+
+        with quiet_converter():
+            jax2onnx.to_onnx(jax.jit(jnp.tanh), [jax.ShapeDtypeStruct((1,), np.float32)], return_mode="ir")
+    except AttributeError as error:
+        raise ValueError(
+            f"jax2onnx {importlib.metadata.version('jax2onnx')} does not work with jax {jax.__version__} ({error}): "
+            "export 'onnx' and 'web' in an environment with an older jax, or leave them out of config.formats"
+        ) from error
 
 
 def save(source: Source, path: Path, *, batch: int | str, half: bool, external: bool) -> None:

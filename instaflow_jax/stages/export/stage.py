@@ -26,7 +26,7 @@ from instaflow_jax.stages.common.loading import EXPORT, WeightOptions, read_prom
 from instaflow_jax.stages.common.ranges import check_ranges
 from instaflow_jax.stages.export import card as export_card
 from instaflow_jax.stages.export import licence as export_licence
-from instaflow_jax.stages.export import single_file, web
+from instaflow_jax.stages.export import onnx, single_file, web
 from instaflow_jax.stages.export import source as export_source
 from instaflow_jax.stages.export.formats import CONVENTIONS, PROGRAMS, WRITERS, Options
 from instaflow_jax.stages.export.source import MANIFEST, Source
@@ -194,7 +194,7 @@ def read_options(config: ConfigDict) -> Options:
         )
     read_prompts(config.prompts)
     if {"onnx", "web"} & set(config.formats):
-        import jax2onnx  # noqa: F401 (is it installed?)
+        onnx.check_converter()
     fields = ("convention", "prompts", "dtype", "onnxruntime_web", "single_file_dtype")
     return Options(tuple(config.formats), **{name: config[name] for name in fields})
 
