@@ -143,7 +143,7 @@ def keep(params: PyTree) -> PyTree:
     return params
 
 
-def gathering(gradient: Callable, mesh: Mesh, others: Sequence[str], cast: Cast) -> Callable:
+def gathering(gradient: Callable, mesh: Mesh, others: Sequence[str], cast: Cast, *, loops: bool) -> Callable:
     """`gradient(params, frozen, batch, key)` that gathers parameters before it computes and scatters what it found.
 
     Without this the partitioner splits convolutions along their sharded kernels and sends activations between devices.
@@ -151,8 +151,9 @@ def gathering(gradient: Callable, mesh: Mesh, others: Sequence[str], cast: Cast)
     Args:
       gradient: returns (value, metrics, gradients), the latter of the parameters' types.
       others: entries of `frozen` that are split like `params`.
-      cast: of parameters to the types in which layers use them (`Net.cast`). Parameters are sent in these types, and so
-        are gradients: in bfloat16 half the bytes, and the same bits as if XLA casts only where a layer begins.
+      cast: of parameters to the types in which layers use them (`Net.cast`). They are sent in these types, without a
+        change of the result. So are gradients: those of one micro-batch have these types anyway, a sum is rounded.
+      loops: whether `gradient` loops over micro-batches.
     """
     if mesh.shape["fsdp"] == 1:
         return gradient
@@ -161,8 +162,11 @@ def gathering(gradient: Callable, mesh: Mesh, others: Sequence[str], cast: Cast)
         return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
     def gather(tree: PyTree) -> PyTree:
-        # Without the barrier XLA gathers float32 on GPUs, and in each round of a loop over micro-batches.
-        return like(jax.tree.map(jax.lax.optimization_barrier, whole(cast(tree))), tree)
+        sent = whole(cast(tree))
+        # On GPUs XLA casts after it gathers, and gathers in each round of a loop, if no barrier forbids it. On TPUs the
+        # barrier has a cost: XLA keeps whole float32 weights.
+        barrier = loops or platform(mesh) == "gpu"
+        return like(jax.tree.map(jax.lax.optimization_barrier, sent) if barrier else sent, tree)
 
     def like(tree: PyTree, other: PyTree) -> PyTree:
         return jax.tree.map(lambda a, b: a.astype(b.dtype), tree, other)

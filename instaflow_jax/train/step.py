@@ -135,9 +135,9 @@ def make_gradients(loss: Loss, accumulate: int, mesh: Mesh, others: Sequence[str
 
     def mean(params, frozen, batch, key):
         if devices.gathers_once(params, [frozen[name] for name in others], mesh):
-            total = devices.gathering(make_sum(gradient, accumulate), mesh, others, cast)
+            total = devices.gathering(make_sum(gradient, accumulate), mesh, others, cast, loops=accumulate > 1)
         else:
-            total = make_sum(devices.gathering(gradient, mesh, others, cast), accumulate)
+            total = make_sum(devices.gathering(gradient, mesh, others, cast, loops=False), accumulate)
         return jax.tree.map(lambda a: a / accumulate, total(params, frozen, batch, key))
 
     return mean
