@@ -153,20 +153,21 @@ def gathering(gradient: Callable, mesh: Mesh, others: Sequence[str], cast: Cast,
       others: entries of `frozen` that are split like `params`.
       cast: of parameters to the types in which layers use them (`Net.cast`). They are sent in these types, without a
         change of the result. So are gradients: those of one micro-batch have these types anyway, a sum is rounded.
+        Not used for TPUs, whose compiler does so by itself, and keeps whole float32 weights if it is told to.
       loops: whether `gradient` loops over micro-batches.
     """
     if mesh.shape["fsdp"] == 1:
         return gradient
+    tpu = platform(mesh) == "tpu"
+    cast = keep if tpu else cast
 
     def whole(tree: PyTree) -> PyTree:
         return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
     def gather(tree: PyTree) -> PyTree:
         sent = whole(cast(tree))
-        # On GPUs XLA casts after it gathers, and gathers in each round of a loop, if no barrier forbids it. On TPUs the
-        # barrier has a cost: XLA keeps whole float32 weights.
-        barrier = loops or platform(mesh) == "gpu"
-        return like(jax.tree.map(jax.lax.optimization_barrier, sent) if barrier else sent, tree)
+        # On GPUs XLA casts after it gathers, and gathers in each round of a loop, if no barrier forbids it.
+        return like(jax.tree.map(jax.lax.optimization_barrier, sent) if loops or not tpu else sent, tree)
 
     def like(tree: PyTree, other: PyTree) -> PyTree:
         return jax.tree.map(lambda a, b: a.astype(b.dtype), tree, other)
