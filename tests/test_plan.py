@@ -161,11 +161,15 @@ def test_a_program_whose_text_cannot_be_read_is_planned(capsys):
     assert "its memory traffic is not counted: a loop has an unknown trip count: while.1" in capsys.readouterr().out
 
 
+def make_plan(*, seconds, rows, fits):
+    nothing = {"program": "reflow", "target": "v5e-4", "devices": 4, "fields": {}, "memory": None, "needed": 0}
+    nothing |= {"available": 1, "flops": 1.0, "accessed": {}, "sent": {}, "unexpected": [], "unit": "sample"}
+    bound = {"model": 0.8 * seconds, "compute": seconds, "memory": 0.0, "bound": seconds}
+    return stage.Plan(**nothing, fits=fits, seconds=bound, rows=rows, calls=3600, compile_seconds=1.0)
+
+
 def test_what_is_not_counted_is_said():
-    fields = {"program": "reflow", "target": "v5e-4", "devices": 4, "fields": {}, "fits": True, "needed": 3}
-    fields |= {"memory": cost.Memory(1, 1, 1), "available": 9, "flops": 1.0, "unexpected": [], "unit": "sample"}
-    fields |= {"seconds": dict.fromkeys(("model", "compute", "memory", "bound"), 1.0), "rows": 1, "calls": 1}
-    plan = stage.Plan(**fields, accessed={}, sent={}, compile_seconds=1.0)
+    plan = dataclasses.replace(make_plan(seconds=1.0, rows=1, fits=True), memory=cost.Memory(1, 1, 1))
     assert "reads and writes not counted, sends not counted\n" in stage.summary(plan)
     assert stage.cells(plan).count("–") == 2
     quiet = dataclasses.replace(plan, accessed={"unet": 5e9}, sent={"all-reduce": 0.0})
@@ -173,13 +177,8 @@ def test_what_is_not_counted_is_said():
 
 
 def test_the_fastest_plan_that_fits_wins():
-    def plan(seconds, rows, fits):
-        nothing = {"program": "reflow", "target": "v5e-4", "devices": 4, "fields": {}, "memory": None, "needed": 0}
-        nothing |= {"available": 1, "flops": 1.0, "accessed": {}, "sent": {}, "unexpected": [], "unit": "sample"}
-        bound = {"model": 0.8 * seconds, "compute": seconds, "memory": 0.0, "bound": seconds}
-        return stage.Plan(**nothing, fits=fits, seconds=bound, rows=rows, calls=3600, compile_seconds=1.0)
-
-    slow, fast, large = plan(1.0, 8, True), plan(2.0, 32, True), plan(1.0, 64, False)
+    cases = (1.0, 8, True), (2.0, 32, True), (1.0, 64, False)
+    slow, fast, large = (make_plan(seconds=seconds, rows=rows, fits=fits) for seconds, rows, fits in cases)
     assert stage.fastest([slow, fast, large]) is fast and stage.fastest([large]) is None
     assert fast.hours == 2.0 and fast.mfu == 0.8
     assert "2 hours, 0.3333 device-days, 20 dollars" in stage.amount(fast, 2.5, 0)

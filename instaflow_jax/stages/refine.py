@@ -252,6 +252,7 @@ def prepare(
       ValueError: a pattern of `config.lora` matches no layer, or the run in `directory` is of other models.
     """
     net, score = pipe.nets["unet"], real.nets["unet"]
+    cast = adapters.make_cast(options.lora, net, score)
     if options.lora is None:
         frozen = flow_training.with_text(pipe, {"real": score.cast(real.params["unet"])})
         return Trained(
@@ -261,7 +262,7 @@ def prepare(
             frozen,
             (),
             lambda params: params,
-            make_cast(net, score),
+            cast,
         )
     start, alpha = flow_training.initial_params(pipe, options.warm_start), options.lora.alpha
     ranks, score_ranks = (lora.find_ranks(options.lora, each.shapes) for each in (net, score))
@@ -282,13 +283,8 @@ def prepare(
         flow_training.with_text(pipe, frozen),
         (BASE,),
         functools.partial(lora.merge, start, alpha=alpha),
-        devices.keep,
+        cast,
     )
-
-
-def make_cast(student: Net, score: Net) -> devices.Cast:
-    """Casts the parameters of either network, and leaves those of a head in float32."""
-    return lambda params: score.cast(student.cast(params))
 
 
 def adapt(losses: Losses, alpha: float) -> Losses:

@@ -31,8 +31,7 @@ class Trained(NamedTuple):
       frozen: inputs of the loss that are not trained.
       sharded: the entries of `frozen` that are sharded as parameters are.
       complete: parameters on the host → the network's weights.
-      cast: of parameters and `sharded` to the types in which the networks use them: none of adapters, whose product
-        is made in float32.
+      cast: of parameters and of the entries `sharded`, see `make_cast`.
     """
 
     options: fit.TrainOptions
@@ -91,7 +90,7 @@ def prepare(
     """
     net = pipe.nets["unet"]
     if adapters is None:
-        return Trained(options, start, loss, frozen, (), lambda params: params, net.cast)
+        return Trained(options, start, loss, frozen, (), lambda params: params, make_cast(None, net))
     ranks = lora.find_ranks(adapters, net.shapes)
     return Trained(
         with_base(options, directory, source, {BASE: pipe.params["unet"]}),
@@ -100,8 +99,19 @@ def prepare(
         {**frozen, BASE: devices.shard(lora.freeze(net, start, ranks), devices.make_mesh(fsdp=options.fsdp))},
         (BASE,),
         functools.partial(lora.merge, start, alpha=adapters.alpha),
-        devices.keep,
+        make_cast(adapters, net),
     )
+
+
+def make_cast(adapters: Lora | None, *nets: Net) -> devices.Cast:
+    """Casts what is trained to the types in which the layers of any of these networks use it.
+
+    Adapters and their kernels keep theirs, because their sum is made in float32; so do names that are of none of these
+    networks, such as a head's.
+    """
+    if adapters:
+        return devices.keep
+    return lambda params: functools.reduce(lambda params, net: net.cast(params), nets, params)
 
 
 # ---------------------------------------------------------------- the model that adapters belong to

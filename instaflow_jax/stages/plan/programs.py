@@ -168,6 +168,7 @@ def _make_method(
 ) -> tuple[PyTree, Callable[[PyTree], TrainState], TrainStep]:
     """Shapes of the initial parameters, how the state is made of them, and the step."""
     unet = adapters.shapes(options.lora, nets["unet"]) if options.lora else nets["unet"].shapes
+    cast = adapters.make_cast(options.lora, nets["unet"])
     if config.stage == "refine":
         real = flow_training.FLOW
         if config.real:  # a teacher of this size
@@ -176,7 +177,6 @@ def _make_method(
         losses = refine.make_losses(config, options, nets, nets, convention, devices.platform(mesh))
         losses = refine.adapt(losses, options.lora.alpha) if options.lora else losses
         fake = refine.with_head(unet, losses.head and losses.head.shapes)
-        cast = devices.keep if options.lora else refine.make_cast(nets["unet"], nets["unet"])
         return {"student": unet, "fake": fake}, *refine.make_method(config, options, losses, cast, mesh)
     if config.stage == "progressive":
         teacher = sampling.read_dynamics(shapes.read_scheduler(model), {}, "teacher")
@@ -187,7 +187,6 @@ def _make_method(
     else:
         loss = distill.make_loss(config, options, nets)
     loss = lora.adapt(loss, options.lora.alpha, BASE, {}) if options.lora else loss
-    cast = devices.keep if options.lora else nets["unet"].cast
     optimizer, step = fit.make_step(options.train, loss, mesh, cast, (BASE,) if options.lora else ())
     return unet, functools.partial(train_state.create, optimizer=optimizer), step
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import re
 import time
@@ -141,9 +140,8 @@ def measure(config: ConfigDict, model: str, target: Target, optimization_level: 
     else:
         seconds, memory = time.monotonic() - start, cost.memory(compiled)
         needed, text = memory.total if memory else 0, compiled.as_text()
-        read_traffic = functools.partial(traffic.read, compiled_in=THIS_FILE)
         sends = count("what it sends", collectives.read, text)
-        accessed = dict((count("its memory traffic", read_traffic, text) or Counter()).most_common())
+        accessed = dict((count("its memory traffic", traffic.read, text, THIS_FILE) or Counter()).most_common())
     return Plan(
         program=config.stage,
         target=target.name,
@@ -165,10 +163,10 @@ def measure(config: ConfigDict, model: str, target: Target, optimization_level: 
     )
 
 
-def count(what: str, read: Callable[[str], Counted], text: str) -> Counted | None:
-    """read(text) of a compiled program; None, with a line, where that fails, so that the rest of the plan is kept."""
+def count(what: str, read: Callable[..., Counted], *inputs: str) -> Counted | None:
+    """read(*inputs); None, with a line, where it raises ValueError, so that the rest of the plan is kept."""
     try:
-        return read(text)
+        return read(*inputs)
     except ValueError as error:
         print(f"  {what} is not counted: {error}", flush=True)
         return None
