@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import signal
 
 import jax
@@ -70,6 +71,32 @@ def test_update_is_optax_adamw_with_clipping_and_decay_of_kernels_only(mesh):
     )
     for name, expected in their_updates.items():
         np.testing.assert_allclose(our_updates[name], expected, rtol=1e-5, atol=1e-9)
+
+
+def test_a_step_equals_the_optimizer_on_each_array_by_itself(mesh):
+    start = toy.new_state(mesh)
+    after, found = run_step(toy.quiet_loss, start)
+    grads = jax.grad(lambda p: toy.quiet_loss(p, toy.frozen(), some_batch(), None)[0])(start.params)
+    update = jax.jit(toy.optimizer().update)
+    updates, opt_state = update(grads, start.opt_state, start.params, norm=optax.tree.norm(grads))
+    expected = optax.apply_updates(start.params, updates)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-8)
+    jax.tree.map(close, (after.params, after.opt_state), (expected, opt_state))
+    for name, tree in (("update_norm", updates), ("param_norm", expected)):
+        close(found[name], optax.tree.norm(tree))
+
+
+def test_packing_joins_vectors_and_splits_them_again():
+    params = {"c": jnp.arange(3.0), "b": jnp.ones((2, 2)), "a": jnp.arange(3.0, 5.0)}
+    tree = params, {}, toy.optimizer().init(params)
+    pack, unpack = state.packing(params)
+    packed = pack(tree)
+    assert packed[0].keys() == {"b", "vectors"} and packed[1] == {}
+    np.testing.assert_array_equal(packed[0]["vectors"], np.arange(5.0))
+    assert len(jax.tree.leaves(packed)) == len(jax.tree.leaves(tree)) - 3
+    jax.tree.map(np.testing.assert_array_equal, unpack(packed), tree)
+    pack, unpack = state.packing({"a": params["a"], "b": params["b"]})
+    assert pack(tree) is tree and unpack(tree) is tree  # one vector needs no copy
 
 
 @pytest.mark.parametrize("kind", ["constant", "cosine"])

@@ -27,14 +27,14 @@ def loss(params, frozen, batch, key):
     """A denoiser of rows of `frozen`, with noise from the key: mean over the batch."""
     clean = frozen["data"][batch["row"]]
     noisy = clean + 0.1 * jax.random.normal(key, clean.shape)
-    guess = jnp.tanh(noisy @ params["up.kernel"] + params["up.bias"]) @ params["down.kernel"]
+    guess = jnp.tanh(noisy @ params["up.kernel"] + params["up.bias"]) @ params["down.kernel"] + params["down.bias"]
     return jnp.mean((guess - clean) ** 2), {"size": jnp.mean(guess**2)}
 
 
 def quiet_loss(params, frozen, batch, key):
     """The same without noise, so that the result does not depend on the micro-batches."""
     clean = frozen["data"][batch["row"]]
-    guess = jnp.tanh(clean @ params["up.kernel"] + params["up.bias"]) @ params["down.kernel"]
+    guess = jnp.tanh(clean @ params["up.kernel"] + params["up.bias"]) @ params["down.kernel"] + params["down.bias"]
     return jnp.mean((guess - clean) ** 2), {"size": jnp.mean(guess**2)}
 
 
@@ -48,7 +48,7 @@ def low_loss(params, frozen, batch, key):
     kernels, clean = low(params), frozen["data"][batch["row"]]
     inner = jnp.tanh((clean.astype(jnp.bfloat16) @ kernels["up.kernel"]).astype(jnp.float32) + params["up.bias"])
     guess = (inner.astype(jnp.bfloat16) @ kernels["down.kernel"]).astype(jnp.float32)
-    return jnp.mean((guess - clean) ** 2), {"size": jnp.mean(guess**2)}
+    return jnp.mean((guess + params["down.bias"] - clean) ** 2), {"size": jnp.mean(guess**2)}
 
 
 def params(key):
@@ -57,6 +57,7 @@ def params(key):
         "up.kernel": jax.random.normal(up, (WIDTH, 2 * WIDTH)) / WIDTH**0.5,
         "up.bias": jnp.zeros(2 * WIDTH),
         "down.kernel": jax.random.normal(down, (2 * WIDTH, WIDTH)) / (2 * WIDTH) ** 0.5,
+        "down.bias": jnp.zeros(WIDTH),
     }
 
 

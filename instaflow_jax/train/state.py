@@ -1,7 +1,8 @@
 """The training state: step, params, ema and opt_state."""
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,9 @@ import optax
 from jaxtyping import Array, Int, PyTree
 
 from instaflow_jax.arrays import Params, Scalar
+from instaflow_jax.infra import devices
+
+_PACKED = "vectors"  # the name of what `packing` joins
 
 
 @jax.tree_util.register_dataclass
@@ -56,6 +60,38 @@ def create_two(
     student, fake = create(params["student"], optimizer), create(params["fake"], fake_optimizer)
     fields = {field.name: getattr(student, field.name) for field in dataclasses.fields(student)}
     return TwoNetworkState(**fields, fake=dataclasses.replace(fake, ema={}))
+
+
+def packing(params: Params) -> tuple[Callable[[PyTree], PyTree], Callable[[PyTree], PyTree]]:
+    """Two inverse functions: one joins the vectors of each dictionary into one vector, the other splits it again.
+
+    Most arrays of a network are vectors: biases, and the scales of norms. Updated one by one they are a third of the
+    instructions of a step, and a run that is started again waits until all of these are traced and read.
+
+    Args:
+      params: names and shapes of the parameters, arrays or shapes.
+
+    Returns:
+      Functions of any tree whose dictionaries have these names, such as parameters or an optimizer's state.
+    """
+    sizes = {name: array.size for name, array in params.items() if array.ndim == 1}
+    ends = list(itertools.accumulate(sizes.values()))
+
+    def pack(arrays: Params) -> Params:
+        others = {name: array for name, array in arrays.items() if name not in sizes}
+        return others | {_PACKED: jnp.concatenate([arrays[name] for name in sizes])}
+
+    def unpack(arrays: Params) -> Params:
+        vectors = dict(zip(sizes, jnp.split(arrays[_PACKED], ends[:-1]), strict=True))
+        return {name: vectors[name] if name in vectors else arrays[name] for name in params}
+
+    def each(change: Callable[[Params], Params]) -> Callable[[PyTree], PyTree]:
+        def is_named(node: PyTree) -> bool:
+            return isinstance(node, dict) and node != {}
+
+        return lambda tree: jax.tree.map(lambda node: change(node) if is_named(node) else node, tree, is_leaf=is_named)
+
+    return (each(pack), each(unpack)) if len(sizes) > 1 else (devices.keep, devices.keep)
 
 
 def ema_decay_at(step: Int[Array, ""], decay: float) -> Scalar:

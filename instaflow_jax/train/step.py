@@ -16,7 +16,7 @@ from jaxtyping import Array, PyTree
 from instaflow_jax.arrays import Batch, Key, Params, Scalar
 from instaflow_jax.infra import devices
 from instaflow_jax.train import optim
-from instaflow_jax.train.state import TrainState, ema_decay_at, update_ema
+from instaflow_jax.train.state import TrainState, ema_decay_at, packing, update_ema
 
 Metrics = dict[str, Scalar]
 Loss = Callable[[Params, PyTree, Batch, Key], tuple[Scalar, Metrics]]
@@ -97,25 +97,27 @@ def advance(
     grads: Params,
 ) -> tuple[TrainState, Metrics]:
     """The state after one gradient, or if that is not finite the old one at the next step; metrics of `TrainStep`."""
-    old = state.params, state.ema, state.opt_state
+    pack, unpack = packing(state.params)
+    old = pack((state.params, state.ema, state.opt_state))
 
     def apply_update():
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, norm=grad_norm)
-        params = optax.apply_updates(state.params, updates)
-        ema = update_ema(state.ema, params, ema_decay_at(state.step, ema_decay))
+        params, ema, opt_state = old
+        updates, opt_state = optimizer.update(pack(grads), opt_state, params, norm=grad_norm)
+        params = optax.apply_updates(params, updates)
+        ema = update_ema(ema, params, ema_decay_at(state.step, ema_decay))
         return (params, ema, opt_state), optax.tree.norm(updates)
 
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
     # A cond, because for a select XLA would copy the parameters and both moments before it overwrites them.
     kept, update_norm = jax.lax.cond(finite, apply_update, lambda: (old, jnp.zeros_like(grad_norm)))
-    params, ema, opt_state = kept
+    params, ema, opt_state = unpack(kept)
     changed = {"step": state.step + 1, "params": params, "ema": ema, "opt_state": opt_state}
     return dataclasses.replace(state, **changed), metrics | {
         "loss": value,
         "grad_norm": grad_norm,
         "update_norm": update_norm,
-        "param_norm": optax.tree.norm(params),
+        "param_norm": optax.tree.norm(kept[0]),
         "learning_rate": optim.learning_rate(opt_state),
         "skipped": 1 - finite.astype(jnp.float32),
     }
