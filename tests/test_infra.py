@@ -102,9 +102,10 @@ def test_a_long_list_is_given_in_part():
 def test_the_first_write_into_a_directory_deletes_stale_files_and_later_ones_nothing(tmp_path):
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         pass
-    host = files.socket.gethostname()
-    stale = [tmp_path / f".a.{host}.{pid}" for pid in (ended.pid, os.getpid())]  # our own id may be a used one
-    alive = [tmp_path / f".a.{host}.{os.getppid()}", tmp_path / ".a.another-host.1", tmp_path / "a"]
+    here, container = files._system(), f"{files.socket.gethostname()}-1"
+    stale = [tmp_path / f".a.{here}.{pid}" for pid in (ended.pid, os.getpid())]  # our own id may be a used one
+    alive = [tmp_path / f".a.{here}.{os.getppid()}", tmp_path / ".a.another-host.1", tmp_path / "a"]
+    alive += [tmp_path / f".a.{container}.{os.getpid()}"]  # a container with this host's name has ids of its own
     for path in (*stale, *alive):
         path.touch()
     own = files.temporary_name(tmp_path / "b")

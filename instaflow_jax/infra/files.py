@@ -123,18 +123,25 @@ _tidying = threading.Lock()
 def temporary_name(path: Path) -> Path:
     """A hidden name beside `path` that is unique to this process.
 
-    The first name in a directory also deletes the temporary files that killed processes of this machine left there.
+    The first name in a directory also deletes the temporary files that killed processes of this system left there.
     Files that have this process's id are then from an earlier process with the same id; later they are its own.
     """
     with _tidying:
         if path.parent not in _tidied:
             _remove_stale(path.parent)
             _tidied.add(path.parent)
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    return path.with_name(f".{path.name}.{_system()}.{os.getpid()}")
+
+
+def _system() -> str:
+    """The machine, and where process ids mean the same: containers may share a host's name and disks, but not ids."""
+    with contextlib.suppress(OSError):  # only Linux has them
+        return f"{socket.gethostname()}-{os.stat('/proc/self/ns/pid').st_ino}"
+    return socket.gethostname()
 
 
 def _remove_stale(directory: Path) -> None:
-    for path in directory.glob(f".*.{socket.gethostname()}.*"):
+    for path in directory.glob(f".*.{_system()}.*"):
         pid = path.name.rpartition(".")[2]
         if pid.isdigit() and not _is_running(int(pid)):
             path.unlink(missing_ok=True)
