@@ -6,6 +6,7 @@ import re
 import resource
 import subprocess
 import sys
+import time
 import types
 
 import jax
@@ -105,9 +106,14 @@ def test_the_first_write_into_a_directory_deletes_stale_files_and_later_ones_not
     here, container = files._system(), f"{files.socket.gethostname()}-1"
     stale = [tmp_path / f".a.{here}.{pid}" for pid in (ended.pid, os.getpid())]  # our own id may be a used one
     alive = [tmp_path / f".a.{here}.{os.getppid()}", tmp_path / ".a.another-host.1", tmp_path / "a"]
-    alive += [tmp_path / f".a.{container}.{os.getpid()}"]  # a container with this host's name has ids of its own
+    # A container with this host's name has ids of its own; what it has not written to for a day is left over.
+    stale += [tmp_path / f".a.{container}.{os.getppid()}"]
+    alive += [tmp_path / f".b.{container}.{os.getppid()}", tmp_path / f".c.{container}.{ended.pid}"]
+    alive += [tmp_path / f".a.{files.socket.gethostname()}-backup.1"]  # another program's
     for path in (*stale, *alive):
         path.touch()
+    for path in (stale[-1], alive[-1]):
+        os.utime(path, (time.time() - 90_000,) * 2)
     own = files.temporary_name(tmp_path / "b")
     own.touch()
     assert sorted(tmp_path.iterdir()) == sorted([*alive, own])

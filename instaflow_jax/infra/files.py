@@ -9,6 +9,7 @@ import re
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+_DAY = 86_400  # seconds
 _tidied: set[Path] = set()
 _tidying = threading.Lock()
 
@@ -123,8 +125,9 @@ _tidying = threading.Lock()
 def temporary_name(path: Path) -> Path:
     """A hidden name beside `path` that is unique to this process.
 
-    The first name in a directory also deletes the temporary files that killed processes of this system left there.
-    Files that have this process's id are then from an earlier process with the same id; later they are its own.
+    The first name in a directory also deletes the temporary files that killed processes of this machine left there,
+    after a day if they ran in another container. Files that have this process's id are then from an earlier process
+    with the same id; later they are its own.
     """
     with _tidying:
         if path.parent not in _tidied:
@@ -135,16 +138,25 @@ def temporary_name(path: Path) -> Path:
 
 def _system() -> str:
     """The machine, and where process ids mean the same: containers may share a host's name and disks, but not ids."""
-    with contextlib.suppress(OSError):  # only Linux has them
-        return f"{socket.gethostname()}-{os.stat('/proc/self/ns/pid').st_ino}"
-    return socket.gethostname()
+    namespace = Path("/proc/self/ns/pid")  # only Linux has it
+    return f"{socket.gethostname()}-{namespace.stat().st_ino if namespace.exists() else 0}"
 
 
 def _remove_stale(directory: Path) -> None:
-    for path in directory.glob(f".*.{_system()}.*"):
-        pid = path.name.rpartition(".")[2]
-        if pid.isdigit() and not _is_running(int(pid)):
-            path.unlink(missing_ok=True)
+    for path in directory.glob(f".*.{socket.gethostname()}-*.*"):
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # it is gone by now, or another user's
+            if _is_stale(path):
+                path.unlink()
+
+
+def _is_stale(path: Path) -> bool:
+    """Whether a temporary file's process has ended; of one in another container: whether the file is a day old."""
+    begin, _, pid = path.name.rpartition(".")
+    if not pid.isdigit() or not begin.rpartition("-")[2].isdigit():
+        return False  # not a name of ours
+    if begin.endswith(f".{_system()}"):
+        return not _is_running(int(pid))
+    return time.time() - path.stat().st_mtime > _DAY
 
 
 def _is_running(pid: int) -> bool:
